@@ -1,0 +1,681 @@
+"""The network: a decoder of the Llama / Qwen families, its seat cache, its LoRA roles and its weights on disk.
+
+One frozen body plays three roles. A role is an index: 0 is the reference (no adapter), 1 the policy,
+2 the simulator. A forward pass takes one role for all rows (training) or one per row (decoding), so that a
+single copy of the weights is policy, simulator and KL reference at once.
+
+What this is not: a general model library. It reads ordinary Hugging Face directories of `llama`, `qwen2` and
+`qwen3` models, and says so plainly when a checkpoint asks for anything it does not know.
+
+    model = load("Qwen/Qwen2.5-3B-Instruct")           # a preset, a directory or a hub id
+    model.add_role(POLICY, rank=16, alpha=32)
+    h = model(ids, POLICY)                              # (B, T, d) hidden states after the final norm
+    logits = model.logits(h)                            # (B, T, V)
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+
+REFERENCE, POLICY, SIMULATOR = 0, 1, 2
+ROLES = 2  # roles that have an adapter
+
+HERE = Path(__file__).resolve().parent
+PRESETS = {
+    "tiny": str(HERE / "toy"),
+    "0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "3b": "Qwen/Qwen2.5-3B-Instruct",
+    "7b": "Qwen/Qwen2.5-7B-Instruct",
+    "14b": "Qwen/Qwen2.5-14B-Instruct",
+    "0.5b-base": "Qwen/Qwen2.5-0.5B",
+    "1.5b-base": "Qwen/Qwen2.5-1.5B",
+    "3b-base": "Qwen/Qwen2.5-3B",
+    "7b-base": "Qwen/Qwen2.5-7B",
+    "14b-base": "Qwen/Qwen2.5-14B",
+    "llama-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama-1b-base": "meta-llama/Llama-3.2-1B",
+    "llama-3b-base": "meta-llama/Llama-3.2-3B",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# -----------------------------------------------------------------------------------------------------------
+# configuration
+
+# Keys of a config.json that change nothing in the forward pass.
+INERT = """
+    architectures attention_dropout bos_token_id eos_token_id pad_token_id initializer_range model_type torch_dtype
+    dtype transformers_version use_cache max_window_layers sliding_window pretraining_tp is_llama_config
+    name_or_path id2label label2id problem_type output_attentions output_hidden_states return_dict use_bfloat16
+    is_encoder_decoder chunk_size_feed_forward transformers.js_config unsloth_fixed unsloth_version tokenizer_class
+"""
+READ = """
+    vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
+    rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings tie_word_embeddings hidden_act
+    attention_bias mlp_bias use_sliding_window layer_types rope_interleaved
+"""
+KNOWN = set((INERT + READ).split())
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a body. `from_hf` reads a config.json, `hf` is what is written back."""
+
+    family: str  # llama | qwen2 | qwen3
+    vocab: int
+    d: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    eps: float = 1e-6
+    theta: float = 10000.0
+    scaling: dict = field(default_factory=dict)  # of the rotary frequencies
+    context: int = 4096  # the longest position
+    tied: bool = True
+    hf: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        return self.family == "qwen3"
+
+    @staticmethod
+    def from_hf(c: dict) -> "Config":
+        """Read a config.json. Raises ValueError for whatever this network does not implement."""
+        family = c.get("model_type")
+        if family not in ("llama", "qwen2", "qwen3"):
+            raise ValueError(
+                f"model_type {family!r} is not supported: use a llama, qwen2 or qwen3 checkpoint"
+            )
+        _refuse_unknown(c)
+        try:
+            heads, d = c["num_attention_heads"], c["hidden_size"]
+            rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+            return Config(
+                family=family,
+                vocab=c["vocab_size"],
+                d=d,
+                layers=c["num_hidden_layers"],
+                heads=heads,
+                kv_heads=c.get("num_key_value_heads") or heads,
+                head_dim=c.get("head_dim") or d // heads,
+                ffn=c["intermediate_size"],
+                eps=c["rms_norm_eps"],
+                theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
+                scaling=_scaling(rope),
+                context=c["max_position_embeddings"],
+                tied=bool(c.get("tie_word_embeddings", False)),
+                hf=c,
+            )
+        except KeyError as e:
+            raise ValueError(
+                f"config.json has no {e.args[0]!r}: is it the config of a whole {family} model?"
+            ) from None
+
+
+def _refuse_unknown(c: dict) -> None:
+    off = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "rope_interleaved": False}
+    for key, value in off.items():
+        if c.get(key, value) != value:
+            raise ValueError(f"config.json sets {key} = {c[key]!r}, which this network does not implement")
+    if c.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json sets hidden_act = {c['hidden_act']!r}: only silu is implemented")
+    if set(c.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError("config.json asks for sliding-window layers, which this network does not implement")
+    unknown = [k for k, v in c.items() if v and k not in KNOWN and not k.startswith("_")]
+    if unknown:
+        raise ValueError(
+            f"config.json sets {', '.join(sorted(unknown))}, unknown to this network: "
+            "remove it there if it does not change the forward pass"
+        )
+
+
+def _scaling(rope: dict) -> dict:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    keys = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if kind not in keys:
+        raise ValueError(f"rope type {kind!r} is not supported: only {', '.join(keys)}")
+    missing = [k for k in keys[kind] if k not in rope]
+    if missing:
+        raise ValueError(f"rope type {kind!r} needs {', '.join(missing)} in config.json")
+    return {} if kind == "default" else {"kind": kind} | {k: rope[k] for k in keys[kind]}
+
+
+def frequencies(c: Config) -> Tensor:
+    """Rotary frequencies (head_dim / 2,), radians a position, after the checkpoint's scaling."""
+    inv = 1.0 / c.theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim)
+    s = c.scaling
+    if not s:
+        return inv
+    if s["kind"] == "linear":
+        return inv / s["factor"]
+    # Llama 3: long wavelengths are stretched by the factor, short ones kept, those between are blended.
+    turns = s["original_max_position_embeddings"] * inv / (2 * math.pi)
+    keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    return keep * inv + (1 - keep) * inv / s["factor"]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# the network
+
+
+class Linear(nn.Module):
+    """A frozen matrix, perhaps several of the checkpoint's side by side (q, k and v; gate and up)."""
+
+    def __init__(self, d_in: int, parts: dict[str, int], bias: bool = False):
+        super().__init__()
+        self.d_in, self.parts = d_in, parts
+        self.weight = nn.Parameter(torch.empty(sum(parts.values()), d_in), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(sum(parts.values())), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor, lora: "Update | None") -> Tensor:
+        """x (B, T, d_in) -> (B, T, sum of the parts), with the role's update."""
+        y = F.linear(x, self.weight, self.bias)
+        if lora is None:
+            return y
+        if lora.role is None:  # one adapter for all rows
+            return y + (x @ lora.A.T) @ lora.B.T * lora.scale
+        return kernels.lora(y, x, lora.A, lora.B, lora.role, lora.scale)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What LoRA adds to one Linear: scale (x A^T) B^T, for all rows or for each row its role's."""
+
+    A: Tensor  # (k, d_in), or (R, k, d_in) where rows have their own roles
+    B: Tensor  # (d_out, k), or (R, d_out, k)
+    scale: Tensor | float
+    role: Tensor | None = None  # (B,)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some neighbouring rows of the cache, and what a forward pass is to do with them."""
+
+    k: Tensor  # (layers, B, KV, L, D)
+    v: Tensor  # (layers, B, KV, L, D)
+    start: Tensor  # (B,) tokens that each row already holds
+    lens: Tensor  # (B,) new tokens of each row
+
+
+class Cache:
+    """Keys and values of a fixed number of seats. A seat is a row; whoever holds one knows how long it is."""
+
+    def __init__(self, c: Config, seats: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
+        self.seats, self.capacity = seats, capacity
+        shape = (c.layers, seats, c.kv_heads, capacity, c.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+
+    def window(self, rows: slice, upto: int, start: Tensor, lens: Tensor) -> Window:
+        """A view of neighbouring rows, cut after `upto` positions."""
+        return Window(self.k[:, rows, :, :upto], self.v[:, rows, :, :upto], start, lens)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give the target seat the first `length` tokens of the source."""
+        for x in (self.k, self.v):
+            x[:, target, :, :length] = x[:, source, :, :length]
+
+    def swap(self, a: int, b: int, length: int) -> None:
+        """Exchange two seats, of which the longer holds `length` tokens."""
+        for x in (self.k, self.v):
+            kept = x[:, a, :, :length].clone()
+            x[:, a, :, :length] = x[:, b, :, :length]
+            x[:, b, :, :length] = kept
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and SwiGLU. The sum of the residual stream is done inside the next norm."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.c = c
+        self.norm_1 = nn.Parameter(torch.ones(c.d), requires_grad=False)
+        self.qkv = Linear(c.d, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=c.qkv_bias)
+        if c.qk_norm:
+            self.q_norm = nn.Parameter(torch.ones(c.head_dim), requires_grad=False)
+            self.k_norm = nn.Parameter(torch.ones(c.head_dim), requires_grad=False)
+        self.out = Linear(q, {"o_proj": c.d})
+        self.norm_2 = nn.Parameter(torch.ones(c.d), requires_grad=False)
+        self.gate_up = Linear(c.d, {"gate_proj": c.ffn, "up_proj": c.ffn})
+        self.down = Linear(c.ffn, {"down_proj": c.d})
+
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+    def forward(self, x, delta, attend, updates):
+        """x (B, T, d) the residual stream, delta what the layer before adds to it -> both, one layer on."""
+        c, eps = self.c, self.c.eps
+        if delta is None:
+            y = kernels.rms_norm(x, self.norm_1, eps)
+        else:
+            y, x = kernels.rms_norm(delta, self.norm_1, eps, residual=x)
+        q, k, v = self.qkv(y, updates[0]).split(list(self.qkv.parts.values()), dim=-1)
+        q, k, v = (z.unflatten(-1, (-1, c.head_dim)) for z in (q, k, v))  # (B, T, heads, D)
+        if c.qk_norm:
+            q, k = kernels.rms_norm(q, self.q_norm, eps), kernels.rms_norm(k, self.k_norm, eps)
+        delta = self.out(attend(q, k, v).flatten(-2), updates[1])
+        y, x = kernels.rms_norm(delta, self.norm_2, eps, residual=x)
+        return x, self.down(kernels.swiglu(self.gate_up(y, updates[2])), updates[3])
+
+
+class Model(nn.Module):
+    """The body. Weights are frozen parameters; the adapters live beside them, in `roles`."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.config = c
+        self.embed = nn.Parameter(torch.empty(c.vocab, c.d), requires_grad=False)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
+        self.norm = nn.Parameter(torch.ones(c.d), requires_grad=False)
+        self.untied = None if c.tied else nn.Parameter(torch.empty(c.vocab, c.d), requires_grad=False)
+        self.roles: dict[int, Adapter] = {}
+        self.rotary()
+
+    def rotary(self) -> None:
+        """(Re)compute the cosines and sines, (context, head_dim / 2) in fp32, on the weights' device."""
+        with torch.device("cpu"):
+            angle = torch.arange(min(self.config.context, 32768)).float()[:, None] * frequencies(self.config)
+        device = self.embed.device if self.embed.device.type != "meta" else "cpu"
+        self.cos, self.sin = angle.cos().to(device), angle.sin().to(device)
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix (V, d)."""
+        return self.embed if self.untied is None else self.untied
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.dtype
+
+    def forward(
+        self,
+        ids: Tensor,
+        role: int | Tensor,
+        lengths: Tensor | None = None,
+        window: Window | None = None,
+        lora: list[Update] | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """ids (B, T) -> hidden states (B, T, d) after the final norm.
+
+        role: one for all rows, or (B,) one a row (needs `lora` from `stacked`). lengths (B,): of right-padded rows.
+        window: where given, row b's tokens follow the window.start[b] tokens in the cache, and are added to it.
+        recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
+        """
+        updates = lora if lora is not None else self.updates(role)
+        x, delta = F.embedding(ids, self.embed), None  # (B, T, d)
+        for i, layer in enumerate(self.layers):
+            mine = updates[4 * i : 4 * i + 4]
+            attend = self._attend(i, lengths, window)
+            if recompute and torch.is_grad_enabled():
+                x, delta = checkpoint(layer, x, delta, attend, mine, use_reentrant=False)
+            else:
+                x, delta = layer(x, delta, attend, mine)
+        return kernels.rms_norm(delta, self.norm, self.config.eps, residual=x)[0]
+
+    def _attend(self, i: int, lengths: Tensor | None, w: Window | None) -> Callable:
+        def alone(q, k, v):
+            q, k = kernels.rope(q, k, self.cos, self.sin)
+            return kernels.attention(q, k, v, lengths)
+
+        def cached(q, k, v):
+            q = kernels.rope_cache(q, k, v, self.cos, self.sin, w.k[i], w.v[i], w.start, w.lens)
+            return kernels.cached_attention(q, w.k[i], w.v[i], w.start)
+
+        return alone if w is None else cached
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h (..., d) -> (..., V)."""
+        return F.linear(h, self.head)
+
+    # roles
+
+    def linears(self) -> Iterator[Linear]:
+        """Every matrix that LoRA adapts, four a layer."""
+        return (linear for layer in self.layers for linear in layer.linears())
+
+    def add_role(self, role: int, rank: int = 16, alpha: float = 32.0, seed: int = 0) -> None:
+        """Give a role a fresh adapter: A uniform as in PEFT, B = 0, so that it equals the base exactly."""
+        self.roles[role] = Adapter.fresh(list(self.linears()), rank, alpha, seed, self.device)
+
+    def adapter(self, role: int) -> nn.Parameter:
+        """The one flat fp32 vector that an optimiser sees. Raises KeyError where the role has none."""
+        return self.roles[role].theta
+
+    def updates(self, role: int) -> list[Update | None]:
+        """The LoRA updates of every linear for one role, differentiable in its adapter."""
+        if role not in self.roles:
+            return [None] * (4 * len(self.layers))
+        adapter = self.roles[role]
+        pairs = adapter.pairs(list(self.linears()))
+        return [Update(A.to(self.dtype), B.to(self.dtype), adapter.scale) for A, B in pairs]
+
+    @torch.no_grad()
+    def stacked(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """All roles' adapters in the body's type, for decoding with one role a row: A, B and scale a linear.
+
+        A copy: take a new one after the adapters have changed. Roles of unlike rank are padded with zeros.
+        """
+        linears = list(self.linears())
+        pairs = {role: a.pairs(linears) for role, a in self.roles.items()}
+        scale = torch.tensor([self.roles[r].scale if r in pairs else 0.0 for r in range(1, ROLES + 1)])
+        scale = scale.to(self.device)
+        out = []
+        for i, linear in enumerate(linears):
+            k = max((p[i][0].size(0) for p in pairs.values()), default=1)
+            A = torch.zeros(ROLES, k, linear.d_in, dtype=self.dtype, device=self.device)
+            B = torch.zeros(ROLES, linear.weight.size(0), k, dtype=self.dtype, device=self.device)
+            for role, p in pairs.items():
+                n = p[i][0].size(0)
+                A[role - 1, :n], B[role - 1, :, :n] = p[i][0], p[i][1]
+            out.append((A, B, scale))
+        return out
+
+    def init(self, seed: int, std: float = 0.02) -> "Model":
+        """Random weights for a body that is to be trained from nothing."""
+        g = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                p.data.normal_(0, std, generator=g)
+            else:
+                p.data.fill_(0.0 if name.endswith("bias") else 1.0)
+        return self
+
+
+def rows_of(stack: list[tuple[Tensor, Tensor, Tensor]], role: Tensor | int) -> list[Update | None]:
+    """Updates for decoding from `Model.stacked`: role (B,) one a row, or one for all rows (cheaper)."""
+    if isinstance(role, Tensor):
+        return [Update(A, B, scale, role) for A, B, scale in stack]
+    if role == REFERENCE:
+        return [None] * len(stack)
+    return [Update(A[role - 1], B[role - 1], scale[role - 1].to(A.dtype)) for A, B, scale in stack]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# adapters
+
+
+@dataclass
+class Adapter:
+    """One role's LoRA matrices in one flat fp32 vector: an optimiser step is one operation, a checkpoint one tensor.
+
+    A Linear of several parts has for each part its own A (rank, d_in) and B (part, rank), as in PEFT. Side by
+    side the As are one matrix; the Bs make a block-diagonal one, so that every Linear needs two thin matmuls
+    whatever its parts.
+    """
+
+    theta: nn.Parameter
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @staticmethod
+    def fresh(linears: list[Linear], rank: int, alpha: float, seed: int, device: torch.device) -> "Adapter":
+        size = sum(len(x.parts) * rank * x.d_in + rank * x.weight.size(0) for x in linears)
+        adapter = Adapter(nn.Parameter(torch.zeros(size)), rank, alpha)
+        g = torch.Generator().manual_seed(seed)
+        for linear, (A, _) in zip(linears, adapter.pieces(linears)):
+            A.data.uniform_(-(linear.d_in**-0.5), linear.d_in**-0.5, generator=g)
+        adapter.theta.data = adapter.theta.data.to(device)
+        return adapter
+
+    def pieces(self, linears: list[Linear]) -> list[tuple[Tensor, list[Tensor]]]:
+        """Views: for each Linear its As (parts * rank, d_in) and Bs (part, rank). One split, one backward."""
+        sizes = [
+            [len(x.parts) * self.rank * x.d_in] + [n * self.rank for n in x.parts.values()] for x in linears
+        ]
+        flat = iter(self.theta.split([n for group in sizes for n in group]))
+        out = []
+        for x in linears:
+            A = next(flat).view(-1, x.d_in)
+            out.append((A, [next(flat).view(n, self.rank) for n in x.parts.values()]))
+        return out
+
+    def pairs(self, linears: list[Linear]) -> list[tuple[Tensor, Tensor]]:
+        """For each Linear: A (parts * rank, d_in) and the block-diagonal B (d_out, parts * rank)."""
+        return [(A, Bs[0] if len(Bs) == 1 else torch.block_diag(*Bs)) for A, Bs in self.pieces(linears)]
+
+
+def _peft_tensors(model: Model, adapter: Adapter) -> dict[str, Tensor]:
+    """PEFT's names -> views of the adapter's vector."""
+    out, pieces = {}, iter(adapter.pieces(list(model.linears())))
+    for i, layer in enumerate(model.layers):
+        for linear in layer.linears():
+            A, Bs = next(pieces)
+            for (part, _), a, b in zip(linear.parts.items(), A.split(adapter.rank), Bs):
+                name = f"base_model.model.model.layers.{i}.{_home(part)}.{part}"
+                out[name + ".lora_A.weight"], out[name + ".lora_B.weight"] = a.detach(), b.detach()
+    return out
+
+
+def _home(part: str) -> str:
+    return "mlp" if part in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+
+
+def save_adapter(model: Model, role: int, path: str | Path, base: str = "") -> None:
+    """Write a role's adapter in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+    path, adapter = Path(path), model.roles[role]
+    path.mkdir(parents=True, exist_ok=True)
+    parts = [part for linear in model.layers[0].linears() for part in linear.parts]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": parts,
+        "inference_mode": True,
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {k: v.cpu().contiguous() for k, v in _peft_tensors(model, adapter).items()}
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapter(model: Model, role: int, path: str | Path) -> None:
+    """Read a PEFT LoRA adapter into a role. Modules that it does not adapt get B = 0.
+
+    Raises ValueError where the adapter uses what this network does not implement, or does not fit the body.
+    """
+    path = Path(path)
+    c = read_json(path / "adapter_config.json", "a PEFT adapter directory")
+    for key in (
+        "use_dora",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "fan_in_fan_out",
+    ):
+        if c.get(key):
+            raise ValueError(f"{path}: the adapter sets {key}, which is not supported")
+    if c.get("peft_type") != "LORA" or c.get("bias", "none") != "none":
+        raise ValueError(f"{path}: only plain LoRA adapters without trained biases are supported")
+    model.add_role(role, c["r"], c["lora_alpha"])
+    mine = _peft_tensors(model, model.roles[role])
+    for name, theirs in _read_safetensors(path / "adapter_model.safetensors"):
+        if name not in mine:
+            raise ValueError(f"{path}: {name} adapts a module that this body does not have")
+        if theirs.shape != mine[name].shape:
+            raise ValueError(
+                f"{path}: {name} is {tuple(theirs.shape)}, the body needs {tuple(mine[name].shape)}"
+            )
+        mine[name].copy_(theirs)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# weights on disk
+
+
+def resolve(name: str | Path) -> Path:
+    """A preset, a local directory or a hub id -> a local directory. Raises ValueError where there is none."""
+    name = str(name)
+    where = PRESETS.get(name, name)
+    if Path(where).is_dir():
+        return Path(where)
+    if where.count("/") != 1 or where.startswith((".", "/", "~")):
+        raise ValueError(
+            f"no checkpoint {name!r}: give a directory, a hub id, or a preset: {' '.join(PRESETS)}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(where, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+        )
+    except Exception as e:  # the hub client raises dozens of types, all of them "could not be had"
+        reason = str(e).strip().splitlines()[0]
+        raise ValueError(
+            f"could not download {where!r}: {reason}. A local directory works without a network"
+        ) from None
+
+
+def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
+    """Load a body from a Hugging Face directory, strictly: every tensor must be there, fit, and be expected.
+
+    Raises ValueError with one line that says what is wrong with the checkpoint.
+    """
+    path = resolve(name)
+    config = Config.from_hf(read_json(path / "config.json", "a checkpoint directory"))
+    with torch.device("meta"):
+        model = Model(config)
+    model = model.to(dtype).to_empty(device=device)
+    model.rotary()
+    mine = hf_tensors(model)
+    seen = set()
+    for file in _shards(path):
+        for tensor_name, theirs in _read_safetensors(file):
+            if tensor_name not in mine:
+                if _expected_extra(tensor_name, config):
+                    continue
+                raise ValueError(
+                    f"{file}: unexpected tensor {tensor_name}: not a plain {config.family} checkpoint"
+                )
+            if theirs.shape != mine[tensor_name].shape:
+                need = tuple(mine[tensor_name].shape)
+                raise ValueError(
+                    f"{file}: {tensor_name} is {tuple(theirs.shape)}, config.json implies {need}"
+                )
+            mine[tensor_name].copy_(theirs)
+            seen.add(tensor_name)
+    missing = sorted(set(mine) - seen)
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(mine)} tensors are missing, the first is {missing[0]}"
+        )
+    return model.eval()
+
+
+def _expected_extra(name: str, c: Config) -> bool:
+    return name.endswith("rotary_emb.inv_freq") or (c.tied and name == "lm_head.weight")
+
+
+def hf_tensors(model: Model) -> dict[str, Tensor]:
+    """Hugging Face's names -> views of this body's tensors (fused matrices are cut into their parts)."""
+    out = {"model.embed_tokens.weight": model.embed.data, "model.norm.weight": model.norm.data}
+    if model.untied is not None:
+        out["lm_head.weight"] = model.untied.data
+    for i, layer in enumerate(model.layers):
+        pre = f"model.layers.{i}."
+        out[pre + "input_layernorm.weight"] = layer.norm_1.data
+        out[pre + "post_attention_layernorm.weight"] = layer.norm_2.data
+        if model.config.qk_norm:
+            out[pre + "self_attn.q_norm.weight"] = layer.q_norm.data
+            out[pre + "self_attn.k_norm.weight"] = layer.k_norm.data
+        for linear in layer.linears():
+            widths = list(linear.parts.values())
+            for part, w in zip(linear.parts, linear.weight.data.split(widths)):
+                out[f"{pre}{_home(part)}.{part}.weight"] = w
+            if linear.bias is not None:
+                for part, b in zip(linear.parts, linear.bias.data.split(widths)):
+                    out[f"{pre}{_home(part)}.{part}.bias"] = b
+    return out
+
+
+def save_model(model: Model, path: str | Path) -> None:
+    """Write config.json and model.safetensors as a Hugging Face directory."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(model.config.hf, indent=2) + "\n")
+    tensors = {k: v.cpu().contiguous().clone() for k, v in hf_tensors(model).items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def _shards(path: Path) -> list[Path]:
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
+    names = sorted(set(read_json(index, "a sharded checkpoint")["weight_map"].values()))
+    absent = [n for n in names if not (path / n).exists()]
+    if absent:
+        raise ValueError(f"{path}: the shard {absent[0]} is missing: download the checkpoint again")
+    return [path / n for n in names]
+
+
+def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    if not file.exists():
+        raise ValueError(f"{file} is missing")
+    try:
+        with safe_open(file, framework="pt") as f:
+            for name in f.keys():  # noqa: SIM118 (not a dict)
+                yield name, f.get_tensor(name)
+    except SafetensorError as e:
+        raise ValueError(f"{file} is corrupt ({e}): download it again") from None
+
+
+def read_json(file: Path, what: str) -> dict:
+    """Read a JSON object. Raises ValueError that names the file and what it should belong to."""
+    if not file.exists():
+        raise ValueError(f"{file} does not exist: {file.parent} is not {what}")
+    try:
+        value = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{file} is not JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    return value
+
+
+def command_line(main: Callable[[], None]) -> None:
+    """Run a command: bad input (ValueError, OSError) is one line on stderr and exit code 2; Ctrl-C is 130."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
