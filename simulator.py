@@ -1,29 +1,29 @@
-"""The world: the words that make an LLM a search engine, the noise curriculum, and the simulator's fine-tuning.
+"""The world: the words that make an LLM a search engine, the noise curriculum, the simulator's fine-tuning.
 
-A `Simulator` is a *search* (see rollout.py): called with a query it yields one turn in the role SIMULATOR and returns
-that turn's text as documents, useful or noisy by a keyed coin. The prompt that it sends is made by `prompt`, and by
-nothing else: sampling and fine-tuning cannot drift apart.
+A `Simulator` is a *search* (see rollout.py): called with a query it yields one turn in the role SIMULATOR and
+returns that turn's text as documents, useful or noisy by a keyed coin. Its prompt is made by `prompt` and by
+nothing else, so that sampling and fine-tuning cannot drift apart.
 
-It deliberately is not: a server, a client, a cache, or a judge of what it wrote. The engine of rollout.py samples its
-turns in the same batch as the policy's; who wants other documents brings another search.
+What this is not: a server, a client, a cache, or a judge of what was written. The engine of rollout.py
+samples these turns in the same batch as the policy's; who wants other documents brings another search.
 
-    python simulator.py write --sim 0.5b --query "capital of Peru" --question "What is the capital of Peru?" --answer Lima
-    python simulator.py sft --sim 0.5b --rows rows.jsonl --out runs/simulator
-    python simulator.py write --sim 0.5b --adapter runs/simulator --query ...
+    python simulator.py write --sim 3b --query "capital of Peru" --question "Where is Lima?" --answer Peru
+    python simulator.py sft --sim 3b --rows rows.jsonl --out runs/simulator
+    python simulator.py write --sim 3b --adapter runs/simulator --query ... --question ... --answer ...
 
-Source: ZeroSearch, arXiv 2505.04588, sections 3.2 (simulator) and 3.4 (curriculum). The words are our own.
+Source: ZeroSearch, arXiv 2505.04588 (simulator, curriculum). The words are our own.
 """
 
 import argparse
 import json
 import math
 import random
-import re
 import shutil
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -35,11 +35,11 @@ from model import SIMULATOR, Model
 from rollout import Documents, Engine, Query, Question, Turn, coin, fill
 from tokenizer import Tokenizer
 
-# ---------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ words
 
 TASK = """\
-You are a search engine, and the query at the end has just reached you. Write five {quality} documents for it, the \
-ones that you would return: """
+You are a search engine, and the query at the end has just reached you. Write five {quality} documents for \
+it, the ones that you would return: """
 USEFUL = TASK + "they are about what the query asks, and whoever reads them can answer it."
 NOISY = TASK + "they look related to the query, but whoever reads them still cannot answer it."
 BACKGROUND = """\
@@ -47,8 +47,9 @@ What the user is after (for your eyes only):
 Question: {question}
 Correct answer: {answer}"""
 FORM = """\
-A document is a passage of about 30 words, in the manner of an encyclopedia or a web page. Put each on a line of its \
-own, numbered "Doc 1: ..." to "Doc 5: ...", and write nothing else. All five documents must be {quality}."""
+A document is a passage of about 30 words, in the manner of an encyclopedia or a web page. Put each on a \
+line of its own, numbered "Doc 1: ..." to "Doc 5: ...", and write nothing else. All five documents must be \
+{quality}."""
 ASK = """\
 Query: {query}
 {Quality} Output:
@@ -59,32 +60,32 @@ Question: Which river flows through the capital of Slovenia?
 Correct answer: Ljubljanica
 Query: river in Ljubljana
 Useful Output:
-Doc 1: The Ljubljanica flows through the middle of Ljubljana, the capital of Slovenia, and is crossed there by the \
-Triple Bridge and the Dragon Bridge before it joins the Sava east of the city.
-Doc 2: Ljubljana lies between the Alps and the Adriatic. Its old town grew up between Castle Hill and the river \
-Ljubljanica, whose embankments were laid out anew in the 1930s.
-Doc 3: The Ljubljanica is called the river of seven names: south-west of Ljubljana it disappears into the karst again \
-and again, and comes back to the surface each time under another name.
-Doc 4: Boats on the Ljubljanica leave from the centre of Ljubljana, pass the covered market and the Cobblers' Bridge, \
-and take about an hour for the round trip.
-Doc 5: Divers have raised thousands of objects from the bed of the Ljubljanica upstream of Ljubljana, among them Roman \
-swords, Bronze Age helmets and medieval tools.
+Doc 1: The Ljubljanica flows through the middle of Ljubljana, the capital of Slovenia, and is crossed there \
+by the Triple Bridge and the Dragon Bridge before it joins the Sava east of the city.
+Doc 2: Ljubljana lies between the Alps and the Adriatic. Its old town grew up between Castle Hill and the \
+river Ljubljanica, whose embankments were laid out anew in the 1930s.
+Doc 3: The Ljubljanica is called the river of seven names: south-west of Ljubljana it disappears into the \
+karst again and again, and comes back to the surface each time under another name.
+Doc 4: Boats on the Ljubljanica leave from the centre of Ljubljana, pass the covered market and the \
+Cobblers' Bridge, and take about an hour for the round trip.
+Doc 5: Divers have raised thousands of objects from the bed of the Ljubljanica upstream of Ljubljana, among \
+them Roman swords, Bronze Age helmets and medieval tools.
 
 Now it is your turn."""
 NOISY_EXAMPLE = """\
 Here is an example.
 Query: river in Ljubljana
 Noisy Output:
-Doc 1: Ljubljana became the capital of independent Slovenia in 1991. It has about 300,000 inhabitants, a university \
-founded in 1919, and a castle on a wooded hill above the old town.
-Doc 2: The Danube passes through four capitals, Vienna, Bratislava, Budapest and Belgrade, on its way from the Black \
-Forest to the Black Sea, more than any other river.
-Doc 3: Legend has it that Ljubljana was founded by Jason, who killed a dragon in a marsh nearby. The dragon has stood \
-in the city's coat of arms ever since.
-Doc 4: Slovenia is a land of forests and caves. Postojna Cave, 24 kilometres long, has been shown to visitors since \
-1819 and is toured on an electric train.
-Doc 5: The Ljubljana Marathon is run each October. Its course starts and ends in the city centre and draws runners \
-from dozens of countries.
+Doc 1: Ljubljana became the capital of independent Slovenia in 1991. It has about 300,000 inhabitants, a \
+university founded in 1919, and a castle on a wooded hill above the old town.
+Doc 2: The Danube passes through four capitals, Vienna, Bratislava, Budapest and Belgrade, on its way from \
+the Black Forest to the Black Sea, more than any other river.
+Doc 3: Legend has it that Ljubljana was founded by Jason, who killed a dragon in a marsh nearby. The dragon \
+has stood in the city's coat of arms ever since.
+Doc 4: Slovenia is a land of forests and caves. Postojna Cave, 24 kilometres long, has been shown to \
+visitors since 1819 and is toured on an electric train.
+Doc 5: The Ljubljana Marathon is run each October. Its course starts and ends in the city centre and draws \
+runners from dozens of countries.
 
 Now it is your turn."""
 
@@ -93,10 +94,11 @@ Now it is your turn."""
 class SimWords:
     """What the simulator is told: a system message and two whole user messages, one for each quality.
 
-    `useful` and `noisy` are templates over {query}, {question}, {answer} and {earlier}; only {query} is required. Other
-    braces are literal. Where the tokenizer has no chat template the texts themselves are the prompt. `count` is the
-    number of documents that they ask for. {earlier} becomes one copy of the template `earlier`, over {query} and
-    {documents}, for each search that the episode made before this one, oldest first. ValueError for bad words.
+    `useful` and `noisy` are templates over {query}, {question}, {answer} and {earlier}; {query} is required,
+    other braces are literal. Where the tokenizer has no chat template, the texts themselves are the prompt.
+    `count` is the number of documents that they ask for. {earlier} becomes one copy of the template of that
+    name, over {query} and {documents}, for each earlier search of the episode, oldest first.
+    Raises ValueError for words that cannot work.
     """
 
     system: str
@@ -118,47 +120,51 @@ def _compose(quality: str, *blocks: str) -> str:
     return text.replace("{quality}", quality).replace("{Quality}", quality.capitalize())
 
 
-# For a fine-tuned simulator: no example, question and answer in both.
+# For a fine-tuned simulator: question and answer in both, no example.
 SFT_WORDS = SimWords(
     system="",
     useful=_compose("useful", USEFUL, BACKGROUND, FORM, ASK),
     noisy=_compose("noisy", NOISY, BACKGROUND, FORM, ASK),
 )
-# For an LLM as it is: a worked example each. A model that was never taught to withhold an answer does so best when it
-# is not told the answer: the noisy prompt holds neither question nor answer.
+# For an LLM as it is: a worked example each. A model that was never taught to withhold an answer does so best
+# when it does not know the answer, so the noisy prompt holds neither question nor answer.
 PROMPTED_WORDS = SimWords(
     system="",
     useful=_compose("useful", USEFUL, BACKGROUND, FORM, USEFUL_EXAMPLE, ASK),
     noisy=_compose("noisy", NOISY, FORM, NOISY_EXAMPLE, ASK),
 )
+NAMED_WORDS = {"sft": SFT_WORDS, "prompted": PROMPTED_WORDS}
 
 
 def load_words(source: str | Path) -> SimWords:
-    """`sft`, `prompted`, or a JSON file {"system", "useful", "noisy", "count", "earlier"} (the last two may be absent).
+    """`sft`, `prompted`, or a JSON file {"system", "useful", "noisy"} with optional "count" and "earlier".
 
-    Raises ValueError for what is not such a file; an unknown key is an error, so that no word is dropped in silence.
+    Raises ValueError for what is not such a file. An unknown key is an error: no word is lost in silence.
     """
-    known = {"sft": SFT_WORDS, "prompted": PROMPTED_WORDS}
-    if source in known:
-        return known[source]
-    try:
-        words = json.loads(Path(source).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{source} is not JSON ({e})") from None
+    if source in NAMED_WORDS:
+        return NAMED_WORDS[source]
+    words, types = models.read_json(Path(source), "a place of simulator prompts")
     types = {f.name: f.type for f in fields(SimWords)}
-    if not isinstance(words, dict) or not {"system", "useful", "noisy"} <= words.keys() <= types.keys():
-        raise ValueError(f"{source} must hold one JSON object with the keys {', '.join(types)} and no others")
+    if not {"system", "useful", "noisy"} <= words.keys() <= types.keys():
+        raise ValueError(
+            f"{source} must hold system, useful, noisy (and may hold count, earlier): no other keys"
+        )
     for name, value in words.items():
         if type(value) is not types[name]:
-            raise ValueError(f"{source}: {name!r} must be of type {types[name].__name__}")
+            raise ValueError(f"{source}: {name} must be of type {types[name].__name__}")
     return SimWords(**words)
+
+
+def save_words(words: SimWords, path: str | Path) -> None:
+    """Write what `load_words` reads: an adapter travels with the words that it was trained on."""
+    Path(path).write_text(json.dumps(asdict(words), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def prompt(tok: Tokenizer, words: SimWords, query: Query, noisy: bool) -> list[int]:
     """The ids that ask for documents for `query`: the only place where the simulator's prompt is made.
 
-    Question and answer are the query's own. Of several golden answers the *first* goes in: data sets list the canonical
-    form first, and a list of aliases would teach the simulator to write lists.
+    Question and answer are the query's own. Of several golden answers the *first* goes in: data sets list the
+    canonical form first, and a list of aliases would teach the simulator to write lists.
     """
     message = fill(
         words.noisy if noisy else words.useful,
@@ -170,11 +176,11 @@ def prompt(tok: Tokenizer, words: SimWords, query: Query, noisy: bool) -> list[i
     return tok.chat([{"role": "system", "content": words.system}, {"role": "user", "content": message}])
 
 
-# ----------------------------------------------------------------------------------------------------- simulating
+# ------------------------------------------------------------------------------------------------- simulating
 
 
 def clean(text: str, count: int) -> str:
-    """Sampled text -> documents: cut before "Doc {count + 1}", blank lines collapsed, ends of lines stripped."""
+    """Sampled text -> documents: cut before "Doc {count + 1}", no blank lines, no blanks around a line."""
     lines = text.split(f"Doc {count + 1}", 1)[0].splitlines()
     return "\n".join(line.strip() for line in lines if line.strip())
 
@@ -182,26 +188,26 @@ def clean(text: str, count: int) -> str:
 def p_noise(
     step: int, steps: int, start: float, end: float, shape: str = "exponential", base: float = 4.0
 ) -> float:
-    """The curriculum: the probability that a search at `step` of `steps` (both ends included) returns noisy documents.
+    """The curriculum: the probability that a search at `step` of `steps` (both 0 and steps count).
 
-    exponential   start + (base^(step/steps) - 1) / (base - 1) * (end - start)     the paper's equation 2: slow, then fast
+    exponential   start + (base^(step/steps) - 1) / (base - 1) * (end - start), the paper's
     linear        start + step/steps * (end - start)
-    constant      the exponential's mean over the run: the ablation then compares the order alone, not the amount
+    constant      the exponential's mean over the run: an ablation of the order, with the amount unchanged
     reverse       the exponential, from end to start
-    Raises ValueError for probabilities outside 0..1, a step outside 0..steps, an unknown shape, base <= 0 or base = 1.
+    Raises ValueError for noise outside 0..1, a step outside the run, an unknown shape or an unfit base.
     """
     if not (0 <= start <= 1 and 0 <= end <= 1):
-        raise ValueError(f"noise is a probability, within 0..1, not {start} -> {end}")
+        raise ValueError(f"noise is a probability, within 0..1, not {start} to {end}")
     if not 0 <= step <= steps or steps < 1:
         raise ValueError(f"step {step} lies outside a curriculum of {steps} steps")
     if base <= 0 or base == 1:
         raise ValueError(f"the curriculum's base must be positive and not 1, not {base} (for a line: linear)")
     if shape == "reverse":
-        return p_noise(step, steps, end, start, "exponential", base)
+        start, end, shape = end, start, "exponential"
     risen = {
         "exponential": (base ** (step / steps) - 1) / (base - 1),
         "linear": step / steps,
-        "constant": 1 / math.log(base) - 1 / (base - 1),
+        "constant": 1 / math.log(base) - 1 / (base - 1),  # the integral of the first; .388 for base 4
     }
     if shape not in risen:
         raise ValueError(f"unknown curriculum {shape!r}: choose {', '.join(risen)} or reverse")
@@ -212,10 +218,10 @@ EVERY_SIBLING = -1  # stands in a coin's address where the sibling would
 
 
 def noise_coin(address: tuple[int, ...], shared: bool) -> float:
-    """One uniform for the search at (seed, step, question, sibling, call); `shared`: the same for all siblings.
+    """One uniform for the search at (seed, step, question, sibling, call); `shared`: one for all siblings.
 
-    Shared coins give every trajectory of a group the same luck at its n-th search, so that the group's advantages
-    compare what the policy did, and not what the engine happened to return.
+    Shared coins give every trajectory of a group the same luck at its n-th search, so that advantages compare
+    what the policy did, and not what the engine happened to return.
     """
     *before, sibling, call = address
     return coin((*before, EVERY_SIBLING if shared else sibling, call))
@@ -223,12 +229,12 @@ def noise_coin(address: tuple[int, ...], shared: bool) -> float:
 
 @dataclass(frozen=True)
 class Simulator:
-    """An LLM as a search engine: `yield from simulator(query)` gives Documents. One object serves a whole step.
+    """An LLM as a search engine: `yield from simulator(query)` gives Documents.
 
-    p_noise         probability that a search returns noisy documents; `dataclasses.replace(sim, p_noise=...)` per step
-    shared          the siblings of a group share their coins, search by search
-    limit           most tokens of one output
-    temperature     of its sampling; the paper's value
+    p_noise       probability of noisy documents; `dataclasses.replace(sim, p_noise=...)` at each step
+    shared        the siblings of a group share their coins, search by search
+    limit         most tokens of one output
+    temperature   of its sampling; like the limit, the paper's
     """
 
     tok: Tokenizer
@@ -245,41 +251,44 @@ class Simulator:
     def __call__(self, query: Query):
         noisy = noise_coin(query.address, self.shared) < self.p_noise
         asked = prompt(self.tok, self.words, query, noisy)
-        stop = f"Doc {self.words.count + 1}"
-        sampled = yield Turn(asked, SIMULATOR, self.limit, self.temperature, (stop,), query.address)
+        stops = (f"Doc {self.words.count + 1}",)
+        sampled = yield Turn(asked, SIMULATOR, self.limit, self.temperature, stops, query.address)
         text = self.tok.decode([i for i in sampled.ids if i not in self.tok.eos])
         return Documents(clean(text, self.words.count), noisy)
 
 
-# ---------------------------------------------------------------------------------------------------- fine-tuning
+# ------------------------------------------------------------------------------------------------ fine-tuning
 
-ROW = {"query": str, "question": str, "answer": str, "documents": str, "quality": str}
+COLUMNS = ("query", "question", "answer", "documents", "quality")
 
 
 def check_row(row: object) -> dict:
-    """The row itself, or ValueError with what is wrong with it."""
+    """The row itself. Raises ValueError with what is wrong with it."""
     if not isinstance(row, dict):
-        raise ValueError("is not a JSON object")
-    for key, kind in ROW.items():
-        if not isinstance(row.get(key), kind):
-            raise ValueError(f"has no text under {key!r}")
+        raise ValueError("not a JSON object")
+    for column in COLUMNS:
+        if not isinstance(row.get(column), str):
+            raise ValueError(f"no text in the column {column}")
     if row["quality"] not in ("useful", "noisy"):
-        raise ValueError(f"has the quality {row['quality']!r}: it must be useful or noisy")
-    if unknown := row.keys() - ROW.keys() - {"earlier"}:
-        raise ValueError(f"has unknown columns: {', '.join(sorted(unknown))}")
+        raise ValueError(f"quality is {row['quality']!r}: it must be useful or noisy")
+    if unknown := sorted(row.keys() - {*COLUMNS, "earlier"}):
+        raise ValueError(f"unknown columns: {', '.join(unknown)}")
+    if any(list(map(type, pair)) != [str, str] for pair in row.get("earlier", ())):
+        raise ValueError("earlier must be a list of [query, documents]")
     return row
 
 
 def read_rows(path: str | Path) -> list[dict]:
-    """Rows from JSON lines {"query", "question", "answer", "documents", "quality": "useful" | "noisy"}, and optionally
-    "earlier": [[query, documents], ...]. Raises ValueError with the number of a broken line; blank lines are skipped."""
+    """Rows from JSON lines {"query", "question", "answer", "documents", "quality": "useful" | "noisy"}.
+
+    A row may also hold "earlier": [[query, documents], ...], the searches before it. Blank lines are skipped.
+    Raises ValueError with the number of a broken line.
+    """
     rows = []
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                rows.append(check_row(json.loads(line)))
+                rows += [check_row(json.loads(line))] if line.strip() else []
             except ValueError as e:
                 raise ValueError(f"{path}, line {number}: {e}") from None
     if not rows:
@@ -288,82 +297,83 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 def row_query(row: dict) -> Query:
-    """The query of a row, with its question."""
-    question = Question(row["question"], (row["answer"],))
-    return Query(row["query"], question, (), tuple((q, d) for q, d in row.get("earlier", ())))
+    """A row's query, with its question."""
+    earlier = tuple((query, documents) for query, documents in row.get("earlier", ()))
+    return Query(row["query"], Question(row["question"], (row["answer"],)), (), earlier)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row as ids: the prompt, then the documents and the end of the turn from `start` on."""
+    """A row as ids: the prompt, and from `start` on the documents with the end of the turn."""
 
     ids: list[int]
     start: int
 
 
 def example(tok: Tokenizer, words: SimWords, row: dict) -> Example:
-    """The prompt as in sampling, then the row's documents, then the id that ends a turn."""
+    """A row's prompt, made as in sampling, then its documents, then the id that ends a turn."""
     asked = prompt(tok, words, row_query(row), row["quality"] == "noisy")
     return Example(asked + tok.encode(row["documents"]) + [tok.end], len(asked))
 
 
-def steps_of(
+def batches(
     rows: list[dict], encode: Callable[[dict], Example], tokens: int, seed: int
 ) -> Iterator[list[Example]]:
-    """An endless stream of steps: rows in a new seeded order each time round, as many as `tokens` hold when padded.
+    """An endless stream: rows in a new seeded order each time round, as many a batch as fit `tokens`, padded.
 
-    Encoded when their turn comes, so that a large set costs nothing at the start. A row longer than `tokens` is a step
-    of its own.
+    Rows are encoded when their turn comes, so that a large set costs nothing at the start. A row longer than
+    `tokens` is a batch of its own.
     """
-    order, step, longest = random.Random(seed), [], 0
+    order, batch, longest = random.Random(seed), [], 0
     while True:
         for row in order.sample(rows, len(rows)):
             new = encode(row)
-            longest = max(longest, len(new.ids))
-            if step and longest * (len(step) + 1) > tokens:
-                yield step
-                step, longest = [], len(new.ids)
-            step.append(new)
+            if batch and max(longest, len(new.ids)) * (len(batch) + 1) > tokens:
+                yield batch
+                batch, longest = [], 0
+            batch, longest = [*batch, new], max(longest, len(new.ids))
 
 
-def document_logp(model: Model, step: list[Example]) -> Tensor:
-    """Log-probabilities (N,) of the step's document tokens alone, fp32, through the simulator's adapter."""
-    device = model.head.device
-    T = max(len(e.ids) for e in step)
-    ids = torch.tensor([e.ids + [0] * (T - len(e.ids)) for e in step], device=device)  # (B, T)
-    lengths = torch.tensor([len(e.ids) for e in step], device=device)  # (B,)
-    starts = torch.tensor([e.start for e in step], device=device)  # (B,)
-    at = torch.arange(T, device=device)
+def document_logps(model: Model, batch: list[Example], recompute: bool = False) -> Tensor:
+    """Log-probabilities (N,) of a batch's document tokens, fp32, differentiable in the simulator's adapter."""
+    T = max(len(e.ids) for e in batch)
+    ids = torch.tensor([e.ids + [0] * (T - len(e.ids)) for e in batch], device=model.device)  # (B, T)
+    lengths = torch.tensor([len(e.ids) for e in batch], device=model.device)  # (B,)
+    starts = torch.tensor([e.start for e in batch], device=model.device)  # (B,)
+    at = torch.arange(T, device=model.device)
     mask = (at >= starts[:, None]) & (at < lengths[:, None])  # (B, T)
-    h = model(ids, SIMULATOR, lengths)[:, :-1][mask[:, 1:]]  # (N, d)
+    h = model(ids, SIMULATOR, lengths, recompute=recompute)[:, :-1][mask[:, 1:]]  # (N, d)
     return linear_logp(h, model.head, ids[:, 1:][mask[:, 1:]])[0]
 
 
 @torch.no_grad()
 def held_out_loss(model: Model, examples: list[Example], tokens: int) -> float:
     """Mean negative log-probability of the document tokens of all examples, in nats."""
-    rows = max(1, tokens // max(len(e.ids) for e in examples))
-    parts = [document_logp(model, examples[i : i + rows]) for i in range(0, len(examples), rows)]
-    return -torch.cat(parts).mean().item()
+    size = max(1, tokens // max(len(e.ids) for e in examples))
+    logps = [document_logps(model, examples[i : i + size]) for i in range(0, len(examples), size)]
+    return -torch.cat(logps).mean().item()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """After `step` of `steps`: losses in nats a document token, `rate` in tokens a second, `left` in seconds."""
+    """After `step` of `steps`: losses in nats a document token, rate in tokens a second, seconds left."""
 
     step: int
     steps: int
     loss: float
-    held: float | None  # only where it was measured: every `every` steps, and at the end
+    held: float | None  # of the held-out rows, at the steps at which it was measured
     rate: float
     left: float
 
     def __str__(self):
         held = "" if self.held is None else f"   held-out {self.held:.3f}"
-        return (
-            f"sft {self.step:4d}/{self.steps}   loss {self.loss:.3f}{held}   "
-            f"{self.rate:,.0f} tokens/s   {self.left:.0f} s left"
-        )
+        pace = f"{self.rate:,.0f} tokens/s   {self.left:.0f} s left"
+        return f"sft {self.step:4d}/{self.steps}   loss {self.loss:.3f}{held}   {pace}"
+
+
+def adamw(model: Model) -> torch.optim.AdamW:
+    """The optimiser of the simulator's adapter. No weight decay: the adapter starts at the base, B = 0."""
+    return torch.optim.AdamW([model.adapter(SIMULATOR)], weight_decay=0.0)
 
 
 def sft(
@@ -371,21 +381,22 @@ def sft(
     tok: Tokenizer,
     words: SimWords,
     rows: list[dict],
-    steps: int = 1000,
-    lr: float = 1e-4,
+    steps: int,
+    lr: float,
     tokens: int = 4096,
     held: int = 64,
     every: int = 50,
     seed: int = 0,
+    recompute: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
-    first: int = 0,
+    done: int = 0,
 ) -> Iterator[Progress]:
-    """Fine-tune the simulator's adapter on rows: a generator that yields Progress after each step (iterate to run it).
+    """Fine-tune the simulator's adapter on rows: a generator of one Progress a step (iterate to run it).
 
-    AdamW on `model.adapter(SIMULATOR)` alone, lr falling linearly to 0, about `tokens` tokens a step, loss on the
-    documents and the end of the turn only. At most `held` rows, and a tenth, are held out; their loss is measured
-    after the first step, every `every` steps and at the end. All order comes from `seed`: with the adapter and
-    `optimizer` as they were after step `first`, the run goes on as if it had never stopped.
+    AdamW on `model.adapter(SIMULATOR)` alone, lr falling linearly to 0, about `tokens` tokens a step, loss on
+    the documents and the end of the turn. At most `held` rows, and at most a tenth, are held out; their loss
+    is measured after the first step, every `every` steps and at the end. All order comes from `seed`: with the
+    adapter and `optimizer` as they were after `done` steps, a run goes on as if it had never stopped.
     """
     rows = random.Random(seed).sample(rows, len(rows))
     held = min(held, len(rows) // 10)
@@ -394,25 +405,157 @@ def sft(
         return example(tok, words, row)
 
     exam = [encode(row) for row in rows[:held]]
-    adapter = model.adapter(SIMULATOR)
     optimizer = optimizer or adamw(model)
     began, seen = time.monotonic(), 0
-    for step, batch in zip(range(1, steps + 1), steps_of(rows[held:], encode, tokens, seed)):
-        if step <= first:
+    for step, batch in zip(range(1, steps + 1), batches(rows[held:], encode, tokens, seed)):
+        if step <= done:
             continue
         optimizer.param_groups[0]["lr"] = lr * (1 - (step - 1) / steps)
-        loss = -document_logp(model, batch).mean()
+        loss = -document_logps(model, batch, recompute).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([adapter], 1.0)
+        torch.nn.utils.clip_grad_norm_(model.adapter(SIMULATOR), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         seen += sum(len(e.ids) for e in batch)
-        measure = exam and (step in (1, steps) or step % every == 0)
-        known = held_out_loss(model, exam, tokens) if measure else None
+        measured = exam and (step in (1, steps) or step % every == 0)
+        exam_loss = held_out_loss(model, exam, tokens) if measured else None
         spent = time.monotonic() - began
-        yield Progress(step, steps, loss.item(), known, seen / spent, spent / (step - first) * (steps - step))
+        left = spent / (step - done) * (steps - step)
+        yield Progress(step, steps, loss.item(), exam_loss, seen / spent, left)
 
 
-def adamw(model: Model) -> torch.optim.AdamW:
-    """The optimiser of the simulator's adapter. No weight decay: B starts at 0, and 0 is the base."""
-    return torch.optim.AdamW([model.adapter(SIMULATOR)], weight_decay=0.0)
+# ----------------------------------------------------------------------------------------------- command line
+
+WORDS_FILE, STATE_FILE = "sim_prompt.json", "state.pt"
+
+
+def words_for(adapter: str | None, named: str | None) -> SimWords:
+    """The words that were named; else the ones that the adapter was trained on; else the prompted form."""
+    if named:
+        return load_words(named)
+    return load_words(Path(adapter) / WORDS_FILE) if adapter else PROMPTED_WORDS
+
+
+def load_body(args: argparse.Namespace) -> tuple[Model, Tokenizer]:
+    """The body and its tokenizer, where and as the flags say."""
+    where = models.resolve(args.sim)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = models.DTYPES[args.dtype or ("fp32" if device == "cpu" else "bf16")]
+    return models.load(where, dtype, device), Tokenizer.load(where)
+
+
+def save_run(out: Path, model: Model, words: SimWords, state: dict, base: str) -> None:
+    """Write the adapter, its words, and what it takes to go on: the state is whole whenever a run is cut."""
+    models.save_adapter(model, SIMULATOR, out, base)
+    save_words(words, out / WORDS_FILE)
+    torch.save(state, out / "state.tmp")
+    (out / "state.tmp").replace(out / STATE_FILE)
+
+
+def load_state(out: Path, flags: dict, resume: bool) -> dict | None:
+    """The state to go on from, None for a new run. Raises ValueError where `out` does not fit the flags."""
+    if not resume:
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty: choose another --out, or --resume the run in it")
+        return None
+    if not (out / STATE_FILE).exists():
+        raise ValueError(f"{out} holds no unfinished run to resume")
+    state = torch.load(out / STATE_FILE, weights_only=True)
+    changed = sorted(k for k in flags if flags[k] != state["flags"].get(k))
+    if changed:
+        raise ValueError(
+            f"{out} was begun with another --{changed[0].replace('_', '-')}: resume with the same"
+        )
+    return state
+
+
+def command_sft(args: argparse.Namespace) -> None:
+    """Fine-tune, show progress, save every --every steps and at the end."""
+    out, rows, words = Path(args.out), read_rows(args.rows), load_words(args.sim_prompt or "sft")
+    flags = {k: v for k, v in vars(args).items() if k not in ("run", "resume", "out", "device")}
+    state = load_state(out, flags, args.resume)
+    body, tok = load_body(args)
+    body.add_role(SIMULATOR, args.rank, args.alpha, args.seed)
+    optimizer = adamw(body)
+    if state:
+        body.adapter(SIMULATOR).data.copy_(state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+    print(f"{len(rows)} rows, {body.adapter(SIMULATOR).numel():,} parameters to train, {body.device}")
+    run = sft(
+        body, tok, words, rows, args.steps, args.lr, args.tokens, args.held, args.every, args.seed,
+        args.recompute, optimizer, state["step"] if state else 0,
+    )  # fmt: skip
+    for p in run:
+        if p.step % 10 == 0 or p.held is not None:
+            print(p, flush=True)
+        if p.step % args.every == 0 or p.step == args.steps:
+            adapter = body.adapter(SIMULATOR).detach()
+            now = {"step": p.step, "adapter": adapter, "optimizer": optimizer.state_dict(), "flags": flags}
+            save_run(out, body, words, now, args.sim)
+    (out / STATE_FILE).unlink()
+    print(f"saved to {out}")
+
+
+def side_by_side(left: str, right: str, width: int) -> str:
+    """Two texts in two columns of a terminal of `width` characters."""
+    half = (width - 3) // 2
+    columns = [[w for line in text.splitlines() for w in textwrap.wrap(line, half)] for text in (left, right)]
+    return "\n".join(f"{a:{half}} | {b}" for a, b in zip_longest(*columns, fillvalue=""))
+
+
+def command_write(args: argparse.Namespace) -> None:
+    """Print what the simulator writes for one query: useful on the left, noisy on the right."""
+    words = words_for(args.adapter, args.sim_prompt)
+    body, tok = load_body(args)
+    if args.adapter:
+        models.load_adapter(body, SIMULATOR, args.adapter)
+    query = Query(args.query, Question(args.question, (args.answer,)), (args.seed, 0, 0, 0, 0))
+    useful = Simulator(tok, words, 0.0, limit=args.limit, temperature=args.temperature)
+    noisy = replace(useful, p_noise=1.0)
+    longest = max(len(prompt(tok, words, query, n)) for n in (False, True))
+    engine = Engine({SIMULATOR: body}, tok, seats=2, capacity=longest + args.limit)
+    left, right = engine.run([useful(query), noisy(query)])
+    width = shutil.get_terminal_size().columns
+    print(side_by_side(f"USEFUL\n{left.text}", f"NOISY\n{right.text}", width))
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    verbs = p.add_subparsers(required=True, metavar="sft | write")
+    a = verbs.add_parser("sft", help="fine-tune an adapter that writes useful or noisy documents, as asked")
+    a.add_argument("--rows", required=True, help="JSON lines: query, question, answer, documents, quality")
+    a.add_argument("--out", required=True, help="directory for the adapter (PEFT format) and its words")
+    a.add_argument("--steps", type=int, default=1000, help="as in the paper")
+    a.add_argument("--lr", type=float, default=1e-4, help="at the start; falls linearly to 0")
+    a.add_argument("--tokens", type=int, default=4096, help="a step, padding included")
+    a.add_argument("--rank", type=int, default=16, help="of the LoRA matrices")
+    a.add_argument("--alpha", type=float, default=32.0, help="LoRA scale times rank")
+    a.add_argument("--held", type=int, default=64, help="rows held out (at most a tenth)")
+    a.add_argument("--every", type=int, default=50, help="steps between held-out losses, and between saves")
+    a.add_argument("--recompute", action="store_true", help="less memory, a third more time")
+    a.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
+    a.set_defaults(run=command_sft)
+    w = verbs.add_parser(
+        "write", help="what the simulator writes for one query, useful and noisy side by side"
+    )
+    w.add_argument("--adapter", help="directory of a fine-tuned simulator; without it the body as it is")
+    w.add_argument("--query", required=True, help="what the policy would search for")
+    w.add_argument("--question", required=True, help="what it wants to answer")
+    w.add_argument("--answer", required=True, help="the golden answer")
+    w.add_argument("--limit", type=int, default=600, help="most tokens of an output")
+    w.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    w.set_defaults(run=command_write)
+    for verb in (a, w):
+        verb.add_argument(
+            "--sim", required=True, help=f"{' '.join(models.PRESETS)}, a directory, or a hub id"
+        )
+        verb.add_argument("--sim-prompt", help="sft, prompted, or a JSON file: system, useful, noisy, count")
+        verb.add_argument("--seed", type=int, default=0, help="of the adapter, the order, the sampling")
+        verb.add_argument("--dtype", choices=models.DTYPES, help="of the body (bf16 on a GPU, else fp32)")
+        verb.add_argument("--device", help="cuda where there is one, else cpu")
+    args = p.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    models.command_line(main)
