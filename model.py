@@ -1,4 +1,4 @@
-"""The network: a decoder of the Llama / Qwen families, its seat cache, its LoRA roles and its weights on disk.
+"""The network: a decoder of the Llama / Qwen families, its seat cache, its LoRA roles, its weights on disk.
 
 One frozen body plays three roles. A role is an index: 0 is the reference (no adapter), 1 the policy,
 2 the simulator. A forward pass takes one role for all rows (training) or one per row (decoding), so that a
@@ -57,15 +57,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Keys of a config.json that change nothing in the forward pass.
 INERT = """
-    architectures attention_dropout bos_token_id eos_token_id pad_token_id initializer_range model_type torch_dtype
-    dtype transformers_version use_cache max_window_layers sliding_window pretraining_tp is_llama_config
-    name_or_path id2label label2id problem_type output_attentions output_hidden_states return_dict use_bfloat16
-    is_encoder_decoder chunk_size_feed_forward transformers.js_config unsloth_fixed unsloth_version tokenizer_class
+    architectures attention_dropout bos_token_id eos_token_id pad_token_id initializer_range model_type
+    torch_dtype dtype transformers_version use_cache max_window_layers sliding_window pretraining_tp
+    is_llama_config name_or_path id2label label2id problem_type output_attentions output_hidden_states
+    return_dict use_bfloat16 is_encoder_decoder chunk_size_feed_forward transformers.js_config
+    unsloth_fixed unsloth_version tokenizer_class
 """
 READ = """
-    vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
-    rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings tie_word_embeddings hidden_act
-    attention_bias mlp_bias use_sliding_window layer_types rope_interleaved
+    vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    intermediate_size rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings tie_word_embeddings
+    hidden_act attention_bias mlp_bias use_sliding_window layer_types rope_interleaved
 """
 KNOWN = set((INERT + READ).split())
 
@@ -325,8 +326,9 @@ class Model(nn.Module):
     ) -> Tensor:
         """ids (B, T) -> hidden states (B, T, d) after the final norm.
 
-        role: one for all rows, or (B,) one a row (needs `lora` from `stacked`). lengths (B,): of right-padded rows.
-        window: where given, row b's tokens follow the window.start[b] tokens in the cache, and are added to it.
+        role: one for all rows, or (B,) one a row (needs `lora` from `rows_of`).
+        lengths (B,): of right-padded rows.
+        window: where given, row b's tokens follow the window.start[b] tokens in the cache and join them there.
         recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
         """
         updates = lora if lora is not None else self.updates(role)
@@ -424,7 +426,7 @@ def rows_of(stack: list[tuple[Tensor, Tensor, Tensor]], role: Tensor | int) -> l
 
 @dataclass
 class Adapter:
-    """One role's LoRA matrices in one flat fp32 vector: an optimiser step is one operation, a checkpoint one tensor.
+    """One role's LoRA matrices in one flat fp32 vector: one operation to step, one tensor to save.
 
     A Linear of several parts has for each part its own A (rank, d_in) and B (part, rank), as in PEFT. Side by
     side the As are one matrix; the Bs make a block-diagonal one, so that every Linear needs two thin matmuls

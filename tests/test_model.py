@@ -1,0 +1,243 @@
+"""The network against transformers and peft, which are the oracles, on small random checkpoints of each family."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+import model as M
+from model import POLICY, REFERENCE, SIMULATOR
+
+SMALL = dict(
+    vocab_size=211,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.2,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+    rope_theta=500.0,
+)
+FAMILIES = {
+    "qwen2": lambda: Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen2-untied": lambda: Qwen2Config(**SMALL, tie_word_embeddings=False),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
+    "llama3-untied": lambda: LlamaConfig(**SMALL, rope_parameters=LLAMA3, tie_word_embeddings=False),
+    "llama-linear": lambda: LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    ),
+}
+
+
+def checkpoint(tmp_path, family, dtype=torch.float32, **save):
+    """A random checkpoint of a family on disk, and transformers' model of it."""
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype).eval()
+    for name, p in theirs.named_parameters():  # biases and norms are not trivial, as in a real checkpoint
+        if p.dim() == 1:
+            p.data += torch.randn_like(p) * 0.2
+    theirs.save_pretrained(tmp_path, **save)
+    return theirs
+
+
+def ids(*shape, seed=1):
+    return torch.randint(0, 211, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(tmp_path, family):
+    """A wrong rotary frequency, bias, norm, head or GQA grouping would move the logits."""
+    theirs = checkpoint(tmp_path, family)
+    mine, x = M.load(tmp_path), ids(3, 37)
+    with torch.no_grad():
+        got, want = mine.logits(mine(x, REFERENCE)), theirs(x).logits
+    assert (got - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama3-untied"])
+def test_greedy_continuations_equal_transformers(tmp_path, family):
+    """Decoding through the cache would drift from transformers' if a position or a cached key were off by one."""
+    theirs = checkpoint(tmp_path, family)
+    mine, x = M.load(tmp_path), ids(2, 9)
+    want = theirs.generate(x, max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None)[:, 9:]
+    cache = M.Cache(mine.config, 2, 64, torch.float32, "cpu")
+    got, new, length = [], x, 0
+    for _ in range(24):
+        start, lens = torch.full((2,), length), torch.full((2,), new.size(1))
+        with torch.no_grad():
+            h = mine(new, REFERENCE, window=cache.window(slice(0, 2), 64, start, lens))
+        length += new.size(1)
+        new = mine.logits(h[:, -1:]).argmax(-1)
+        got.append(new)
+    assert torch.equal(torch.cat(got, 1), want)
+
+
+def test_bf16_and_shards(tmp_path):
+    """A sharded bf16 checkpoint must load whole; rounding differently from Llama's would show in the logits."""
+    theirs = checkpoint(tmp_path, "qwen2-untied", torch.bfloat16, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    mine, x = M.load(tmp_path, torch.bfloat16), ids(2, 20)
+    with torch.no_grad():
+        got, want = mine.logits(mine(x, REFERENCE)).float(), theirs(x).logits.float()
+    assert (got - want).norm() / want.norm() < 0.02
+    up = M.load(tmp_path, torch.float32)
+    with torch.no_grad():
+        assert (up.logits(up(x, REFERENCE)) - theirs.float()(x).logits).abs().max() < 1e-4
+
+
+def trained(mine, role, seed=3, rank=4):
+    """Give a role an adapter that does something."""
+    mine.add_role(role, rank=rank, alpha=8)
+    with torch.no_grad():
+        mine.adapter(role).add_(
+            torch.randn(mine.adapter(role).shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+        )
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3-untied"])
+def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family):
+    """Ragged rows in the cache, rows of different roles, and stale keys of earlier tenants must change nothing."""
+    checkpoint(tmp_path, family)
+    mine = M.load(tmp_path)
+    trained(mine, POLICY, 3), trained(mine, SIMULATOR, 4, rank=6)
+    lengths, roles = [17, 23, 5, 30], torch.tensor([POLICY, SIMULATOR, REFERENCE, POLICY])
+    x = ids(4, 30)
+    with torch.no_grad():
+        full = [mine(x[b : b + 1, :n], int(roles[b]))[0] for b, n in enumerate(lengths)]
+        cache = M.Cache(mine.config, 6, 40, torch.float32, "cpu")
+        cache.k.normal_(), cache.v.normal_()  # what earlier tenants left
+        stack, held = mine.stacked(), torch.zeros(4, dtype=torch.long)
+        out = [[] for _ in lengths]
+        for news in ([8, 3, 1, 20], [1, 1, 1, 1], [8, 19, 3, 9]):
+            news = torch.tensor(news)
+            block = torch.zeros(4, int(news.max()), dtype=torch.long)
+            for b in range(4):
+                block[b, : news[b]] = x[b, held[b] : held[b] + news[b]]
+            window = cache.window(slice(1, 5), 40, held, news)
+            h = mine(block, roles, window=window, lora=M.rows_of(stack, roles))
+            for b in range(4):
+                out[b].append(h[b, : news[b]])
+            held = held + news
+    for want, got in zip(full, out):
+        assert (torch.cat(got) - want).abs().max() < 1e-4
+
+
+def test_padding_and_other_rows_change_nothing(tmp_path):
+    """A right-padded row must give what it gives alone, whatever stands in its padding."""
+    checkpoint(tmp_path, "qwen2")
+    mine = M.load(tmp_path)
+    x, lengths = ids(2, 12), torch.tensor([12, 7])
+    y = x.clone()
+    y[1, 7:] = 5
+    with torch.no_grad():
+        a, b = mine(x, REFERENCE, lengths), mine(y, REFERENCE, lengths)
+        alone = mine(x[1:, :7], REFERENCE)
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1, :7], b[1, :7])
+    assert (a[1:, :7] - alone).abs().max() < 1e-5
+
+
+def test_a_fresh_role_is_the_base(tmp_path):
+    """A new adapter that moved the output would make the first step's KL and ratio wrong."""
+    checkpoint(tmp_path, "qwen2")
+    mine = M.load(tmp_path)
+    mine.add_role(POLICY)
+    assert torch.equal(mine(ids(2, 9), POLICY), mine(ids(2, 9), REFERENCE))
+
+
+def test_only_the_adapter_gets_a_gradient(tmp_path):
+    """Training must touch the role's vector, nothing else; and recomputation must give the same gradient."""
+    checkpoint(tmp_path, "qwen2")
+    mine = M.load(tmp_path)
+    trained(mine, POLICY), trained(mine, SIMULATOR)
+    grads = []
+    for recompute in (False, True):
+        mine(ids(2, 9), POLICY, recompute=recompute).square().sum().backward()
+        grads.append(mine.adapter(POLICY).grad.clone())
+        mine.adapter(POLICY).grad = None
+    assert grads[0].abs().sum() > 0 and torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+    assert mine.adapter(SIMULATOR).grad is None and all(p.grad is None for p in mine.parameters())
+
+
+def test_peft_reads_ours_and_we_read_theirs(tmp_path):
+    """An adapter that peft or vLLM loads differently would not be the policy that was trained."""
+    peft = pytest.importorskip("peft")
+    theirs = checkpoint(tmp_path / "base", "qwen2")
+    mine, x = M.load(tmp_path / "base"), ids(2, 15)
+    trained(mine, POLICY)
+    M.save_adapter(mine, POLICY, tmp_path / "adapter")
+    with_ours = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    with torch.no_grad():
+        got, want = mine.logits(mine(x, POLICY)), with_ours(x).logits
+    assert (got - want).abs().max() < 1e-4
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj"])
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    new = peft.get_peft_model(fresh, config)
+    for name, p in new.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.1)
+    new.save_pretrained(tmp_path / "new")
+    M.load_adapter(mine, SIMULATOR, tmp_path / "new")
+    with torch.no_grad():
+        got, want = mine.logits(mine(x, SIMULATOR)), new(x).logits
+    assert (got - want).abs().max() < 1e-4
+
+
+def test_save_and_load_round_trip(tmp_path):
+    """A body written by save_model must be an ordinary checkpoint for transformers too."""
+    checkpoint(tmp_path / "a", "qwen2")
+    mine, x = M.load(tmp_path / "a"), ids(1, 9)
+    M.save_model(mine, tmp_path / "b")
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(tmp_path / "b")(x).logits
+        assert (mine.logits(mine(x, REFERENCE)) - want).abs().max() < 1e-4
+
+
+def edit(path, **changes):
+    c = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(c | changes))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(model_type="mamba"), "mamba"),
+        (dict(hidden_act="gelu"), "gelu"),
+        (dict(use_sliding_window=True), "use_sliding_window"),
+        (dict(rope_parameters=None, rope_scaling={"rope_type": "yarn", "factor": 4}), "yarn"),
+        (dict(quantization_config={"bits": 4}), "quantization_config"),
+        (dict(num_hidden_layers=4), "missing"),
+        (dict(num_hidden_layers=2), "unexpected tensor"),
+        (dict(intermediate_size=96), "implies"),
+    ],
+)
+def test_what_it_does_not_know_is_a_clear_error(tmp_path, change, words):
+    """A guess at an unknown option would load a model that is silently wrong."""
+    checkpoint(tmp_path, "qwen2")
+    edit(tmp_path, **change)
+    with pytest.raises(ValueError, match=words):
+        M.load(tmp_path)
+
+
+def test_missing_and_corrupt_files(tmp_path):
+    """A broken download must end in one line that names the file."""
+    with pytest.raises(ValueError, match="preset"):
+        M.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="preset"):
+        M.load("4b")
+    checkpoint(tmp_path, "qwen2")
+    good = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(good[: len(good) // 2])
+    with pytest.raises(ValueError, match="corrupt"):
+        M.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        M.load(tmp_path)
