@@ -1,7 +1,13 @@
 """The kernels: pure tensor functions, each with its torch reference. They know nothing of the project.
 
-One file a kernel, each a ladder: derivation, torch reference, Triton kernel, wrapper. The signature is the same on every
-device; on a CPU the reference is what runs, so the reference is written to be fast as well as plain.
+One file a kernel, each a ladder: derivation, torch reference, Triton kernel, wrapper, benchmark. The
+signature is the same on every device; on a CPU the reference is what runs, so it is written to be fast as
+well as plain. Which of the two runs is chosen once: Triton for tensors on a GPU (CUDA or ROCm), else the
+reference; KERNELS=torch or triton overrides (triton on a CPU needs TRITON_INTERPRET=1). How a kernel file
+plugs in stands at the top of launch.py. `python -m kernels` lists them, tests them and measures them.
+
+`kernels` is also the name of a Hugging Face library that transformers looks for, and it finds this package
+when run from here: hence no `__version__`, and nothing on import that takes long.
 """
 
 from .attention import attention

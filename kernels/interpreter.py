@@ -1,0 +1,322 @@
+"""Triton's interpreter, mended until it can be believed: kernels on CPU tensors, for tests.
+
+Not a simulator of a GPU: no timing, no warps, no registers (compile_check.py has those). launch.py installs
+it when TRITON_INTERPRET=1. What the stock interpreter (3.6, 3.7) gets wrong, and what happens here instead:
+
+* bf16. Stock: a bf16 is a uint16, and arithmetic is integer arithmetic on it; casts truncate.
+  Here every operation widens to fp32 and rounds back to the nearest, ties to even.
+* tf32. Stock: ignored. Here fp32 operands of a dot lose 13 bits unless it has input_precision="ieee".
+* Lanes that a mask turns off and no `other=` fills. Stock: 0. Here NaN (huge, for integers): nothing may rely
+  on them. tl.max and tl.min pass a NaN on, so that it cannot hide there.
+* Addresses. Stock: anything goes, up to a crash. Here each must lie within some tensor argument.
+* Races. Here an address that one program writes may be neither read nor written by another in the same
+  launch, and the lanes of one store must differ. `program_order` chooses the order of the programs besides.
+* Dots over fewer than 16 columns. Stock: accepted. Here refused, as by a GPU. Atomics are refused too: their
+  results would depend on the order of the programs.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter as stock
+
+ORDERS = ("forward", "reverse", "shuffled")
+MANY = -1  # an address read by more than one program
+TRUNCATE = stock._ir.ROUNDING_MODE.RTZ
+Builder, Handle = stock.InterpreterBuilder, stock.TensorHandle
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bf16 bit patterns (uint16) -> the same numbers in fp32."""
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(x: np.ndarray) -> np.ndarray:
+    """fp32 -> bf16 bit patterns (uint16), to the nearest, ties to even; any NaN becomes the quiet one."""
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    bits = x.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    return ((x.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
+
+
+def _is_bf16(h: Handle) -> bool:
+    return h.dtype.scalar == tl.bfloat16
+
+
+def _values(h: Handle) -> np.ndarray:
+    return widen(h.data) if _is_bf16(h) else h.data
+
+
+class Memory:
+    """What one launch may touch, and which of its programs touched what."""
+
+    def __init__(self) -> None:
+        self.extents: list[tuple[int, int]] = []  # addresses from, to: one a tensor argument
+        self.storages: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}  # base: size, writers, readers
+
+    def add(self, tensor) -> None:
+        if tensor.numel() == 0:
+            return
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        start = tensor.data_ptr()
+        self.extents.append((start, start + (last + 1) * tensor.element_size()))
+        base, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        if base not in self.storages:
+            self.storages[base] = (size, np.zeros(size, np.int32), np.zeros(size, np.int32))
+
+    def touch(self, at: np.ndarray, width: int, program: int, store: bool) -> None:
+        """at (n,) addresses of elements of `width` bytes that a program (counted from 1) loads or stores."""
+        inside = np.zeros(at.shape, bool)
+        for low, high in self.extents:
+            inside |= (at >= low) & (at + width <= high)
+        if not inside.all():
+            what = "store" if store else "load"
+            raise IndexError(f"{what}: {(~inside).sum()} of {at.size} lanes outside every tensor argument")
+        if store and np.unique(at).size != at.size:
+            raise RuntimeError("race: two lanes of one store have the same address")
+        for base, (size, writer, reader) in self.storages.items():
+            here = at[(at >= base) & (at < base + size)] - base
+            if here.size:
+                self._own(here, writer, reader, program, store)
+
+    def _own(self, here, writer, reader, program: int, store: bool) -> None:
+        w, r = writer[here], reader[here]
+        if ((w != 0) & (w != program)).any() or (store and ((r != 0) & (r != program)).any()):
+            raise RuntimeError("race: two programs share an address, and one of them writes it")
+        if store:
+            writer[here] = program
+        else:
+            reader[here] = np.where((r == 0) | (r == program), program, MANY)
+
+
+_memory = Memory()
+_order = ["forward"]
+
+
+@contextmanager
+def program_order(order: str) -> Iterator[None]:
+    """Programs of a launch run 'forward', 'reverse' or 'shuffled' inside. A right kernel cannot tell."""
+    if order not in ORDERS:
+        raise ValueError(f"program order {order}: must be one of {', '.join(ORDERS)}")
+    _order.append(order)
+    try:
+        yield
+    finally:
+        _order.pop()
+
+
+def _lanes(pointers: Handle, mask) -> np.ndarray:
+    on = np.broadcast_to(mask, pointers.data.shape)
+    return pointers.data[on].astype(np.int64).ravel()
+
+
+def _poison(dtype, shape) -> Handle:
+    kind = stock._get_np_dtype(dtype)
+    if dtype == tl.bfloat16:
+        return Handle(np.full(shape, 0x7FC0, kind), dtype)
+    if dtype.is_floating():
+        return Handle(np.full(shape, np.nan, kind), dtype)
+    return Handle(np.full(shape, True if kind == np.bool_ else np.iinfo(kind).max // 3, kind), dtype)
+
+
+_BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift}
+
+
+class Mended(Builder):
+    """The methods that replace the stock builder's; `install` copies them over it."""
+
+    def create_masked_load(self, pointers, mask, other, *rest, **named):
+        mask = mask if isinstance(mask, Handle) else Handle(mask, tl.int1)
+        dtype = pointers.get_element_ty()
+        _memory.touch(_lanes(pointers, mask.data), stock._get_np_dtype(dtype).itemsize, self.program, False)
+        if other is None:
+            other = _poison(dtype, pointers.data.shape)
+        return _was["create_masked_load"](self, pointers, mask, other, *rest, **named)
+
+    def create_masked_store(self, pointers, value, mask, *rest, **named):
+        mask = mask if isinstance(mask, Handle) else Handle(mask, tl.int1)
+        width = stock._get_np_dtype(pointers.get_element_ty()).itemsize
+        _memory.touch(_lanes(pointers, mask.data), width, self.program, True)
+        return _was["create_masked_store"](self, pointers, value, mask, *rest, **named)
+
+    def create_atomic_rmw(self, *args):
+        raise NotImplementedError("atomics: results would depend on the order of the programs")
+
+    create_atomic_cas = create_atomic_rmw
+
+    def set_grid_dim(self, *grid):
+        _was["set_grid_dim"](self, *grid)
+        self.walk = list(range(int(np.prod(grid))))
+        if _order[-1] == "reverse":
+            self.walk.reverse()
+        if _order[-1] == "shuffled":
+            random.Random(0).shuffle(self.walk)
+
+    def set_grid_idx(self, x, y, z):
+        _, ny, nz = self.grid_dim
+        i = self.walk[(x * ny + y) * nz + z]
+        self.program = i + 1
+        _was["set_grid_idx"](self, i // (ny * nz), i // nz % ny, i % nz)
+
+    def get_bf16(self, value):
+        return Handle(narrow(np.array([value], np.float32)), tl.bfloat16)
+
+    def binary_op(self, a, b, op):
+        if op in _BITWISE or not (_is_bf16(a) or _is_bf16(b)):
+            return _was["binary_op"](self, a, b, op)
+        out = op(_values(a), _values(b))
+        return Handle(out, tl.int1) if out.dtype == np.bool_ else Handle(narrow(out), tl.bfloat16)
+
+    def unary_op(self, a, op):
+        return Handle(narrow(op(_values(a))), tl.bfloat16) if _is_bf16(a) else _was["unary_op"](self, a, op)
+
+    def ternary_op(self, a, b, c, op):
+        if op is not np.clip or not _is_bf16(a):
+            return _was["ternary_op"](self, a, b, c, op)
+        return Handle(narrow(op(_values(a), _values(b), _values(c))), tl.bfloat16)
+
+    def create_fma(self, x, y, z):
+        out = _values(x) * _values(y) + _values(z)
+        return Handle(narrow(out) if _is_bf16(z) else out, z.dtype.scalar)
+
+    def cast_impl(self, a, to):
+        if to.scalar == tl.bfloat16:
+            return Handle(narrow(_values(a).astype(np.float32)), tl.bfloat16)
+        return Handle(_values(a).astype(stock._get_np_dtype(to)), to.scalar)
+
+    def create_fp_to_fp(self, a, to, rounding):
+        if rounding == TRUNCATE or 8 in (a.dtype.primitive_bitwidth, to.primitive_bitwidth):
+            return _was["create_fp_to_fp"](self, a, to, rounding)
+        return self.cast_impl(a, to)
+
+    def create_dot(self, a, b, acc, precision, _):
+        x, y = _values(a), _values(b)
+        if x.shape[-1] < 16:
+            raise ValueError(f"tl.dot over K = {x.shape[-1]}: a GPU wants 16 or more")
+        if x.dtype == np.float32 and a.dtype == tl.float32 and precision == stock._ir.INPUT_PRECISION.TF32:
+            x, y = _tf32(x), _tf32(y)
+        wide = np.float64 if acc.dtype.scalar == tl.float64 else np.float32
+        out = np.matmul(x.astype(wide), y.astype(wide)) + _values(acc)
+        return Handle(narrow(out) if _is_bf16(acc) else out.astype(acc.data.dtype), acc.dtype.scalar)
+
+
+_was = {name: getattr(Builder, name) for name in vars(Mended) if hasattr(Builder, name)}
+
+
+def _tensor(values: np.ndarray, dtype) -> tl.core.tensor:
+    kind = tl.block_type(dtype, list(values.shape)) if values.shape else dtype
+    return tl.core.tensor(Handle(np.atleast_1d(values), dtype), kind)
+
+
+def _through_fp32(apply):
+    """Reductions and scans of bf16 run in fp32 and are rounded once, at the end."""
+
+    def mended(self, inputs):
+        narrowed = [t.dtype == tl.bfloat16 for t in inputs]
+        if not any(narrowed):
+            return apply(self, inputs)
+        wide = tuple(_tensor(widen(t.handle.data), tl.float32) if n else t for t, n in zip(inputs, narrowed))
+        out = apply(self, wide)
+        many = isinstance(out, list | tuple)
+        outs = [_narrowed(t) if t.dtype == tl.float32 else t for t in (out if many else [out])]
+        return tuple(outs) if many else outs[0]
+
+    return mended
+
+
+def _narrowed(t):
+    bits = narrow(t.handle.data)
+    return (
+        _tensor(bits, tl.bfloat16)
+        if t.type.is_block()
+        else tl.core.tensor(Handle(bits, tl.bfloat16), tl.bfloat16)
+    )
+
+
+def _nan_passes(min_max):
+    """np.nanmax ignores a NaN, so would hide the poison of a masked lane."""
+    loud = {np.nanmax: np.max, np.nanmin: np.min}
+
+    def mended(self, inputs, val_reduce_op, idx_reduce_op=None):
+        return min_max(self, inputs, loud.get(val_reduce_op, val_reduce_op), idx_reduce_op)
+
+    return mended
+
+
+def _remember_memory(prepare):
+    """At each launch: forget the last one, note every tensor argument of this one."""
+
+    def mended(self, args, named):
+        _memory.__init__()
+        for a in (*args, *named.values()):
+            if hasattr(a, "data_ptr"):
+                _memory.add(stock._unwrap_tensor(a))
+        return prepare(self, args, named)
+
+    return mended
+
+
+def _mend_speed() -> None:
+    """Stock patches all of tl anew in each call of a helper like tl.sum; once a launch is 1.7x faster."""
+    patch, launch = stock._patch_lang, stock.GridExecutor.__call__
+    patched: dict[int, object] = {}
+
+    def patch_once(fn):
+        key = id(fn.__globals__)
+        if key not in patched:
+            patched[key] = patch(fn)
+        return patched[key]
+
+    @wraps(launch)
+    def launch_and_restore(self, *args, **named):
+        try:
+            with np.errstate(all="ignore"):
+                return launch(self, *args, **named)
+        finally:
+            for scope in reversed(list(patched.values())):
+                scope.restore()
+            patched.clear()
+
+    def call(self, *args, **named):
+        patch_once(self.fn)
+        return self.rewrite()(*args, **named)
+
+    stock._patch_lang, stock.GridExecutor.__call__ = patch_once, launch_and_restore
+    stock.InterpretedFunction.__call__ = call
+
+
+def _mend_index() -> None:
+    """Triton 3.6 with NumPy >= 2.4 fails in `for i in range(tensor)`: int() of an array of one element."""
+    patch = stock._patch_lang_tensor
+
+    def mended(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.ravel()[0]))
+
+    stock._patch_lang_tensor = mended
+
+
+def install() -> None:
+    """Mend this process's interpreter. RuntimeError if TRITON_INTERPRET=1 came after `import triton`."""
+    if not isinstance(tl.zeros, stock.InterpretedFunction):
+        raise RuntimeError("TRITON_INTERPRET=1 came after `import triton`: set it in the environment")
+    if not triton.knobs.runtime.interpret or Builder.create_dot is Mended.create_dot:
+        return
+    for name in vars(Mended):
+        if not name.startswith("__"):
+            setattr(Builder, name, getattr(Mended, name))
+    stock.ReduceOps.apply_impl = _through_fp32(stock.ReduceOps.apply_impl)
+    stock.ScanOps.apply_impl = _through_fp32(stock.ScanOps.apply_impl)
+    stock.ReduceOps.min_max = _nan_passes(stock.ReduceOps.min_max)
+    stock.GridExecutor._init_args_hst = _remember_memory(stock.GridExecutor._init_args_hst)
+    _mend_speed()
+    _mend_index()

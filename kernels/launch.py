@@ -1,0 +1,124 @@
+"""What every kernel file needs before it can launch: Triton if it is there, the processor, and the choice.
+
+Not a framework: a kernel file is an ordinary module that takes these few names.
+
+    from .launch import Target, check, choose, target, tl, triton
+
+    @triton.jit                                  # on a machine without Triton this leaves the function alone
+    def _kernel(p_x, n, BLOCK: tl.constexpr): ...
+
+    def config(d: int, t: Target) -> dict: ...   # block sizes, num_warps, num_stages: a plain function
+    def thing_torch(x): ...                      # the reference: any device, any floating type, autograd
+    def thing_triton(x): ...                     # checks what it is given; launches with config(d, target())
+    thing = choose(thing_torch, thing_triton)    # what kernels/__init__.py exports
+
+    def cases(m: Model, device): ...             # yields measure.Case: for compile_check and benchmark alike
+    if __name__ == "__main__":
+        measure.main("thing")                    # python -m kernels.thing
+
+With TRITON_INTERPRET=1 the kernels run on CPU tensors, under the repaired interpreter of interpreter.py.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, wraps
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import torch
+
+HAVE_TRITON = find_spec("triton") is not None
+INTERPRET = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes", "y"}
+FORCED = os.environ.get("KERNELS", "")
+
+if HAVE_TRITON:
+    import triton
+    import triton.language as tl
+else:  # macOS, Windows: enough of a stand-in to define the kernels, which are then never launched
+    triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
+
+if INTERPRET:
+    from . import interpreter
+
+    interpreter.install()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A processor, as far as choosing a configuration needs it. `shared`: bytes that one block may take."""
+
+    name: str
+    processors: int
+    shared: int
+
+    @property
+    def hip(self) -> bool:
+        return self.name.startswith("gfx")
+
+    @property
+    def arch(self) -> int:
+        """80 for sm_80; 0 for AMD, so that `arch >= 90` asks for an NVIDIA feature."""
+        return 0 if self.hip else int(self.name.removeprefix("sm_"))
+
+
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("sm_80", 108, 166912),  # A100
+        Target("sm_86", 82, 101376),  # RTX 3090, A10
+        Target("sm_89", 128, 101376),  # RTX 4090, L4
+        Target("sm_90", 132, 232448),  # H100
+        Target("sm_100", 148, 232448),  # B200
+        Target("sm_120", 170, 101376),  # RTX 5090
+        Target("gfx942", 304, 65536),  # MI300X
+    )
+}
+_pretended: ContextVar[Target | None] = ContextVar("pretended", default=None)
+
+
+@cache
+def _present() -> Target:
+    if not torch.cuda.is_available():
+        return TARGETS["sm_90"]
+    p = torch.cuda.get_device_properties(0)
+    name = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
+    shared = 65536 if torch.version.hip else p.shared_memory_per_block_optin
+    return Target(name, p.multi_processor_count, shared)
+
+
+def target() -> Target:
+    """The GPU here; or the one pretended; or, where there is none (under the interpreter), an H100."""
+    return _pretended.get() or _present()
+
+
+@contextmanager
+def pretend(t: Target) -> Iterator[None]:
+    """Configurations are chosen for `t` inside: to compile or interpret for a GPU that is not here."""
+    token = _pretended.set(t)
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
+def check(ok: bool, complaint: str) -> None:
+    """ValueError(complaint) unless ok: for the shapes, strides and types that a wrapper accepts."""
+    if not ok:
+        raise ValueError(complaint)
+
+
+def choose(reference: Callable, kernel: Callable) -> Callable:
+    """The public function: the kernel if the tensors are on a GPU, else the reference; KERNELS overrides."""
+    check(FORCED in {"", "torch", "triton"}, f"KERNELS={FORCED}: must be torch or triton, or not set")
+    check(FORCED != "triton" or HAVE_TRITON, "KERNELS=triton needs the package: pip install triton")
+    if FORCED or not HAVE_TRITON:
+        return kernel if FORCED == "triton" else reference
+
+    @wraps(reference)
+    def chosen(x, *args, **kwargs):
+        return (kernel if x.is_cuda else reference)(x, *args, **kwargs)
+
+    return chosen

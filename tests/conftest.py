@@ -1,0 +1,41 @@
+"""Shared by all tests. Kernel tests run on the GPU if there is one, else under the interpreter.
+
+One process cannot both interpret and compile: test_compile_check.py compiles in subprocesses.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernel tests put their tensors. Skips them where triton is not installed (macOS, Windows)."""
+    pytest.importorskip("triton")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["forward", "reverse", "shuffled"])
+def program_order(request, device):
+    """The test runs once in each order of the programs of a launch (a GPU has its own)."""
+    if device == "cuda":
+        if request.param != "forward":
+            pytest.skip("a GPU chooses the order itself")
+        yield
+        return
+    from kernels import interpreter
+
+    with interpreter.program_order(request.param):
+        yield
+
+
+@pytest.fixture
+def filled_with_nan():
+    """torch.empty gives NaN, so that an output that no program wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
