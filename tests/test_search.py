@@ -1,0 +1,175 @@
+"""BM25 against an obvious, slow implementation; corpora, whole and broken; the engines by name."""
+
+import gzip
+import json
+import math
+import random
+import re
+
+import pytest
+
+import search
+from rollout import Documents, Query, Question
+from search import BM25, open_search, tokenise
+
+PEOPLE = [
+    ("Ada Lovelace", "Ada Lovelace wrote the first program, for the Analytical Engine."),
+    ("Charles Babbage", "Charles Babbage designed the Analytical Engine and never built it."),
+    ("Zoë Ångström", "Zoë of Łódź played the naïve café owner."),
+]
+
+
+def slow_scores(passages, query, k1=1.2, b=0.75):
+    """The formula, word by word and passage by passage, on lists."""
+    split = [re.findall(r"[a-z0-9]+", f"{title} {text}".lower()) for title, text in passages]
+    mean = sum(map(len, split)) / len(split)
+    total = [0.0] * len(split)
+    for word in re.findall(r"[a-z0-9]+", query.lower()):
+        n = sum(word in words for words in split)
+        idf = math.log(1 + (len(split) - n + 0.5) / (n + 0.5))
+        for i, words in enumerate(split):
+            f = words.count(word)
+            total[i] += idf * f * (k1 + 1) / (f + k1 * (1 - b + b * len(words) / mean))
+    return total
+
+
+def random_corpus(rng, size):
+    words = [f"w{i}" for i in range(30)]
+    return [
+        (rng.choice(words), " ".join(rng.choices(words, k=rng.randrange(12)))) for _ in range(size)
+    ]  # short and few words: repeated words, empty texts and equal scores all happen
+
+
+def test_bm25_equals_the_slow_formula():
+    """An error in the postings' order, a count, a length or the idf would show in one of 400 rankings."""
+    rng = random.Random(0)
+    for _ in range(40):
+        passages = random_corpus(rng, rng.randrange(1, 60))
+        index = BM25(passages)
+        for _ in range(10):
+            query = " ".join(
+                rng.choices([f"w{i}" for i in range(35)], k=rng.randrange(5))
+            )  # five are unknown
+            want = slow_scores(passages, query)
+            assert index.scores(query).tolist() == pytest.approx(want)
+            count = rng.randrange(1, 12)
+            # scores that differ only by rounding tie: the order is the corpus's
+            ranked = sorted((i for i in range(len(want)) if want[i]), key=lambda i: (-round(want[i], 9), i))
+            assert index.top(query, count) == ranked[:count]
+
+
+def test_ties_are_broken_by_the_order_of_the_corpus():
+    """An unstable sort, or a cut among equals before the sort, would make two runs differ."""
+    index = BM25([("Title", "one two three")] * 50 + [("Title", "one one one")])
+    assert index.top("one", 4) == [50, 0, 1, 2]
+    assert index.top("two", 3) == [0, 1, 2]
+    assert index.top("two three", 5) == index.top("three two", 5)
+
+
+def test_tokens_ignore_case_accents_and_punctuation():
+    """A policy that writes "Zoe of Lodz" or "ZOË" must find Zoë; a query of punctuation finds nothing."""
+    assert tokenise("Zoë's 1st CAFÉ, naïve_well-known") == [
+        "zoe",
+        "s",
+        "1st",
+        "cafe",
+        "naive",
+        "well",
+        "known",
+    ]
+    assert tokenise("東京 2020") == ["東京", "2020"]
+    index = BM25(PEOPLE)
+    for query in ("zoe angstrom", "ZOË ÅNGSTRÖM", "naive cafe"):
+        assert index.top(query, 1) == [2]
+    assert index.top("?! _", 5) == index.top("", 5) == index.top("unheard", 5) == []
+
+
+def test_documents_are_numbered_lines_best_first():
+    """The form is a contract: the policy learns to read it and the simulator to write it."""
+    assert BM25(PEOPLE).documents("who designed the Analytical Engine", 2) == (
+        "Doc 1: (Title: Charles Babbage) Charles Babbage designed the Analytical Engine and never built it.\n"
+        "Doc 2: (Title: Ada Lovelace) Ada Lovelace wrote the first program, for the Analytical Engine."
+    )
+    assert BM25(PEOPLE).documents("unheard", 2) == ""
+
+
+def corpus_file(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), "utf-8")
+    return path
+
+
+def found(engine, text):
+    """Run a search that answers at once."""
+    with pytest.raises(StopIteration) as done:
+        next(engine(Query(text, Question("q", ("a",)), (0, 0, 0, 0, 0))))
+    return done.value.value
+
+
+ROWS = [
+    {"id": "0", "title": "Lima", "contents": '"Lima"\nLima is the capital\n\n of Peru.'},
+    {"id": 1, "contents": '"Quito (city)"\nQuito is the capital of Ecuador.'},
+    "",
+    {"title": "Bogotá", "contents": "The capital of Colombia."},
+]
+
+
+def test_open_search_reads_every_usual_corpus(tmp_path):
+    """The quoted title must neither be doubled in a document nor be lost where it is the only one."""
+    path = corpus_file(tmp_path / "c.jsonl", *ROWS)
+    zipped = tmp_path / "c.jsonl.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    for file in (path, zipped):
+        engine = open_search(f"bm25:{file}", count=1)
+        assert found(engine, "capital of Peru") == Documents(
+            "Doc 1: (Title: Lima) Lima is the capital of Peru."
+        )
+        assert found(engine, "quito").text == "Doc 1: (Title: Quito (city)) Quito is the capital of Ecuador."
+        assert found(engine, "bogota").text == "Doc 1: (Title: Bogotá) The capital of Colombia."
+    assert len(found(open_search(f"bm25:{path}"), "capital").text.splitlines()) == 3
+
+
+def test_no_engine_gives_nothing():
+    """The baseline is honest only if nothing stands between the information tags: not even an excuse."""
+    assert found(open_search("none"), "capital of Peru") == Documents("")
+
+
+@pytest.mark.parametrize(
+    "line, what",
+    [
+        ('{"id": "1", "title": ', "is not JSON"),
+        ("3", "not a JSON object"),
+        ({"id": "1", "title": "Lima"}, '"contents"'),
+        ({"id": "1", "title": "Lima", "contents": None}, '"contents"'),
+        ({"id": "1", "contents": "no title anywhere"}, '"title"'),
+        ({"id": "1", "title": 3, "contents": "text"}, '"title"'),
+    ],
+)
+def test_a_broken_corpus_line_is_named_by_its_number(tmp_path, line, what):
+    """One broken line among millions must be found at once, not skipped and not a traceback."""
+    path = corpus_file(tmp_path / "c.jsonl", ROWS[0], "", line, ROWS[1])
+    with pytest.raises(ValueError, match=f"c.jsonl, line 3: .*{what}"):
+        open_search(f"bm25:{path}")
+
+
+def test_other_bad_engines(tmp_path):
+    """Each is one clear line; an unknown name must not fall back to another engine."""
+    for spec in ("google", "bm25", "bm25:", "none:x", ""):
+        with pytest.raises(ValueError, match="unknown search engine"):
+            open_search(spec)
+    with pytest.raises(ValueError, match="no passages"):
+        open_search(f"bm25:{corpus_file(tmp_path / 'empty.jsonl', '')}")
+    with pytest.raises(OSError, match=r"absent\.jsonl"):
+        open_search(f"bm25:{tmp_path / 'absent.jsonl'}")
+    with pytest.raises(ValueError, match="at least one document"):
+        open_search("none", count=0)
+    cut = tmp_path / "cut.gz"
+    cut.write_bytes(gzip.compress(json.dumps(ROWS[0]).encode() * 50)[:-20])
+    with pytest.raises(ValueError, match="damaged"):
+        open_search(f"bm25:{cut}")
+
+
+def test_the_command_shows_documents_and_times(tmp_path, capsys):
+    """The one-line demonstration in the file's opening must run as written."""
+    search.main([str(corpus_file(tmp_path / "c.jsonl", *ROWS)), "capital", "of", "Peru"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("Doc 1: (Title: Lima)") and "3 passages in" in shown
