@@ -1,0 +1,193 @@
+"""How fast a kernel is, and beside what: cases, timing, the ceilings of this GPU, one table.
+
+Each kernel file says what there is to measure with `cases(m: Model, device)`, which yields a `Case` for every
+kind of call that a model of these dimensions makes. The same cases serve three times: `compile_check.py` runs
+them on meta tensors to see every launch that the host code makes, `python -m kernels` times them on a GPU, and
+at the toy's dimensions it runs them under the interpreter, where only the error column means anything.
+"""
+
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+FILES = (
+    "attention",
+    "cached_attention",
+    "linear_logp",
+    "lora",
+    "rms_norm",
+    "rope",
+    "sample",
+    "swiglu",
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The dimensions of a model and of the work it is given; see MODELS."""
+
+    name: str
+    d: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    dtype: torch.dtype = torch.bfloat16
+    batch: int = 8  # rows of a training batch
+    length: int = 2048  # tokens of each
+    seats: int = 64  # rows decoded together
+    context: int = 2048  # tokens that each has in the cache
+    rank: int = 64  # of the adapters
+
+
+TOY = Model("toy", 128, 4, 2, 32, 384, 416, torch.float32, 2, 63, 3, 65, 8)
+MODELS = {
+    m.name: m
+    for m in (
+        Model("Qwen2.5-0.5B", 896, 14, 2, 64, 4864, 151936),
+        Model("Qwen2.5-3B", 2048, 16, 2, 128, 11008, 151936),
+        Model("Qwen2.5-7B", 3584, 28, 4, 128, 18944, 152064),
+        Model("Llama-3.2-3B", 3072, 24, 8, 128, 8192, 128256),
+        TOY,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, the work in it, and what else could do it: `rivals`, of which the first is the reference.
+
+    `run` launches the kernels (the triton wrapper, not the chosen function) and returns a tensor or a tuple.
+    `bytes` is the least that must move, `flops` what the formula needs: give the one that bounds it.
+    """
+
+    name: str
+    run: Callable[[], Tensor | tuple]
+    rivals: dict[str, Callable[[], Tensor | tuple]] = field(default_factory=dict)
+    bytes: int = 0
+    flops: int = 0
+
+
+def modules() -> Iterator[tuple[str, ModuleType]]:
+    """Name and module of every kernel file."""
+    for name in FILES:
+        yield name, importlib.import_module(f"kernels.{name}")
+
+
+def relative_rms(x: Tensor, truth: Tensor) -> float:
+    """|x - truth| / |truth|, root mean squares, in fp64. NaN in x gives NaN, which is below no bound."""
+    x, truth = x.detach().double(), truth.detach().double()
+    return ((x - truth).pow(2).mean().sqrt() / truth.pow(2).mean().sqrt().clamp(min=1e-30)).item()
+
+
+def milliseconds(run: Callable, repeats: int = 20) -> float:
+    """Median time of one call, with a cold L2 cache on a GPU; after three calls to warm up (none on a CPU)."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")  # 256 MB, five times an H100's L2
+    for _ in range(3):
+        run()
+    spans = []
+    for _ in range(repeats):
+        flush.zero_()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        run()
+        after.record()
+        spans.append((before, after))
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in spans)
+
+
+def peak_megabytes(run: Callable) -> float:
+    """What one call allocates at its peak beyond what was there. 0 on a CPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+@cache
+def copy_bandwidth() -> float:
+    """Bytes a second that a plain copy of 1 GB moves here, read and written. 0 on a CPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    x = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() / milliseconds(lambda: y.copy_(x)) * 1e3
+
+
+@cache
+def matmul_rate() -> float:
+    """Operations a second of a bf16 matmul of 8192 cubed. 0 on a CPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3
+
+
+def _tensors(out: Tensor | tuple) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else [t for t in out if t is not None]
+
+
+def _error(case: Case) -> float:
+    reference = next(iter(case.rivals.values()))()
+    pairs = zip(_tensors(case.run()), _tensors(reference), strict=True)
+    return max(relative_rms(x, y) for x, y in pairs)
+
+
+def measure(case: Case) -> dict:
+    """Time, rate, share of the ceiling, error against the first rival, and how many times faster than each."""
+    ms = milliseconds(case.run)
+    row = {"case": case.name, "ms": ms, "MB": peak_megabytes(case.run)}
+    if case.flops:
+        rate, ceiling = case.flops / ms * 1e3, matmul_rate()
+        row |= {"TFLOP/s": rate / 1e12, "of matmul": rate / ceiling if ceiling else 0.0}
+    if case.bytes:
+        rate, ceiling = case.bytes / ms * 1e3, copy_bandwidth()
+        row |= {"GB/s": rate / 1e9, "of copy": rate / ceiling if ceiling else 0.0}
+    row |= {f"vs {name}": milliseconds(rival) / ms for name, rival in case.rivals.items()}
+    return row | ({"error": _error(case)} if case.rivals else {})
+
+
+def line(row: dict) -> str:
+    """One measurement as one line of the table."""
+    shown = (f"{k} {v:.3g}" for k, v in row.items() if k not in {"model", "kernel", "case"} and v)
+    return f"{row['model']:13s} {row['kernel']:17s} {row['case']:34s} " + "  ".join(shown)
+
+
+def bench(names: Iterable[str], models: Iterable[Model], device: str, out: str | None = None) -> list[dict]:
+    """Measure the cases of these kernels, print a line for each, and write them all as JSON to `out`."""
+    rows = []
+    for m in models:
+        for name, module in modules():
+            if name not in names:
+                continue
+            for case in module.cases(m, device):
+                rows.append({"model": m.name, "kernel": name, **measure(case)})
+                print(line(rows[-1]), flush=True)
+    if out:
+        with open(out, "w", encoding="utf-8") as f:
+            json.dump(rows, f, indent=1)
+    return rows
+
+
+def main(name: str) -> None:
+    """The benchmark of one kernel file: every model's dimensions on a GPU, the toy's under the interpreter."""
+    if torch.cuda.is_available():
+        bench([name], MODELS.values(), "cuda")
+    else:
+        bench([name], [TOY], "cpu")
