@@ -32,7 +32,7 @@ from torch import Tensor
 import model as models
 from kernels import linear_logp
 from model import SIMULATOR, Model
-from rollout import Documents, Engine, Query, Question, Turn, coin, fill
+from rollout import DOCUMENTS, Documents, Engine, Query, Question, Turn, coin, fill
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------ words
@@ -143,7 +143,7 @@ def load_words(source: str | Path) -> SimWords:
     """
     if source in NAMED_WORDS:
         return NAMED_WORDS[source]
-    words, types = models.read_json(Path(source), "a place of simulator prompts")
+    words = models.read_json(Path(source), "a place of simulator prompts")
     types = {f.name: f.type for f in fields(SimWords)}
     if not {"system", "useful", "noisy"} <= words.keys() <= types.keys():
         raise ValueError(
@@ -214,17 +214,14 @@ def p_noise(
     return start + risen[shape] * (end - start)
 
 
-EVERY_SIBLING = -1  # stands in a coin's address where the sibling would
-
-
 def noise_coin(address: tuple[int, ...], shared: bool) -> float:
     """One uniform for the search at (seed, step, question, sibling, call); `shared`: one for all siblings.
 
     Shared coins give every trajectory of a group the same luck at its n-th search, so that advantages compare
     what the policy did, and not what the engine happened to return.
     """
-    *before, sibling, call = address
-    return coin((*before, EVERY_SIBLING if shared else sibling, call))
+    *group, _, call = address
+    return coin((*group, call) if shared else address)
 
 
 @dataclass(frozen=True)
@@ -251,8 +248,8 @@ class Simulator:
     def __call__(self, query: Query):
         noisy = noise_coin(query.address, self.shared) < self.p_noise
         asked = prompt(self.tok, self.words, query, noisy)
-        stops = (f"Doc {self.words.count + 1}",)
-        sampled = yield Turn(asked, SIMULATOR, self.limit, self.temperature, stops, query.address)
+        stops, address = (f"Doc {self.words.count + 1}",), (*query.address, DOCUMENTS)
+        sampled = yield Turn(asked, SIMULATOR, self.limit, self.temperature, stops, address)
         text = self.tok.decode([i for i in sampled.ids if i not in self.tok.eos])
         return Documents(clean(text, self.words.count), noisy)
 
@@ -260,6 +257,10 @@ class Simulator:
 # ------------------------------------------------------------------------------------------------ fine-tuning
 
 COLUMNS = ("query", "question", "answer", "documents", "quality")
+
+
+def _two_texts(pair: object) -> bool:
+    return isinstance(pair, list) and [type(text) for text in pair] == [str, str]
 
 
 def check_row(row: object) -> dict:
@@ -273,7 +274,7 @@ def check_row(row: object) -> dict:
         raise ValueError(f"quality is {row['quality']!r}: it must be useful or noisy")
     if unknown := sorted(row.keys() - {*COLUMNS, "earlier"}):
         raise ValueError(f"unknown columns: {', '.join(unknown)}")
-    if any(list(map(type, pair)) != [str, str] for pair in row.get("earlier", ())):
+    if not (isinstance(row.get("earlier", []), list) and all(map(_two_texts, row.get("earlier", [])))):
         raise ValueError("earlier must be a list of [query, documents]")
     return row
 
@@ -335,7 +336,7 @@ def batches(
 
 
 def document_logps(model: Model, batch: list[Example], recompute: bool = False) -> Tensor:
-    """Log-probabilities (N,) of a batch's document tokens, fp32, differentiable in the simulator's adapter."""
+    """Log-probabilities (N,) of a batch's document tokens, fp32, differentiable in its adapter."""
     T = max(len(e.ids) for e in batch)
     ids = torch.tensor([e.ids + [0] * (T - len(e.ids)) for e in batch], device=model.device)  # (B, T)
     lengths = torch.tensor([len(e.ids) for e in batch], device=model.device)  # (B,)
@@ -395,8 +396,8 @@ def sft(
 
     AdamW on `model.adapter(SIMULATOR)` alone, lr falling linearly to 0, about `tokens` tokens a step, loss on
     the documents and the end of the turn. At most `held` rows, and at most a tenth, are held out; their loss
-    is measured after the first step, every `every` steps and at the end. All order comes from `seed`: with the
-    adapter and `optimizer` as they were after `done` steps, a run goes on as if it had never stopped.
+    is measured after the first step, every `every` steps and at the end. All order comes from `seed`: with
+    the adapter and `optimizer` as they were after `done` steps, a run goes on as if it had never stopped.
     """
     rows = random.Random(seed).sample(rows, len(rows))
     held = min(held, len(rows) // 10)
@@ -513,7 +514,7 @@ def command_write(args: argparse.Namespace) -> None:
     useful = Simulator(tok, words, 0.0, limit=args.limit, temperature=args.temperature)
     noisy = replace(useful, p_noise=1.0)
     longest = max(len(prompt(tok, words, query, n)) for n in (False, True))
-    engine = Engine({SIMULATOR: body}, tok, seats=2, capacity=longest + args.limit)
+    engine = Engine({SIMULATOR: (body, tok)}, seats=2, capacity=longest + args.limit + 1)
     left, right = engine.run([useful(query), noisy(query)])
     width = shutil.get_terminal_size().columns
     print(side_by_side(f"USEFUL\n{left.text}", f"NOISY\n{right.text}", width))

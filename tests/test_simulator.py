@@ -1,0 +1,393 @@
+"""The simulator: words, curriculum, coins, fine-tuning. Character tokenizer, scripted engine, tiny body."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import model as models
+import simulator
+from model import REFERENCE, SIMULATOR
+from rollout import DOCUMENTS, Documents, Query, Question, Sampled, coin
+from simulator import PROMPTED_WORDS, SFT_WORDS, Simulator, SimWords, clean, p_noise, prompt, read_rows, sft
+
+END = 1  # the id that ends a turn
+
+
+class Letters:
+    """One id a character; the chat template brackets each message, as real ones do."""
+
+    eos, end, bos, vocab_size = frozenset({0, END}), END, None, 128
+
+    def __init__(self, has_template=True):
+        self.has_template = has_template
+
+    def encode(self, text, special=False):
+        return [ord(c) % 126 + 2 for c in text]
+
+    def decode(self, ids):
+        return "".join("<end>" if i < 2 else chr(i - 2) for i in ids)
+
+    def chat(self, messages):
+        form = "[{role}|{content}]" if self.has_template else "{content}"
+        return self.encode("".join(form.format(**m) for m in messages))
+
+
+SHORT = SimWords("", "useful {query}:", "noisy {query}:", count=2)
+FULL = SimWords(
+    "",
+    "{earlier}U|{query}|{question}|{answer}>",
+    "{earlier}N|{query}|{question}|{answer}>",
+    earlier="{query}={documents};",
+)
+
+
+def ask(text="who", question="Who is it?", answers=("Ann", "Anna"), address=(0, 1, 2, 3, 4), earlier=()):
+    return Query(text, Question(question, answers), address, earlier)
+
+
+def play(search, query, output="Doc 1: it is Ann.", end="eos"):
+    """A scripted engine: the turn that the search yields, and what it returns after `output` was sampled."""
+    run = search(query)
+    turn = next(run)
+    ids = search.tok.encode(output) + ([END] if end == "eos" else [])
+    with pytest.raises(StopIteration) as done:
+        run.send(Sampled(ids, [0.0] * len(ids), end))
+    return turn, done.value.value
+
+
+def told(search, query):
+    return search.tok.decode(play(search, query)[0].ids)
+
+
+# ------------------------------------------------------------------------------------------------------ words
+
+
+@pytest.mark.parametrize("words", [SFT_WORDS, PROMPTED_WORDS], ids=["sft", "prompted"])
+@pytest.mark.parametrize("quality", ["useful", "noisy"])
+def test_words_carry_what_the_paper_lists(words, quality):
+    """A prompt that forgets its switch, the count or the length gives one kind of document for both coins."""
+    text = getattr(words, quality)
+    other = {"useful": "noisy", "noisy": "useful"}[quality]
+    assert "search engine" in text and "about 30 words" in text and f"five {quality} documents" in text
+    assert text.lower().count(quality) >= 3 and other not in text.lower()
+    assert text.endswith(f"Query: {{query}}\n{quality.capitalize()} Output:\n")
+    assert words.system == "" and words.count == 5
+
+
+def test_only_the_prompted_noisy_form_hides_question_and_answer():
+    """An LLM that was not taught to withhold the answer copies what it sees into its noisy documents."""
+    assert "{answer}" not in PROMPTED_WORDS.noisy and "{question}" not in PROMPTED_WORDS.noisy
+    for text in (SFT_WORDS.useful, SFT_WORDS.noisy, PROMPTED_WORDS.useful):
+        assert "{answer}" in text and "{question}" in text
+    for text in (PROMPTED_WORDS.useful, PROMPTED_WORDS.noisy):
+        assert len([line for line in text.splitlines() if line.startswith("Doc ")]) == 5
+
+
+def test_words_travel_through_a_file(tmp_path):
+    """Whoever uses released simulators brings their exact words: they must come back as they went in."""
+    file = tmp_path / "words.json"
+    simulator.save_words(FULL, file)
+    assert simulator.load_words(file) == FULL
+    file.write_text(json.dumps({"system": "s", "useful": "{query}", "noisy": "no {query}"}))
+    assert simulator.load_words(file) == SimWords("s", "{query}", "no {query}", 5)
+    assert simulator.load_words("prompted") is PROMPTED_WORDS
+
+
+GOOD = {"system": "", "useful": "{query}", "noisy": "{query}"}
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (GOOD | {"user": "{query}"}, "no other keys"),
+        ({"useful": "{query}", "noisy": "{query}"}, "must hold"),
+        (GOOD | {"noisy": "write nonsense"}, "noisy prompt has no"),
+        (GOOD | {"count": "5"}, "count must be of type int"),
+        (GOOD | {"count": 0}, "at least one document"),
+        ([], "JSON object"),
+    ],
+)
+def test_bad_word_files_are_refused(tmp_path, words, complaint):
+    """A dropped or misspelt key would train against words that nobody wrote."""
+    file = tmp_path / "words.json"
+    file.write_text(json.dumps(words))
+    with pytest.raises(ValueError, match=complaint):
+        simulator.load_words(file)
+
+
+def test_a_file_that_is_not_json_is_refused(tmp_path):
+    """The message names the file; a traceback would not."""
+    (tmp_path / "w.json").write_text("{useful:")
+    with pytest.raises(ValueError, match=r"w\.json"):
+        simulator.load_words(tmp_path / "w.json")
+
+
+def test_values_are_never_filled_again():
+    """A query that holds "{answer}" must not make the simulator print the golden answer."""
+    text = told(Simulator(Letters(), FULL), ask("{answer} {question}", "What {query}?", ("{earlier}",)))
+    assert text.endswith("U|{answer} {question}|What {query}?|{earlier}>]")
+
+
+def test_the_first_golden_answer_goes_into_the_prompt():
+    """A list of aliases in the prompt would come back as a list of aliases in the documents."""
+    assert told(Simulator(Letters(), FULL), ask(answers=("Ann", "Anna"))).endswith("|Ann>]")
+
+
+def test_earlier_searches_are_told_in_order():
+    """Without them the simulator answers for any bridge that the policy invents: a shortcut past the first hop."""
+    query = ask(earlier=(("a", "Doc {query}"), ("b", "B")))
+    assert told(Simulator(Letters(False), FULL), query).startswith("a=Doc {query};b=B;U|who|")
+
+
+def test_raw_text_is_the_prompt_where_there_is_no_template():
+    """A base checkpoint knows no roles: brackets around its prompt would be noise to it."""
+    assert told(Simulator(Letters(False), SHORT), ask()) == "useful who:"
+    assert told(Simulator(Letters(True), SHORT), ask()) == "[system|][user|useful who:]"
+
+
+# ------------------------------------------------------------------------------------------------- documents
+
+
+@pytest.mark.parametrize(
+    "raw, documents",
+    [
+        ("Doc 1: a\n\n\n  \nDoc 2: b  \n", "Doc 1: a\nDoc 2: b"),
+        ("\n\n Doc 1: a\r\nDoc 2: b\nDoc 3: c\nQuery: d", "Doc 1: a\nDoc 2: b"),
+        ("Doc 3", ""),
+        ("", ""),
+        ("no numbers at all", "no numbers at all"),
+    ],
+)
+def test_clean(raw, documents):
+    """Blank lines cost observation tokens; a third of two documents, or a new query, is not the engine's."""
+    assert clean(raw, 2) == documents
+
+
+def test_a_turn_and_its_documents():
+    """The end of the turn is not text; the limit, the temperature and the stop reach the engine."""
+    turn, documents = play(Simulator(Letters(), SHORT, p_noise=1.0), ask(), "Doc 1: a\n\nDoc 2: b")
+    assert documents == Documents("Doc 1: a\nDoc 2: b", noisy=True)
+    assert (turn.role, turn.limit, turn.temperature, turn.stops) == (SIMULATOR, 600, 0.8, ("Doc 3",))
+    assert turn.address == (*ask().address, DOCUMENTS)
+
+
+def test_a_query_meets_its_own_question_when_episodes_interleave():
+    """Defect 1 of the public code: queries were compacted to the rows that searched, questions were not, and a
+    query was sent with a neighbour's question and answer. Here three searches start and end out of order."""
+    search = Simulator(Letters(False), FULL)
+    queries = [ask(f"q{i}", f"Q{i}", (f"A{i}",), (0, 0, i, 0, 0)) for i in range(3)]
+    runs = [search(q) for q in queries]
+    for i in (2, 0, 1):
+        assert search.tok.decode(next(runs[i]).ids) == f"U|q{i}|Q{i}|A{i}>"
+    for i in (1, 2, 0):
+        with pytest.raises(StopIteration) as done:
+            runs[i].send(Sampled(search.tok.encode(f"D{i}"), [0.0] * 2, "limit"))
+        assert done.value.value.text == f"D{i}"
+
+
+# ------------------------------------------------------------------------------------------------- curriculum
+
+
+@pytest.mark.parametrize(
+    "shape, values",
+    [
+        ("exponential", [0.0, 0.25, 0.75]),  # base 4: (4^.5 - 1) / 3 = 1/3 of the way at half time
+        ("linear", [0.0, 0.375, 0.75]),
+        ("reverse", [0.75, 0.5, 0.0]),
+        ("constant", [0.291, 0.291, 0.291]),  # .75 * (1 / ln 4 - 1 / 3)
+    ],
+)
+def test_curriculum_by_hand(shape, values):
+    """The noise of a run is its difficulty: a wrong curve is a wrong experiment."""
+    assert [p_noise(step, 200, 0.0, 0.75, shape) for step in (0, 100, 200)] == pytest.approx(values, abs=1e-3)
+
+
+def test_curriculum_starts_where_it_is_told_and_constant_has_its_mean():
+    """The paper compares its curve (mean .097 for 0 to .25) with p = .5: the amount differs, not the order alone."""
+    assert p_noise(0, 10, 0.25, 0.5) == 0.25 and p_noise(10, 10, 0.25, 0.5) == pytest.approx(0.5)
+    mean = sum(p_noise(i, 10000, 0.0, 0.25) for i in range(10000)) / 10000
+    assert p_noise(3, 10000, 0.0, 0.25, "constant") == pytest.approx(mean, abs=1e-4)
+    assert mean == pytest.approx(0.097, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (0, 10, -0.1, 0.5),
+        (0, 10, 0.0, 1.1),
+        (0, 10, float("nan"), 0.5),
+        (11, 10, 0.0, 0.5),
+        (0, 0, 0.0, 0.5),
+        (0, 10, 0.0, 0.5, "steep"),
+        (0, 10, 0.0, 0.5, "exponential", 1.0),
+        (0, 10, 0.0, 0.5, "exponential", 0.0),
+    ],
+)
+def test_bad_curricula_are_refused(args):
+    """A noise of 75 for 75 % would train on nothing but noise, in silence."""
+    with pytest.raises(ValueError):
+        p_noise(*args)
+
+
+def test_noise_outside_the_unit_interval_is_refused():
+    """Also when it arrives by dataclasses.replace, at some step in the middle of a run."""
+    with pytest.raises(ValueError, match="a probability"):
+        dataclasses.replace(Simulator(Letters()), p_noise=1.5)
+
+
+# ------------------------------------------------------------------------------------------------------ coins
+
+
+def coins(search, siblings=8, calls=8):
+    """Which documents come back noisy: (siblings, calls)."""
+    address = [[(7, 1, 2, s, c) for c in range(calls)] for s in range(siblings)]
+    return [[play(search, ask(address=a))[1].noisy for a in row] for row in address]
+
+
+def test_coins_are_keyed():
+    """Unseeded coins made no two runs of the public code comparable."""
+    search = Simulator(Letters(), SHORT, p_noise=0.5)
+    first = coins(search)
+    assert first == coins(search)
+    assert 16 <= sum(map(sum, first)) <= 48 and any(row != first[0] for row in first)
+
+
+def test_siblings_share_their_coins_if_told_to():
+    """Independent coins within a group put luck into its advantages, about which the policy can do nothing."""
+    shared = coins(Simulator(Letters(), SHORT, p_noise=0.5, shared=True))
+    assert all(row == shared[0] for row in shared)
+    assert {True, False} == set(shared[0])
+    other = Simulator(Letters(), SHORT, p_noise=0.5, shared=True)(ask(address=(7, 2, 2, 0, 0)))
+    assert next(other).ids  # another step is another address, not an error
+
+
+def test_more_noise_keeps_the_noisy_ones():
+    """One coin for all thresholds: a step up the curriculum only ever adds noisy documents."""
+    few, many = (coins(Simulator(Letters(), SHORT, p_noise=p)) for p in (0.3, 0.6))
+    assert all(b for x, y in zip(few, many) for a, b in zip(x, y) if a)
+
+
+def test_a_shared_coin_is_nobody_elses():
+    """An address without its sibling must not be another's: a call read as a sibling would tie two coins."""
+    shared = [simulator.noise_coin((7, 1, 2, 0, c), True) for c in range(4)]
+    single = [simulator.noise_coin((7, 1, 2, s, c), False) for s in range(4) for c in range(4)]
+    assert len({*shared, *single}) == 20 and not {*shared, *single} & {coin((7, 1, 2))}
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning
+
+
+def tiny_body(seed=0):
+    config = models.Config("qwen2", 128, 32, 2, 2, 1, 16, 48, context=512)
+    body = models.Model(config).init(seed, std=0.5)
+    body.add_role(SIMULATOR, rank=4, alpha=8.0, seed=seed)
+    return body
+
+
+def rows(n=40):
+    return [
+        {"query": f"q{i % 5}", "question": "Q", "answer": "a" * (i % 3), "documents": w, "quality": q}
+        for i, (w, q) in enumerate([("yes yes", "useful"), ("no", "noisy")] * (n // 2))
+    ]
+
+
+def test_fine_tuning_teaches_the_switch():
+    """The loss falls, also on held-out rows, by the simulator's adapter alone: the reference must not move."""
+    body, tok = tiny_body(), Letters()
+    before = body(torch.tensor([[5, 6, 7]]), REFERENCE)
+    frozen = {k: v.clone() for k, v in body.named_parameters()}
+    run = list(sft(body, tok, SHORT, rows(), steps=40, lr=0.02, tokens=256, every=20))
+    assert run[-1].held < 0.05 and run[-1].loss < 0.05 and run[0].held > 2  # ignoring the switch costs .126
+    assert [p.step for p in run if p.held is not None] == [1, 20, 40]
+    assert torch.equal(before, body(torch.tensor([[5, 6, 7]]), REFERENCE))
+    assert all(torch.equal(v, frozen[k]) for k, v in body.named_parameters())
+
+
+def test_only_document_tokens_are_trained():
+    """Trained on its prompt, the simulator would learn to write questions; on padding, to write nothing."""
+    body, tok = tiny_body(), Letters()
+    row = {"query": "zzz", "question": "", "answer": "", "documents": "ab", "quality": "noisy"}
+    e = simulator.example(tok, SHORT, row)
+    assert tok.decode(e.ids[e.start :]) == "ab<end>" and e.ids[: e.start] == prompt(
+        tok, SHORT, ask("zzz"), True
+    )
+    logps = simulator.document_logps(body, [e, simulator.Example([9, 8, 7], 2)])
+    ids = torch.tensor([e.ids])
+    alone = body.logits(body(ids, SIMULATOR)).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    assert len(logps) == 3 + 1  # a, b, the end of the turn; one token of the shorter row; no padding
+    assert torch.allclose(logps[:3], alone[-3:], atol=1e-5)
+
+
+def test_fine_tuning_is_seeded_and_goes_on_where_it_stopped():
+    """A run that was cut and resumed must end in the same adapter, or its figures belong to no flags."""
+
+    def run(body, optimizer, steps, done=0, upto=None):
+        walk = sft(body, Letters(), SHORT, rows(), steps, 0.01, 256, optimizer=optimizer, done=done)
+        for p in walk:
+            if p.step == upto:
+                break
+
+    whole, parts = tiny_body(), tiny_body()
+    run(whole, simulator.adamw(whole), 8)
+    optimizer = simulator.adamw(parts)
+    run(parts, optimizer, 8, upto=5)
+    run(parts, optimizer, 8, done=5)
+    assert torch.equal(whole.adapter(SIMULATOR), parts.adapter(SIMULATOR))
+
+
+def test_batches_fill_their_budget_and_visit_every_row():
+    """Padding counts: 4,096 tokens a step is what fits, not what is hoped."""
+    stream = simulator.batches(list(range(1, 30)), lambda n: simulator.Example([9] * n, 0), 60, seed=3)
+    seen, got = [], []
+    while len(seen) < 29:
+        got.append(next(stream))
+        seen += [len(e.ids) for e in got[-1]]
+    assert sorted(seen[:29]) == list(range(1, 30))
+    assert all(len(b) * max(len(e.ids) for e in b) <= 60 for b in got)
+    assert len(next(simulator.batches([0], lambda n: simulator.Example([9] * 99, 0), 60, 0))) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+ROW = {"query": "q", "question": "Q", "answer": "a", "documents": "d", "quality": "noisy"}
+
+
+def write_lines(path, *lines):
+    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+    return path
+
+
+def test_rows_are_read(tmp_path):
+    """Blank lines are nobody's row; earlier searches are optional."""
+    file = write_lines(tmp_path / "rows.jsonl", ROW, "", ROW | {"earlier": [["x", "y"]]})
+    assert read_rows(file) == [ROW, ROW | {"earlier": [["x", "y"]]}]
+    assert simulator.row_query(read_rows(file)[1]).earlier == (("x", "y"),)
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("{", "line 3: "),
+        ("[1]", "line 3: not a JSON object"),
+        ({"query": "q"}, "line 3: no text in the column question"),
+        (ROW | {"documents": ["d"]}, "line 3: no text in the column documents"),
+        (ROW | {"quality": "good"}, "line 3: quality is 'good'"),
+        (ROW | {"label": 1}, "line 3: unknown columns: label"),
+        (ROW | {"earlier": [["x"]]}, "line 3: earlier must be"),
+        (ROW | {"earlier": 5}, "line 3: earlier must be"),
+        (ROW | {"earlier": ["xy"]}, "line 3: earlier must be"),
+    ],
+)
+def test_a_broken_row_is_named_by_its_line(tmp_path, line, complaint):
+    """One bad row in 100,000 must be found by its number, before the body is loaded."""
+    file = write_lines(tmp_path / "rows.jsonl", ROW, "", line)
+    with pytest.raises(ValueError, match=complaint):
+        read_rows(file)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    """Nothing to learn is not a run that ends well."""
+    with pytest.raises(ValueError, match="no rows"):
+        read_rows(write_lines(tmp_path / "rows.jsonl"))
