@@ -1,9 +1,9 @@
 """How fast a kernel is, and beside what: cases, timing, the ceilings of this GPU, one table.
 
 Each kernel file says what there is to measure with `cases(m: Model, device)`, which yields a `Case` for every
-kind of call that a model of these dimensions makes. The same cases serve three times: `compile_check.py` runs
-them on meta tensors to see every launch that the host code makes, `python -m kernels` times them on a GPU, and
-at the toy's dimensions it runs them under the interpreter, where only the error column means anything.
+kind of call that a model of these dimensions makes. The same cases serve three times: compile_check.py runs
+them on meta tensors to see every launch of the host code, `python -m kernels` times them on a GPU, and at the
+toy's dimensions it runs them under the interpreter, where only the error column means anything.
 """
 
 import importlib
@@ -90,7 +90,7 @@ def relative_rms(x: Tensor, truth: Tensor) -> float:
 
 
 def milliseconds(run: Callable, repeats: int = 20) -> float:
-    """Median time of one call, with a cold L2 cache on a GPU; after three calls to warm up (none on a CPU)."""
+    """Median time of one call, with a cold L2 cache, after three to warm up; on a CPU that of one."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
         run()
@@ -150,7 +150,7 @@ def _error(case: Case) -> float:
 
 
 def measure(case: Case) -> dict:
-    """Time, rate, share of the ceiling, error against the first rival, and how many times faster than each."""
+    """Time, rate, share of the ceiling, error against the first rival, speed-up over each rival."""
     ms = milliseconds(case.run)
     row = {"case": case.name, "ms": ms, "MB": peak_megabytes(case.run)}
     if case.flops:
@@ -186,7 +186,7 @@ def bench(names: Iterable[str], models: Iterable[Model], device: str, out: str |
 
 
 def main(name: str) -> None:
-    """The benchmark of one kernel file: every model's dimensions on a GPU, the toy's under the interpreter."""
+    """The benchmark of one kernel file: all models on a GPU, the toy under the interpreter."""
     if torch.cuda.is_available():
         bench([name], MODELS.values(), "cuda")
     else:
