@@ -52,8 +52,7 @@ PRESETS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# -----------------------------------------------------------------------------------------------------------
-# configuration
+# ---------------------------------------------------------------------------------------------- configuration
 
 # Keys of a config.json that change nothing in the forward pass.
 INERT = """
@@ -65,8 +64,8 @@ INERT = """
 """
 READ = """
     vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    intermediate_size rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings tie_word_embeddings
-    hidden_act attention_bias mlp_bias use_sliding_window layer_types rope_interleaved
+    intermediate_size rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings
+    tie_word_embeddings hidden_act attention_bias mlp_bias use_sliding_window layer_types rope_interleaved
 """
 KNOWN = set((INERT + READ).split())
 
@@ -178,8 +177,7 @@ def frequencies(c: Config) -> Tensor:
     return keep * inv + (1 - keep) * inv / s["factor"]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# the network
+# ------------------------------------------------------------------------------------------------ the network
 
 
 class Linear(nn.Module):
@@ -328,8 +326,8 @@ class Model(nn.Module):
 
         role: one for all rows, or (B,) one a row (needs `lora` from `rows_of`).
         lengths (B,): of right-padded rows.
-        window: where given, row b's tokens follow the window.start[b] tokens in the cache and join them there.
-        recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
+        window: where given, row b's tokens follow the window.start[b] tokens in the cache and join them
+        there. recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
         """
         updates = lora if lora is not None else self.updates(role)
         x, delta = F.embedding(ids, self.embed), None  # (B, T, d)
@@ -420,8 +418,7 @@ def rows_of(stack: list[tuple[Tensor, Tensor, Tensor]], role: Tensor | int) -> l
     return [Update(A[role - 1], B[role - 1], scale[role - 1].to(A.dtype)) for A, B, scale in stack]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# adapters
+# --------------------------------------------------------------------------------------------------- adapters
 
 
 @dataclass
@@ -536,8 +533,7 @@ def load_adapter(model: Model, role: int, path: str | Path) -> None:
         mine[name].copy_(theirs)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# weights on disk
+# -------------------------------------------------------------------------------------------- weights on disk
 
 
 def resolve(name: str | Path) -> Path:

@@ -1,0 +1,634 @@
+"""Time: tokens that appear one after another. Seats, sampling, and the think / search / read / answer
+episode.
+
+An episode is a generator. It yields a `Turn` when it wants tokens and is sent back what was sampled; a search
+inside it may yield turns of its own (in the simulator's role) or a future (of a real engine). The engine
+keeps a fixed number of seats, rows of the key-value cache, and decodes every busy seat together, one token a
+step: policy rows and the rows that write documents for other policy rows sit in one batch, and a turn that
+ends makes room for the next.
+
+What this is not: an inference server. There is no paging, no preemption and no batching across bodies.
+
+    engine = Engine({POLICY: (model, tok), SIMULATOR: (model, tok)}, seats=64, capacity=4096)
+    trajectories = engine.run([episode(q, search, tok) for q in questions])
+"""
+
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+import kernels
+from model import POLICY, Cache, Model, rows_of
+
+# ------------------------------------------------------------------------------------------------------ types
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its golden answers. `hops` is 0 where nobody said."""
+
+    text: str
+    answers: tuple[str, ...]
+    id: str = ""
+    hops: int = 0
+
+
+@dataclass(frozen=True)
+class Query:
+    """What the policy asked the engine. It carries its question: nothing is ever paired by position."""
+
+    text: str
+    question: Question
+    address: tuple[int, ...] = (0, 0, 0, 0, 0)  # seed, step, question, sibling, call
+    earlier: tuple[tuple[str, str], ...] = ()  # (query, documents) of the same episode
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What an engine returned. `noisy` is what a simulator was asked for, None of a real engine."""
+
+    text: str
+    noisy: bool | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A wish for tokens: feed `ids`, then sample until a stop, an end-of-turn token, or `limit` tokens.
+
+    Turns of one `context` share a seat, so what the cache holds is never fed again; a turn without a context
+    has a seat of its own, for as long as it lasts.
+    """
+
+    ids: list[int]
+    role: int
+    limit: int
+    temperature: float
+    stops: tuple[str, ...]
+    address: tuple[int, ...]  # of the randomness: one uniform a token
+    context: object = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The answer to a Turn: the sampled ids (the stop included), their log-probs, and why it ended."""
+
+    ids: list[int]
+    logps: list[float]
+    end: str  # stop | eos | limit
+
+
+Search = Callable[[Query], Generator[Turn | Future, object, Documents]]
+Episode = Generator[Turn | Future, object, object]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """In tokens, but for `turns`: searches (or invalid turns) before the last generation, which can only
+    answer."""
+
+    prompt: int = 2048
+    episode: int = 4096
+    turn: int = 500
+    observation: int = 500
+    turns: int = 5
+
+
+@dataclass(frozen=True)
+class Words:
+    """The policy's words. The tags are fixed; everything around them may be replaced."""
+
+    prompt: str
+    notice: str
+    system: str | None = None
+
+
+WORDS = Words(
+    prompt="""\
+You answer questions with the help of a search engine.
+Whenever you receive new information, first reason about it between <think> and </think>.
+If you lack some knowledge, write a query between <search> and </search>: the engine then returns what it \
+found between <information> and </information>. You may search as often as you want.
+Once you need nothing more, give the answer between <answer> and </answer>, in as few words as possible and \
+without an explanation, for example <answer> Beijing </answer>.
+Question: {question}
+""",
+    notice="""
+That was not a valid action. To search, put a query between <search> and </search>; \
+to finish, put the answer between <answer> and </answer>. Try again.
+""",
+)
+
+# --------------------------------------------------------------------------------- randomness with an address
+
+TOKENS, DOCUMENTS, COIN = 1, 2, 3  # streams: the policy's tokens, the simulator's, the noise coins
+
+
+def uniforms(address: tuple[int, ...], n: int) -> np.ndarray:
+    """n uniforms in [0, 1) that depend on the address alone: (seed, step, question, sibling, call, stream).
+
+    The first n of a longer request are the same. Non-negative integers; numpy's SeedSequence hashes them.
+    """
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(address))).random(n)
+
+
+def coin(address: tuple[int, ...]) -> float:
+    """One uniform in [0, 1) of the coin stream at (seed, step, question, sibling, call)."""
+    return float(uniforms((*address, COIN), 1)[0])
+
+
+# ------------------------------------------------------------------------------------------------ the episode
+
+
+@dataclass
+class Trajectory:
+    """One episode. The ids are the truth; the mask is born with the token; both have one writer, `add`."""
+
+    question: Question
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)  # 1 = sampled by the policy
+    logps: list[float] = field(default_factory=list)  # of sampled tokens when they were sampled, else 0
+    searches: list[tuple[Query, Documents]] = field(default_factory=list)
+    invalid: int = 0  # turns without an action
+    answer: str | None = None
+    end: str = ""  # answer | turns | tokens
+
+    def add(self, ids: list[int], logps: list[float] | None = None) -> None:
+        """Append tokens: sampled ones come with their log-probs, given ones without."""
+        self.ids += ids
+        self.mask += [int(logps is not None)] * len(ids)
+        self.logps += [0.0] * len(ids) if logps is None else logps
+
+
+ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+STOPS = ("</search>", "</answer>")
+
+
+def action(text: str) -> tuple[str, str] | None:
+    """The first whole search or answer block of one sampled turn: its kind and its text, None if there is
+    none."""
+    found = ACTION.search(text)
+    if found is None or (found[1] == "search" and not found[2].strip()):
+        return None
+    return found[1], found[2].strip()
+
+
+def fill(template: str, **values: str) -> str:
+    """Replace {name} by its value, in one pass: a value that holds braces is not looked at again."""
+    names = "|".join(map(re.escape, values))
+    return re.sub(r"\{(" + names + r")\}", lambda m: values[m[1]], template)
+
+
+def ask(text: str) -> str:
+    """A question as it goes into a prompt: stripped, with a question mark."""
+    text = text.strip()
+    return text if text.endswith("?") else text + "?"
+
+
+def prompt(question: Question, tok, words: Words) -> list[int]:
+    """The ids that an episode starts from."""
+    messages = [{"role": "system", "content": words.system}] if words.system is not None else []
+    content = fill(words.prompt, question=ask(question.text))
+    return tok.chat([*messages, {"role": "user", "content": content}])
+
+
+def observation(tok, documents: str, limit: int) -> list[int]:
+    """The ids of an information block. Documents that are too long are cut; the tags always close."""
+    head, tail = tok.encode("\n\n<information>"), tok.encode("</information>\n\n")
+    return head + tok.encode(documents)[: max(0, limit - len(head) - len(tail))] + tail
+
+
+def episode(
+    question: Question,
+    search: Search,
+    tok,
+    limits: Limits = Limits(),
+    words: Words = WORDS,
+    temperature: float = 1.0,
+    address: tuple[int, ...] = (0, 0, 0, 0),
+) -> Episode:
+    """One trajectory, told in the order in which it happens. address: (seed, step, question, sibling).
+
+    Only what the policy sampled in the current turn is parsed: prompts and documents may hold any tag. Near
+    the length limit documents are cut, so that room for an answer always remains.
+    """
+    t = Trajectory(question)
+    t.add(prompt(question, tok, words))
+    if len(t.ids) > limits.prompt:
+        raise ValueError(
+            f"the prompt of question {question.text[:60]!r} has {len(t.ids)} tokens, over {limits.prompt}"
+        )
+    notice, frame = tok.encode(words.notice), len(observation(tok, "", 0))
+    answer_room = min(limits.turn, 64)
+    fed = 0
+    for call in range(limits.turns + 1):
+        room = limits.episode - len(t.ids)
+        spare = room - answer_room - max(frame, len(notice))  # for this turn, if another is to follow
+        last = call == limits.turns or spare < answer_room
+        given, fed = t.ids[fed:], len(t.ids)
+        sampled = yield Turn(
+            given,
+            POLICY,
+            limit=min(limits.turn, room if last else spare),
+            temperature=temperature,
+            stops=STOPS,
+            address=(*address, call, TOKENS),
+            context=t,
+        )
+        t.add(sampled.ids, sampled.logps)
+        fed = len(t.ids)
+        kind, text = action(tok.decode(sampled.ids)) or ("invalid", "")
+        t.invalid += kind == "invalid"
+        if kind == "answer":
+            t.answer, t.end = text, "answer"
+            return t
+        if last:
+            t.end = "turns" if call == limits.turns else "tokens"
+            return t
+        if kind == "search":
+            earlier = tuple((q.text, d.text) for q, d in t.searches)
+            query = Query(text, question, (*address, call), earlier)
+            documents = yield from search(query)
+            t.searches.append((query, documents))
+            room = limits.episode - len(t.ids) - answer_room
+            t.add(observation(tok, documents.text, min(limits.observation, room)))
+        else:
+            t.add(notice)
+    raise AssertionError("the last turn returns")
+
+
+def show(t: Trajectory, tok, colour: bool = True) -> str:
+    """The picture of the mask: sampled text in green, given text in grey (or in brackets, without colour)."""
+    green, grey, reset = ("\033[32m", "\033[90m", "\033[0m") if colour else ("", "[", "]")
+    out, start = [], 0
+    for i in range(1, len(t.ids) + 1):
+        if i == len(t.ids) or t.mask[i] != t.mask[start]:
+            text = tok.decode(t.ids[start:i])
+            sampled = t.mask[start] == 1
+            out.append(green + text + (reset if colour else "") if sampled else grey + text + reset)
+            start = i
+    return "".join(out)
+
+
+# ------------------------------------------------------------------------------------------------- the engine
+
+
+@dataclass(eq=False)
+class Task:
+    """A generator on its way, and what it is to be sent next."""
+
+    index: int
+    generator: Episode
+    value: object = None
+    contexts: list = field(default_factory=list)  # whose seats go when it ends
+
+
+@dataclass(eq=False)
+class Seat:
+    """A row of the cache and who sits there."""
+
+    row: int
+    context: object
+    role: int
+    fed: int = 0  # tokens in the cache
+    pending: list[int] = field(default_factory=list)  # sampled last, not in the cache yet
+    task: Task | None = None
+    turn: Turn | None = None
+    shared: tuple | None = None  # the key of the prompt it may lend to siblings
+
+
+@dataclass
+class Stats:
+    """What a run cost."""
+
+    prefilled: int = 0  # tokens fed in bulk
+    copied: int = 0  # prompt tokens that a sibling lent
+    decoded: int = 0  # tokens sampled
+    steps: int = 0  # decode steps
+    seconds: float = 0.0
+
+
+class Pool:
+    """One body's seats. Rows 0..busy-1 are decoding, the others are parked or free; busy rows are kept
+    together, so that attention sees a view of the cache and idle seats cost nothing."""
+
+    def __init__(self, model: Model, tok, seats: int, capacity: int, prefill: int, reserve: int):
+        if capacity > model.cos.size(0):
+            raise ValueError(
+                f"seats of {capacity} tokens are longer than the {model.cos.size(0)} this body can read"
+            )
+        self.model, self.tok, self.capacity, self.prefill, self.reserve = (
+            model,
+            tok,
+            capacity,
+            prefill,
+            reserve,
+        )
+        self.cache = Cache(model.config, seats, capacity, model.dtype, model.device)
+        self.clear()
+        self.stops: dict[tuple[str, ...], int] = {}
+        self.closers = torch.zeros(0, tok.vocab_size, dtype=torch.bool, device=model.device)
+
+        def column(dtype, *more):
+            return torch.zeros(seats, *more, dtype=dtype, device=model.device)
+
+        self.last, self.length, self.role = column(torch.long), column(torch.long), column(torch.long)
+        self.count, self.limit, self.kind = column(torch.long), column(torch.long), column(torch.long)
+        self.temperature = column(torch.float32)
+        self.u = column(torch.float32, capacity)
+        self.ids, self.logps = column(torch.int32, capacity), column(torch.float32, capacity)
+        self.columns = (
+            *(self.last, self.length, self.role, self.count, self.limit, self.kind),
+            *(self.temperature, self.u, self.ids, self.logps),
+        )
+
+    def clear(self) -> None:
+        """Empty every seat and read the adapters anew: the start of a run."""
+        self.rows: list[Seat | None] = [None] * self.cache.seats
+        self.busy = 0
+        self.waiting: deque[tuple[Task, Turn]] = deque()
+        self.seated: dict[int, Seat] = {}  # id of a context -> its seat
+        self.prompts: dict[tuple, Seat] = {}  # (role, prompt) -> a seat that holds it
+        self.stack = self.model.stacked()
+
+    # seats
+
+    def move(self, seat: Seat, row: int) -> None:
+        """Put a seat on another row; whoever sits there takes the seat's old row."""
+        old, other = seat.row, self.rows[row]
+        if old == row:
+            return
+        if other is None:
+            self.cache.copy(old, row, seat.fed)
+        else:
+            self.cache.swap(old, row, max(seat.fed, other.fed))
+            other.row = old
+        self.rows[old], self.rows[row], seat.row = other, seat, row
+
+    def release(self, seat: Seat) -> None:
+        """Free a seat that is not decoding."""
+        self.rows[seat.row] = None
+        self.seated.pop(id(seat.context), None)
+        if seat.shared is not None and self.prompts.get(seat.shared) is seat:
+            del self.prompts[seat.shared]
+
+    def take(self) -> list[Seat]:
+        """Seat as many waiting turns as possible: those that have a seat, then those that documents wait for,
+        then new episodes, for which some seats are not to be had (else all could wait for documents for
+        ever)."""
+        free = [r for r in range(self.busy, len(self.rows)) if self.rows[r] is None]
+        order = sorted(
+            self.waiting, key=lambda w: (id(w[1].context) not in self.seated, w[1].context is not None)
+        )
+        taken, left = [], deque()
+        for task, turn in order:
+            seat = self.seated.get(id(turn.context)) if turn.context is not None else None
+            if seat is None:
+                if len(free) <= (self.reserve if turn.context is not None else 0):
+                    left.append((task, turn))
+                    continue
+                seat = Seat(free.pop(), turn.context, turn.role)
+                self.rows[seat.row] = seat
+                if turn.context is not None:
+                    self.seated[id(turn.context)] = seat
+                    task.contexts.append(seat)
+            seat.task, seat.turn = task, turn
+            taken.append(seat)
+        self.waiting = left
+        return taken
+
+    # feeding
+
+    def feed(self, seats: list[Seat], stats: Stats) -> None:
+        """Bring the taken seats to the point where their last token is due: prompts once, siblings by
+        copy."""
+        leaders, followers = [], []
+        for seat in seats:
+            seat.pending = seat.pending + seat.turn.ids
+            new = len(seat.pending)
+            if seat.fed + new >= self.capacity:
+                raise ValueError(f"{seat.fed + new} tokens do not fit in a seat of {self.capacity}")
+            key = (seat.role, tuple(seat.pending)) if seat.fed == 0 and new > 1 else None
+            if key is None or key not in self.prompts:
+                leaders.append(seat)
+            else:
+                followers.append((seat, self.prompts[key]))
+            if key is not None and key not in self.prompts:
+                self.prompts[key], seat.shared = seat, key
+        first = self.busy
+        for seat in sorted(leaders, key=lambda s: len(s.pending)):
+            self.join(seat)
+        for group in self.batches(first):
+            self.extend(group, stats)
+        for seat, leader in followers:
+            seat.fed = len(seat.pending) - 1
+            self.cache.copy(leader.row, seat.row, seat.fed)
+            stats.copied += seat.fed
+            self.join(seat)
+        for seat in seats:
+            self.begin(seat)
+
+    def join(self, seat: Seat) -> None:
+        """Make a seat the last of the busy ones."""
+        self.move(seat, self.busy)
+        self.busy += 1
+
+    def batches(self, first: int) -> Iterable[slice]:
+        """Cut the busy rows from `first` on, sorted by what is to be fed, into batches under the token
+        budget."""
+        row = first
+        while row < self.busy:
+            end = row + 1
+            while end < self.busy and (end + 1 - row) * (len(self.rows[end].pending) - 1) <= self.prefill:
+                end += 1
+            yield slice(row, end)
+            row = end
+
+    def extend(self, rows: slice, stats: Stats) -> None:
+        """Feed all but the last pending token of neighbouring rows, in one padded batch."""
+        seats = self.rows[rows]
+        feeds = [s.pending[:-1] for s in seats]
+        longest = max(map(len, feeds))
+        if longest == 0:
+            return
+        device = self.model.device
+        block = torch.tensor([f + [0] * (longest - len(f)) for f in feeds], device=device)  # (B, T)
+        start = torch.tensor([s.fed for s in seats], device=device)
+        lens = torch.tensor([len(f) for f in feeds], device=device)
+        window = self.cache.window(rows, max(s.fed for s in seats) + longest, start, lens)
+        role = self.roles(rows, {s.role for s in seats}, torch.tensor([s.role for s in seats], device=device))
+        self.model(block, role, window=window, lora=rows_of(self.stack, role))
+        for s, f in zip(seats, feeds):
+            s.fed += len(f)
+            stats.prefilled += len(f)
+
+    @staticmethod
+    def roles(rows: slice, distinct: set[int], column: torch.Tensor) -> int | torch.Tensor:
+        """One role where all rows have the same (cheaper), else the column."""
+        return distinct.pop() if len(distinct) == 1 else column
+
+    def begin(self, seat: Seat) -> None:
+        """Write a turn into its row's columns."""
+        turn, r = seat.turn, seat.row
+        limit = min(turn.limit, self.capacity - seat.fed - 1)
+        self.last[r], seat.pending = seat.pending[-1], []
+        self.length[r], self.role[r], self.count[r], self.limit[r] = seat.fed, seat.role, 0, limit
+        self.kind[r], self.temperature[r] = self.kind_of(turn.stops), turn.temperature
+        if turn.temperature > 0:
+            self.u[r, :limit] = torch.from_numpy(uniforms(turn.address, limit).astype(np.float32))
+
+    def kind_of(self, stops: tuple[str, ...]) -> int:
+        """The index of a set of stops. A token may close one only if it holds the last character of one."""
+        if stops not in self.stops:
+            ends = {s[-1].encode()[-1] for s in stops}
+            flags = [
+                i in self.tok.eos or not ends.isdisjoint(self.tok.token_bytes(i))
+                for i in range(self.tok.vocab_size)
+            ]
+            row = torch.tensor(flags, device=self.closers.device)
+            self.closers = torch.cat((self.closers, row[None]))
+            self.stops[stops] = len(self.stops)
+        return self.stops[stops]
+
+    # decoding
+
+    def step(self, stats: Stats) -> list[tuple[Task, Sampled]]:
+        """One token for every busy row. Returns the turns that ended."""
+        n = self.busy
+        busy = slice(0, n)
+        seats = self.rows[busy]
+        start = self.length[busy]
+        window = self.cache.window(busy, max(s.fed for s in seats) + 1, start, torch.ones_like(start))
+        role = self.roles(busy, {s.role for s in seats}, self.role[busy])
+        h = self.model(self.last[busy, None], role, window=window, lora=rows_of(self.stack, role))
+        count = self.count[busy]
+        u = self.u[busy].gather(1, count[:, None])[:, 0]
+        ids, logps = kernels.sample(self.model.logits(h[:, 0]), u, self.temperature[busy])
+        at = torch.arange(n, device=ids.device)
+        self.ids[at, count], self.logps[at, count] = ids.int(), logps
+        self.last[busy] = ids
+        self.length[busy] += 1
+        self.count[busy] += 1
+        due = self.closers[self.kind[busy], ids] | (self.count[busy] >= self.limit[busy])
+        stats.steps += 1
+        stats.decoded += n
+        for seat in seats:
+            seat.fed += 1
+        ended = [(seats[i], self.ended(seats[i])) for i in due.nonzero()[:, 0].tolist()]
+        return [(seat.task, self.finish(seat, end)) for seat, end in ended if end]
+
+    def ended(self, seat: Seat) -> str | None:
+        """Why a row's turn is over, if it is. Stops are looked for in the text of its last tokens."""
+        n = int(self.count[seat.row])
+        stops = seat.turn.stops
+        reach = 1 + max((len(s.encode()) for s in stops), default=0)  # tokens: each is a byte at least
+        tail = self.ids[seat.row, max(0, n - reach) : n].tolist()
+        if tail[-1] in self.tok.eos:
+            return "eos"
+        text = self.tok.decode(tail)
+        if any(s in text for s in stops):
+            return "stop"
+        return "limit" if n >= int(self.limit[seat.row]) else None
+
+    def finish(self, seat: Seat, end: str) -> Sampled:
+        """Take a row out of the batch: its place goes to the last busy row."""
+        r, n = seat.row, int(self.count[seat.row])
+        ids, logps = self.ids[r, :n].tolist(), self.logps[r, :n].tolist()
+        seat.pending = ids[-1:]
+        self.busy -= 1
+        if r != self.busy:
+            self.move(seat, self.busy)
+            for column in self.columns:
+                column[r] = column[self.busy]
+        seat.task, seat.turn = None, None
+        if seat.context is None:
+            self.release(seat)
+        return Sampled(ids, logps, end)
+
+
+class Engine:
+    """Runs generators to their ends, all turns of all roles together.
+
+    bodies: role -> (model, tokenizer); roles of one body share its seats and its batches. seats: rows of each
+    body's cache. capacity: tokens of a seat. prefill: tokens fed in one batch at most.
+    """
+
+    def __init__(
+        self, bodies: dict[int, tuple[Model, object]], seats: int, capacity: int, prefill: int = 8192
+    ):
+        self.stats = Stats()
+        sizes = (seats, capacity, prefill, max(1, seats // 4) if len(bodies) > 1 else 0)
+        if seats < 2 and len(bodies) > 1:
+            raise ValueError("two roles need at least 2 seats: one to wait in, one to write documents in")
+        pools: dict[int, Pool] = {}
+        for model, tok in bodies.values():
+            if id(model) not in pools:
+                pools[id(model)] = Pool(model, tok, *sizes)
+        self.pools = {role: pools[id(model)] for role, (model, _) in bodies.items()}
+
+    @torch.inference_mode()
+    def run(
+        self, generators: Iterable[Episode], tell: Callable[[int, int, Stats], None] | None = None
+    ) -> list:
+        """Run every generator; returns their values in order. tell(done, of, stats) is called as they end.
+
+        A ValueError or OSError raised inside a generator (a prompt too long, an engine out of reach) comes
+        through.
+        """
+        began = time.perf_counter()
+        self.stats = Stats()
+        pools = list({id(p): p for p in self.pools.values()}.values())
+        for pool in pools:
+            pool.clear()
+        tasks = [Task(i, g) for i, g in enumerate(generators)]
+        results: list = [None] * len(tasks)
+        ready, futures, done = deque(tasks), {}, 0
+        while done < len(tasks):
+            while ready:
+                done += self.advance(ready.popleft(), results, futures)
+                if tell is not None and done:
+                    self.stats.seconds = time.perf_counter() - began
+                    tell(done, len(tasks), self.stats)
+            for pool in pools:
+                if pool.waiting:
+                    pool.feed(pool.take(), self.stats)
+                if pool.busy:
+                    for task, sampled in pool.step(self.stats):
+                        task.value = sampled
+                        ready.append(task)
+            if futures:
+                idle = not ready and not any(p.busy for p in pools)
+                self.collect(futures, ready, idle)
+        self.stats.seconds = time.perf_counter() - began
+        return results
+
+    def advance(self, task: Task, results: list, futures: dict[Future, Task]) -> bool:
+        """Send a generator what it waits for. True when that was its end."""
+        try:
+            wish = task.generator.send(task.value)
+        except StopIteration as end:
+            results[task.index] = end.value
+            for seat in task.contexts:
+                self.pools[seat.role].release(seat)
+            return True
+        if isinstance(wish, Future):
+            futures[wish] = task
+        else:
+            self.pools[wish.role].waiting.append((task, wish))
+        return False
+
+    @staticmethod
+    def collect(futures: dict[Future, Task], ready: deque, idle: bool) -> None:
+        """Move tasks whose futures are done to the ready ones; wait for one if there is nothing else to
+        do."""
+        if idle:
+            wait(futures, return_when=FIRST_COMPLETED)
+        for future in [f for f in futures if f.done()]:
+            task = futures.pop(future)
+            task.value = future.result()
+            ready.append(task)
