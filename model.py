@@ -191,12 +191,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, lora: "Update | None") -> Tensor:
         """x (B, T, d_in) -> (B, T, sum of the parts), with the role's update."""
+        if lora is not None and lora.role is None:  # one adapter for all rows
+            return kernels.lora_linear(x, self.weight, self.bias, lora.A, lora.B, lora.scale)
         y = F.linear(x, self.weight, self.bias)
-        if lora is None:
-            return y
-        if lora.role is None:  # one adapter for all rows
-            return y + (x @ lora.A.T) @ lora.B.T * lora.scale
-        return kernels.lora(y, x, lora.A, lora.B, lora.role, lora.scale)
+        return y if lora is None else kernels.lora(y, x, lora.A, lora.B, lora.role, lora.scale)
 
 
 @dataclass(frozen=True)
@@ -324,7 +322,7 @@ class Model(nn.Module):
     ) -> Tensor:
         """ids (B, T) -> hidden states (B, T, d) after the final norm.
 
-        role: one for all rows, or (B,) one a row (needs `lora` from `rows_of`).
+        role: one for all rows, or (B,) one a row (needs `lora` from a `Stack`).
         lengths (B,): of right-padded rows.
         window: where given, row b's tokens follow the window.start[b] tokens in the cache and join them
         there. recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
@@ -374,20 +372,18 @@ class Model(nn.Module):
         if role not in self.roles:
             return [None] * (4 * len(self.layers))
         adapter = self.roles[role]
-        pairs = adapter.pairs(list(self.linears()))
-        return [Update(A.to(self.dtype), B.to(self.dtype), adapter.scale) for A, B in pairs]
+        return [Update(A, B, adapter.scale) for A, B in adapter.pairs(list(self.linears()))]
 
     @torch.no_grad()
-    def stacked(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """All roles' adapters in the body's type, for decoding with one role a row: A, B and scale a linear.
+    def stacked(self) -> "Stack":
+        """All roles' adapters in the body's type, for decoding with one role a row.
 
         A copy: take a new one after the adapters have changed. Roles of unlike rank are padded with zeros.
         """
         linears = list(self.linears())
         pairs = {role: a.pairs(linears) for role, a in self.roles.items()}
-        scale = torch.tensor([self.roles[r].scale if r in pairs else 0.0 for r in range(1, ROLES + 1)])
-        scale = scale.to(self.device)
-        out = []
+        scales = [self.roles[r].scale if r in pairs else 0.0 for r in range(1, ROLES + 1)]
+        stack = []
         for i, linear in enumerate(linears):
             k = max((p[i][0].size(0) for p in pairs.values()), default=1)
             A = torch.zeros(ROLES, k, linear.d_in, dtype=self.dtype, device=self.device)
@@ -395,8 +391,8 @@ class Model(nn.Module):
             for role, p in pairs.items():
                 n = p[i][0].size(0)
                 A[role - 1, :n], B[role - 1, :, :n] = p[i][0], p[i][1]
-            out.append((A, B, scale))
-        return out
+            stack.append((A, B))
+        return Stack(stack, scales, torch.tensor(scales, device=self.device))
 
     def init(self, seed: int, std: float = 0.02) -> "Model":
         """Random weights for a body that is to be trained from nothing."""
@@ -409,13 +405,20 @@ class Model(nn.Module):
         return self
 
 
-def rows_of(stack: list[tuple[Tensor, Tensor, Tensor]], role: Tensor | int) -> list[Update | None]:
-    """Updates for decoding from `Model.stacked`: role (B,) one a row, or one for all rows (cheaper)."""
-    if isinstance(role, Tensor):
-        return [Update(A, B, scale, role) for A, B, scale in stack]
-    if role == REFERENCE:
-        return [None] * len(stack)
-    return [Update(A[role - 1], B[role - 1], scale[role - 1].to(A.dtype)) for A, B, scale in stack]
+@dataclass(frozen=True)
+class Stack:
+    """Every linear's adapters of all roles, A (R, k, d_in) and B (R, d_out, k), and the roles' scales."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    scales: list[float]
+    scale: Tensor  # (R,), the same
+
+    def rows(self, role: Tensor | int) -> list[Update | None]:
+        """The updates for a batch: role (B,) one a row, or one for all rows (cheaper)."""
+        if isinstance(role, Tensor):
+            return [Update(A, B, self.scale, role) for A, B in self.pairs]
+        scale = self.scales[role - 1] if role != REFERENCE else 0.0
+        return [Update(A[role - 1], B[role - 1], scale) if scale else None for A, B in self.pairs]
 
 
 # --------------------------------------------------------------------------------------------------- adapters

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import kernels
-from model import POLICY, Cache, Model, rows_of
+from model import POLICY, Cache, Model
 
 # ------------------------------------------------------------------------------------------------------ types
 
@@ -462,7 +462,7 @@ class Pool:
         lens = torch.tensor([len(f) for f in feeds], device=device)
         window = self.cache.window(rows, max(s.fed for s in seats) + longest, start, lens)
         role = self.roles(rows, {s.role for s in seats}, torch.tensor([s.role for s in seats], device=device))
-        self.model(block, role, window=window, lora=rows_of(self.stack, role))
+        self.model(block, role, window=window, lora=self.stack.rows(role))
         for s, f in zip(seats, feeds):
             s.fed += len(f)
             stats.prefilled += len(f)
@@ -505,7 +505,7 @@ class Pool:
         start = self.length[busy]
         window = self.cache.window(busy, max(s.fed for s in seats) + 1, start, torch.ones_like(start))
         role = self.roles(busy, {s.role for s in seats}, self.role[busy])
-        h = self.model(self.last[busy, None], role, window=window, lora=rows_of(self.stack, role))
+        h = self.model(self.last[busy, None], role, window=window, lora=self.stack.rows(role))
         count = self.count[busy]
         u = self.u[busy].gather(1, count[:, None])[:, 0]
         ids, logps = kernels.sample(self.model.logits(h[:, 0]), u, self.temperature[busy])

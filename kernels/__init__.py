@@ -10,20 +10,26 @@ plugs in stands at the top of launch.py. `python -m kernels` lists them, tests t
 when run from here: hence no `__version__`, and nothing on import that takes long.
 """
 
+import warnings
+
 from .attention import attention
 from .cached_attention import cached_attention
 from .linear_logp import linear_logp
-from .lora import lora
+from .lora import lora, lora_linear
 from .rms_norm import rms_norm
 from .rope import rope, rope_cache
 from .sample import sample
 from .swiglu import swiglu
+
+# `python -m kernels.rope` runs a module that this file has imported already, which is meant.
+warnings.filterwarnings("ignore", "'kernels\\..* found in sys.modules", RuntimeWarning)
 
 __all__ = [
     "attention",
     "cached_attention",
     "linear_logp",
     "lora",
+    "lora_linear",
     "rms_norm",
     "rope",
     "rope_cache",

@@ -1,4 +1,5 @@
-"""The network against transformers and peft, which are the oracles, on small random checkpoints of each family."""
+"""The network against transformers and peft, which are the oracles, on small random checkpoints of each
+family."""
 
 import json
 
@@ -42,7 +43,7 @@ def checkpoint(tmp_path, family, dtype=torch.float32, **save):
     """A random checkpoint of a family on disk, and transformers' model of it."""
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype).eval()
-    for name, p in theirs.named_parameters():  # biases and norms are not trivial, as in a real checkpoint
+    for p in theirs.parameters():  # biases and norms are not trivial, as in a real checkpoint
         if p.dim() == 1:
             p.data += torch.randn_like(p) * 0.2
     theirs.save_pretrained(tmp_path, **save)
@@ -65,7 +66,8 @@ def test_logits_equal_transformers(tmp_path, family):
 
 @pytest.mark.parametrize("family", ["qwen2", "llama3-untied"])
 def test_greedy_continuations_equal_transformers(tmp_path, family):
-    """Decoding through the cache would drift from transformers' if a position or a cached key were off by one."""
+    """Decoding through the cache would drift from transformers' if a position or a cached key were off by
+    one."""
     theirs = checkpoint(tmp_path, family)
     mine, x = M.load(tmp_path), ids(2, 9)
     want = theirs.generate(x, max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None)[:, 9:]
@@ -82,7 +84,8 @@ def test_greedy_continuations_equal_transformers(tmp_path, family):
 
 
 def test_bf16_and_shards(tmp_path):
-    """A sharded bf16 checkpoint must load whole; rounding differently from Llama's would show in the logits."""
+    """A sharded bf16 checkpoint must load whole; rounding differently from Llama's would show in the
+    logits."""
     theirs = checkpoint(tmp_path, "qwen2-untied", torch.bfloat16, max_shard_size="40KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     mine, x = M.load(tmp_path, torch.bfloat16), ids(2, 20)
@@ -105,7 +108,8 @@ def trained(mine, role, seed=3, rank=4):
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3-untied"])
 def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family):
-    """Ragged rows in the cache, rows of different roles, and stale keys of earlier tenants must change nothing."""
+    """Ragged rows in the cache, rows of different roles, and stale keys of earlier tenants must change
+    nothing."""
     checkpoint(tmp_path, family)
     mine = M.load(tmp_path)
     trained(mine, POLICY, 3), trained(mine, SIMULATOR, 4, rank=6)
@@ -123,7 +127,7 @@ def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family):
             for b in range(4):
                 block[b, : news[b]] = x[b, held[b] : held[b] + news[b]]
             window = cache.window(slice(1, 5), 40, held, news)
-            h = mine(block, roles, window=window, lora=M.rows_of(stack, roles))
+            h = mine(block, roles, window=window, lora=stack.rows(roles))
             for b in range(4):
                 out[b].append(h[b, : news[b]])
             held = held + news

@@ -9,7 +9,7 @@ import torch
 
 import rollout
 from kernels import linear_logp
-from model import POLICY, SIMULATOR, Config, Model
+from model import POLICY, SIMULATOR, Config, Model, Stack
 from rollout import (
     DOCUMENTS,
     TOKENS,
@@ -292,7 +292,7 @@ class Script:
         self.says, self.prompt = says, prompt
 
     def stacked(self):
-        return []
+        return Stack([], [1.0, 1.0], torch.ones(2))
 
     def __call__(self, ids, role, window, lora):
         at = window.start + window.lens - self.prompt
