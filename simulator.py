@@ -23,6 +23,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -311,10 +312,16 @@ class Example:
     start: int
 
 
-def example(tok: Tokenizer, words: SimWords, row: dict) -> Example:
-    """A row's prompt, made as in sampling, then its documents, then the id that ends a turn."""
+def end_of_turn(tok: Tokenizer) -> int:
+    """The id that ends an assistant's turn in the chat template; without one, the lowest that ends a text."""
+    turns = tok.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    return ([i for i in turns if i in tok.eos] or [min(tok.eos)])[-1]
+
+
+def example(tok: Tokenizer, words: SimWords, end: int, row: dict) -> Example:
+    """A row's prompt, made as in sampling, then its documents, then the id `end` that ends a turn."""
     asked = prompt(tok, words, row_query(row), row["quality"] == "noisy")
-    return Example(asked + tok.encode(row["documents"]) + [tok.end], len(asked))
+    return Example(asked + tok.encode(row["documents"]) + [end], len(asked))
 
 
 def batches(
@@ -338,6 +345,10 @@ def batches(
 def document_logps(model: Model, batch: list[Example], recompute: bool = False) -> Tensor:
     """Log-probabilities (N,) of a batch's document tokens, fp32, differentiable in its adapter."""
     T = max(len(e.ids) for e in batch)
+    if model.config.context < T:
+        raise ValueError(
+            f"a row has {T} tokens, this body reads {model.config.context}: shorten its documents"
+        )
     ids = torch.tensor([e.ids + [0] * (T - len(e.ids)) for e in batch], device=model.device)  # (B, T)
     lengths = torch.tensor([len(e.ids) for e in batch], device=model.device)  # (B,)
     starts = torch.tensor([e.start for e in batch], device=model.device)  # (B,)
@@ -401,10 +412,7 @@ def sft(
     """
     rows = random.Random(seed).sample(rows, len(rows))
     held = min(held, len(rows) // 10)
-
-    def encode(row: dict) -> Example:
-        return example(tok, words, row)
-
+    encode = partial(example, tok, words, end_of_turn(tok))
     exam = [encode(row) for row in rows[:held]]
     optimizer = optimizer or adamw(model)
     began, seen = time.monotonic(), 0

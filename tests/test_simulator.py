@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import chain
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ END = 1  # the id that ends a turn
 class Letters:
     """One id a character; the chat template brackets each message, as real ones do."""
 
-    eos, end, bos, vocab_size = frozenset({0, END}), END, None, 128
+    eos, bos, vocab_size = frozenset({0, END}), None, 128
 
     def __init__(self, has_template=True):
         self.has_template = has_template
@@ -30,8 +31,10 @@ class Letters:
         return "".join("<end>" if i < 2 else chr(i - 2) for i in ids)
 
     def chat(self, messages):
-        form = "[{role}|{content}]" if self.has_template else "{content}"
-        return self.encode("".join(form.format(**m) for m in messages))
+        if not self.has_template:
+            return self.encode("".join(m["content"] for m in messages))
+        turns = [[*self.encode(f"[{m['role']}|{m['content']}"), END] for m in messages]
+        return [*chain(*turns), *self.encode("[assistant|")]
 
 
 SHORT = SimWords("", "useful {query}:", "noisy {query}:", count=2)
@@ -127,16 +130,16 @@ def test_a_file_that_is_not_json_is_refused(tmp_path):
 def test_values_are_never_filled_again():
     """A query that holds "{answer}" must not make the simulator print the golden answer."""
     text = told(Simulator(Letters(), FULL), ask("{answer} {question}", "What {query}?", ("{earlier}",)))
-    assert text.endswith("U|{answer} {question}|What {query}?|{earlier}>]")
+    assert text.endswith("U|{answer} {question}|What {query}?|{earlier}><end>[assistant|")
 
 
 def test_the_first_golden_answer_goes_into_the_prompt():
     """A list of aliases in the prompt would come back as a list of aliases in the documents."""
-    assert told(Simulator(Letters(), FULL), ask(answers=("Ann", "Anna"))).endswith("|Ann>]")
+    assert told(Simulator(Letters(False), FULL), ask(answers=("Ann", "Anna"))).endswith("|Ann>")
 
 
 def test_earlier_searches_are_told_in_order():
-    """Without them the simulator answers for any bridge that the policy invents: a shortcut past the first hop."""
+    """Without them the simulator answers for any bridge that the policy invents: a shortcut."""
     query = ask(earlier=(("a", "Doc {query}"), ("b", "B")))
     assert told(Simulator(Letters(False), FULL), query).startswith("a=Doc {query};b=B;U|who|")
 
@@ -144,7 +147,7 @@ def test_earlier_searches_are_told_in_order():
 def test_raw_text_is_the_prompt_where_there_is_no_template():
     """A base checkpoint knows no roles: brackets around its prompt would be noise to it."""
     assert told(Simulator(Letters(False), SHORT), ask()) == "useful who:"
-    assert told(Simulator(Letters(True), SHORT), ask()) == "[system|][user|useful who:]"
+    assert told(Simulator(Letters(True), SHORT), ask()) == "[system|<end>[user|useful who:<end>[assistant|"
 
 
 # ------------------------------------------------------------------------------------------------- documents
@@ -174,7 +177,7 @@ def test_a_turn_and_its_documents():
 
 
 def test_a_query_meets_its_own_question_when_episodes_interleave():
-    """Defect 1 of the public code: queries were compacted to the rows that searched, questions were not, and a
+    """Defect 1 of the public code: queries were compacted to the rows that searched, questions not, and a
     query was sent with a neighbour's question and answer. Here three searches start and end out of order."""
     search = Simulator(Letters(False), FULL)
     queries = [ask(f"q{i}", f"Q{i}", (f"A{i}",), (0, 0, i, 0, 0)) for i in range(3)]
@@ -205,7 +208,7 @@ def test_curriculum_by_hand(shape, values):
 
 
 def test_curriculum_starts_where_it_is_told_and_constant_has_its_mean():
-    """The paper compares its curve (mean .097 for 0 to .25) with p = .5: the amount differs, not the order alone."""
+    """The paper compares its curve (mean .097 for 0 to .25) with p = .5: the amount differs too."""
     assert p_noise(0, 10, 0.25, 0.5) == 0.25 and p_noise(10, 10, 0.25, 0.5) == pytest.approx(0.5)
     mean = sum(p_noise(i, 10000, 0.0, 0.25) for i in range(10000)) / 10000
     assert p_noise(3, 10000, 0.0, 0.25, "constant") == pytest.approx(mean, abs=1e-4)
@@ -255,7 +258,7 @@ def test_coins_are_keyed():
 
 
 def test_siblings_share_their_coins_if_told_to():
-    """Independent coins within a group put luck into its advantages, about which the policy can do nothing."""
+    """Independent coins within a group put luck into its advantages, and the policy cannot learn luck."""
     shared = coins(Simulator(Letters(), SHORT, p_noise=0.5, shared=True))
     assert all(row == shared[0] for row in shared)
     assert {True, False} == set(shared[0])
@@ -294,7 +297,7 @@ def rows(n=40):
 
 
 def test_fine_tuning_teaches_the_switch():
-    """The loss falls, also on held-out rows, by the simulator's adapter alone: the reference must not move."""
+    """The loss falls, also on held-out rows, by the adapter alone: the reference must not move."""
     body, tok = tiny_body(), Letters()
     before = body(torch.tensor([[5, 6, 7]]), REFERENCE)
     frozen = {k: v.clone() for k, v in body.named_parameters()}
@@ -309,7 +312,7 @@ def test_only_document_tokens_are_trained():
     """Trained on its prompt, the simulator would learn to write questions; on padding, to write nothing."""
     body, tok = tiny_body(), Letters()
     row = {"query": "zzz", "question": "", "answer": "", "documents": "ab", "quality": "noisy"}
-    e = simulator.example(tok, SHORT, row)
+    e = simulator.example(tok, SHORT, END, row)
     assert tok.decode(e.ids[e.start :]) == "ab<end>" and e.ids[: e.start] == prompt(
         tok, SHORT, ask("zzz"), True
     )
@@ -318,6 +321,18 @@ def test_only_document_tokens_are_trained():
     alone = body.logits(body(ids, SIMULATOR)).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
     assert len(logps) == 3 + 1  # a, b, the end of the turn; one token of the shorter row; no padding
     assert torch.allclose(logps[:3], alone[-3:], atol=1e-5)
+
+
+def test_a_turn_ends_as_the_template_ends_it():
+    """Trained to end on an id that its chat template never writes, a simulator would never stop."""
+    assert simulator.end_of_turn(Letters()) == END
+    assert simulator.end_of_turn(Letters(has_template=False)) == 0
+
+
+def test_a_row_longer_than_the_body_reads_is_refused():
+    """One line, instead of an index error in the middle of the rotary table."""
+    with pytest.raises(ValueError, match="600 tokens"):
+        simulator.document_logps(tiny_body(), [simulator.Example([5] * 600, 9)])
 
 
 def test_fine_tuning_is_seeded_and_goes_on_where_it_stopped():
