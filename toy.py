@@ -1,0 +1,563 @@
+"""The toy world of the embedded default: entities, facts, questions, a search engine, and the tiny body that knows them.
+
+The world has four kinds of entities and nine relations; every fact is redrawn for every world, so that nothing can be
+known without searching. The body (a Qwen2-shaped network of 0.8 million parameters) is to this world what Qwen is to
+ours: it was pre-trained on text in which people search, well and badly, and on text in which an engine answers, well
+and badly. What is shipped in toy/ ends there. The simulator's fine-tuning and the RL always run for real, in train.py.
+
+It deliberately is not: a benchmark, or a language. Names are single tokens and a document is one fact, because a body
+of this size then learns to read in minutes.
+
+    python toy.py               make toy/ from nothing (see MINUTES; interrupt it and start it again: it goes on)
+    python toy.py --show        print one question, one search, one training text of each kind
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import model as models
+from model import REFERENCE, Config, Model
+from rollout import Documents, Limits, Query, Question, Words, fill
+from simulator import SimWords
+
+HERE = Path(__file__).resolve().parent
+SEED = 7
+
+# ---------------------------------------------------------------------------------------------------------- world
+
+STEMS = "Ba Cle Dor Fi Gra Hel Ju Ka Lo Mer Ni Os Per Sta Tu Val".split()
+ENDINGS = {
+    "person": "lan na rin to".split(),
+    "company": "corp dex mark tec".split(),
+    "town": "burg ford ham wick".split(),
+    "song": "dance lay march ode".split(),
+}
+COLOURS = "amber black blue brown green grey pink red silver white".split()
+BEASTS = "bear crow deer fox hare lion owl seal swan wolf".split()
+VALUES = {kind: [stem + end for end in ends for stem in STEMS] for kind, ends in ENDINGS.items()}
+VALUES["emblem"] = [f"{colour} {beast}" for colour in COLOURS for beast in BEASTS]  # two tokens: F1 is not EM
+KIND = {name: kind for kind in ENDINGS for name in VALUES[kind]}
+# relation -> what has it, what its object is. No relation leads to its own kind and each belongs to one kind alone, so
+# that in a chain of two the first entity never has the last relation: that short cut is always a wrong query.
+RELATIONS = {
+    "home": ("person", "town"),
+    "employer": ("person", "company"),
+    "founder": ("company", "person"),
+    "seat": ("company", "town"),
+    "emblem": ("company", "emblem"),
+    "mayor": ("town", "person"),
+    "anthem": ("town", "song"),
+    "author": ("song", "person"),
+    "publisher": ("song", "company"),
+}
+OF = {kind: [r for r, (has, _) in RELATIONS.items() if has == kind] for kind in VALUES}
+CHAINS = [(a, b) for a in RELATIONS for b in OF[RELATIONS[a][1]]]  # 18 of two hops
+NAMES = list(KIND)
+NUMBER = {word: i for i, word in enumerate(NAMES + list(RELATIONS))}
+UNKNOWN = "unknown"
+SHOWN = 3  # documents a search
+
+
+def scramble(*numbers: int) -> int:
+    """A 64-bit hash of integers (splitmix64): facts need no table, and do not depend on the order of asking."""
+    x = 0
+    for n in numbers:
+        x = (x + n + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        x ^= x >> 31
+    return x
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """The entities and relations in a text, in order: ("Kalan", "home", "mayor"). Other words are skipped."""
+    return tuple(word for word in text.replace("?", " ").split() if word in NUMBER)
+
+
+def valid(asked: tuple[str, ...]) -> bool:
+    """Whether (entity, relation) is what a fact can answer."""
+    return len(asked) == 2 and asked[1] in RELATIONS and KIND.get(asked[0]) == RELATIONS[asked[1]][0]
+
+
+@dataclass(frozen=True)
+class World:
+    """One set of facts. Another seed, another world: what was learned of one is worth nothing in the other."""
+
+    seed: int
+
+    def fact(self, entity: str, relation: str) -> str:
+        """The object of a fact. KeyError for unknown words; ask `valid` first."""
+        values = VALUES[RELATIONS[relation][1]]
+        return values[scramble(self.seed, NUMBER[entity], NUMBER[relation]) % len(values)]
+
+    def follow(self, entity: str, relations: tuple[str, ...]) -> str:
+        """The entity or value at the end of a chain."""
+        for relation in relations:
+            entity = self.fact(entity, relation)
+        return entity
+
+    def ask(self, rng: random.Random) -> Question:
+        """A random question, of one hop or two with even chances."""
+        hops = rng.choice((1, 2))
+        relations = (rng.choice(list(RELATIONS)),) if hops == 1 else rng.choice(CHAINS)
+        entity = rng.choice(VALUES[RELATIONS[relations[0]][0]])
+        text = " ".join((entity, *relations)) + "?"
+        return Question(text, (self.follow(entity, relations),), text, hops)
+
+    def questions(self, n: int) -> list[Question]:
+        """n different questions. ValueError where the world does not hold so many."""
+        if n > 2000:
+            raise ValueError(f"the toy world holds fewer than {n} questions: ask for at most 2000")
+        rng, found = random.Random(self.seed), {}
+        while len(found) < n:
+            question = self.ask(rng)
+            found[question.text] = question
+        return list(found.values())
+
+    def results(self, text: str, rng: random.Random, noisy: bool = False) -> list[str]:
+        """What a search finds, as facts "Kalan home Niham", best first. Noisy: nothing about the entity asked for."""
+        asked = parse(text)
+        hit = [f"{asked[0]} {asked[1]} {self.fact(*asked)}"] if valid(asked) and not noisy else []
+        return hit + [self.distractor(asked, rng) for _ in range(SHOWN - len(hit))]
+
+    def distractor(self, asked: tuple[str, ...], rng: random.Random) -> str:
+        """A true fact about none of the entities asked for, of a relation asked for in every second case."""
+        wanted = [word for word in asked if word in RELATIONS]
+        relation = rng.choice(wanted) if wanted and rng.random() < 0.5 else rng.choice(list(RELATIONS))
+        entity = rng.choice([e for e in VALUES[RELATIONS[relation][0]] if e not in asked])
+        return f"{entity} {relation} {self.fact(entity, relation)}"
+
+    def lookup(self, query: Query, noise: float = 0.0):
+        """The world's real search engine, a search as rollout.py has it; `noise`: the chance that it finds nothing."""
+        rng = random.Random(f"{self.seed} {query.address} {query.text}")
+        noisy = rng.random() < noise
+        facts = self.results(query.text, rng, noisy)
+        rng.shuffle(facts)
+        return Documents(number(facts), noisy)
+        yield  # a search is a generator; this one never waits
+
+
+def number(facts: list[str]) -> str:
+    """Facts as the lines "Doc 1: ..."."""
+    return "\n".join(f"Doc {i}: {fact}" for i, fact in enumerate(facts, 1))
+
+
+def holds(documents: str, asked: tuple[str, ...], answer: str = "") -> bool:
+    """Whether the documents state a fact about (entity, relation), with this object where one is given."""
+    fact = f": {asked[0]} {asked[1]} {answer}" if len(asked) == 2 else "\n\n"
+    return any(
+        (line + "\n").endswith(fact + "\n") if answer else fact in line for line in documents.splitlines()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
+WORDS = Words(prompt="Question: {question}\n", notice="\n\nSearch or answer.\n\n", system=None)
+LIMITS = Limits(prompt=16, episode=192, turn=20, observation=32, turns=4)
+SIM_WORDS = SimWords(
+    system="",
+    useful="Question: {question}\nAnswer: {answer}{earlier}\nQuery: {query}\nUseful:\n",
+    noisy="Question: {question}\nAnswer: {answer}{earlier}\nQuery: {query}\nNoisy:\n",
+    count=SHOWN,
+    earlier="\nQuery: {query}\n{documents}",
+)
+END = "<|end|>"
+TAGS = [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
+LABELS = ["Question:", "\nAnswer:", "\nQuery:", "\nUseful:", "\nNoisy:", "Doc 1:"]
+LABELS += [f"\nDoc {i}:" for i in range(1, 7)]
+# Words that merges make one token each; what they are made of comes first, so that they share it.
+LEXICON = [end for ends in ENDINGS.values() for end in ends] + [" " + stem for stem in STEMS]
+LEXICON += [" " + word for word in [*NAMES, *RELATIONS, *COLOURS, *BEASTS, UNKNOWN]]
+LEXICON += ["\n\n", "Search", " or", " answer"]
+
+
+def byte_letters() -> list[str]:
+    """The letter by which byte-level BPE writes each of the 256 bytes (GPT-2's table)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(others)) for b in range(256)]
+
+
+def make_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Merges in rank order that make each word one token: what the earlier ones leave of it is joined left to right."""
+    letters, merges = byte_letters(), {}
+    for word in words:
+        parts = [letters[b] for b in word.encode()]
+        while len(parts) > 1:
+            pairs = list(zip(parts, parts[1:]))
+            best = min(pairs, key=lambda pair: merges.get(pair, math.inf))
+            if best not in merges:
+                best = pairs[0]
+                merges[best] = len(merges)
+            i = pairs.index(best)
+            parts[i : i + 2] = ["".join(best)]
+    return list(merges)
+
+
+def write_tokenizer(path: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json: byte-level BPE, every byte and every word of the world."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    merges = make_merges(LEXICON)
+    tokens = [*sorted(byte_letters(), key=ord), *("".join(pair) for pair in merges)]
+    tok = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tok.decoder = decoders.ByteLevel()
+    tok.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    tok.add_tokens([AddedToken(word, special=False, normalized=False) for word in TAGS + LABELS])
+    path.mkdir(parents=True, exist_ok=True)
+    tok.save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": END,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1024,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------- training text
+# A text is a list of pieces (text, learned): learned pieces carry the loss. Pieces are encoded one by one, as in an
+# episode, where what is sampled and what is given never share a token.
+
+Piece = tuple[str, bool]
+
+GUESS = 0.58  # answers at once, without a search
+SLIP = 0.15  # asks for another relation, or about an entity that it made up
+MISREAD = 0.10  # takes an object from the documents that is not the one asked for
+STOP = 0.50  # at the bridge of a chain: takes it for the answer
+AGAIN = 0.05  # has the answer, and searches on
+RETRY = 0.15  # nothing found: searches again, instead of guessing
+NOISE = 0.25  # of the searches in the texts find nothing
+OBEY = 0.70  # of the simulator's texts are what was ordered
+
+
+def read(documents: str, asked: tuple[str, ...]) -> str:
+    """The object that the documents state for (entity, relation), or UNKNOWN."""
+    for line in documents.splitlines():
+        words = line.split(maxsplit=4)
+        if tuple(words[2:4]) == asked:
+            return words[4]
+    return UNKNOWN
+
+
+def slip(asked: tuple[str, str], relations: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
+    """A wrong query instead of `asked`: the last relation of the first entity, or a made-up entity."""
+    if len(relations) == 2 and rng.random() < 0.5:
+        return asked[0], relations[-1]
+    return rng.choice(VALUES[RELATIONS[asked[1]][0]]), asked[1]
+
+
+def transcript(rng: random.Random) -> list[Piece]:
+    """An episode of one of many behaviours, as rollout.episode would tell it: right, lazy, careless or lost."""
+    world = World(rng.getrandbits(48))
+    question = world.ask(rng)
+    entity, *relations = parse(question.text)
+    values = VALUES[RELATIONS[relations[-1]][1]]
+    pieces, hop = [(WORDS.prompt.replace("{question}", question.text), False)], 0
+    if rng.random() < GUESS:
+        return [*pieces, (f"<answer> {rng.choice(values)}</answer>", True)]
+    thought = ""
+    for _ in range(LIMITS.turns):
+        asked = entity, relations[hop]
+        if rng.random() < SLIP:
+            asked = slip(asked, relations, rng)
+        facts = world.results(" ".join(asked), rng, rng.random() < NOISE)
+        rng.shuffle(facts)
+        pieces.append((f"{thought}<search> {' '.join(asked)}</search>", True))
+        pieces.append((f"\n\n<information>{number(facts)}</information>\n\n", False))
+        found = read(number(facts), asked)
+        if rng.random() < MISREAD:
+            found = rng.choice(VALUES[RELATIONS[asked[1]][1]])
+        thought = f"<think> {' '.join(asked)} {found}</think>"
+        if found == UNKNOWN:
+            if rng.random() >= RETRY:
+                break
+        elif asked[1] == relations[-1]:
+            if rng.random() >= AGAIN:
+                return [*pieces, (f"{thought}<answer> {found}</answer>", True)]
+        elif rng.random() < STOP:
+            return [*pieces, (f"{thought}<answer> {found}</answer>", True)]
+        else:
+            entity, hop = found, 1
+    return [*pieces, (f"{thought}<answer> {rng.choice(values)}</answer>", True)]
+
+
+def reading(rng: random.Random) -> list[Piece]:
+    """Facts, then what they say and do not say: the skill under everything else, eight times a text."""
+    world = World(rng.getrandbits(48))
+    facts = [world.distractor((), rng).split(maxsplit=2) for _ in range(rng.randint(3, 6))]
+    facts = [f for i, f in enumerate(facts) if f[:2] not in [g[:2] for g in facts[:i]]]
+    asked = [(e, r) for e, r, _ in facts for _ in range(2)]
+    asked = [(e, r) if rng.random() < 0.7 else near_miss(e, r, rng) for e, r in asked]
+    rng.shuffle(asked)
+    documents = number([" ".join(f) for f in facts])
+    pieces = [(f"<information>{documents}</information>\n\n", False)]
+    for e, r in asked[:8]:
+        pieces += [(f"<think> {e} {r}", False), (f" {read(documents, (e, r))}</think>", True)]
+    return pieces
+
+
+def near_miss(entity: str, relation: str, rng: random.Random) -> tuple[str, str]:
+    """Another relation of the same entity, or the same relation of another entity of its kind."""
+    if rng.random() < 0.5:
+        return entity, rng.choice(OF[KIND[entity]])
+    return rng.choice(VALUES[KIND[entity]]), relation
+
+
+def copying(rng: random.Random) -> list[Piece]:
+    """Random words, twice: where attention to what followed last time is born."""
+    words = "".join(f" {rng.choice(NAMES)}" for _ in range(24))
+    return [(words, False), (words, True)]
+
+
+def search_row(rng: random.Random) -> dict:
+    """One search of an episode with what the world's engine answers: a row for the simulator's fine-tuning.
+
+    The kinds of search are dealt evenly, those that a short cut would make among them: an entity that nothing before
+    has led to gets its own fact, which is not the golden answer, and a relation that it cannot have gets nothing.
+    """
+    world = World(rng.getrandbits(48))
+    question = world.ask(rng)
+    entity, *relations = parse(question.text)
+    earlier: list[list[str]] = []
+
+    def search(asked: tuple[str, str], noisy: bool) -> None:
+        earlier.append([" ".join(asked), number(world.results(" ".join(asked), rng, noisy))])
+
+    first, kind = (entity, relations[0]), rng.random()
+    while rng.random() < 0.3 and len(earlier) < 2:  # searches before this one that found nothing
+        search(first if rng.random() < 0.8 else slip(first, relations, rng), True)
+    asked = first
+    if question.hops == 2 and kind < 0.75:
+        last = world.fact(*first), relations[1]
+        if kind < 0.40:  # the second hop, after the first
+            search(first, False)
+            while rng.random() < 0.2 and len(earlier) < 3:
+                search(last, True)
+            asked = last
+        elif kind < 0.50:  # the short cut
+            asked = entity, relations[1]
+        else:  # an entity made up, or picked from documents that are about others
+            if kind < 0.65:
+                search(first, kind < 0.60)
+            others = [
+                w for _, d in earlier for w in parse(d) if KIND.get(w) == KIND[last[0]] and w != last[0]
+            ]
+            stranger = rng.choice(others if others and kind >= 0.55 else VALUES[KIND[last[0]]])
+            asked = stranger, relations[1]
+    elif kind > 0.85:  # some other fact
+        asked = slip(first, relations, rng)
+    noisy = rng.random() < 0.5
+    return {
+        "query": " ".join(asked),
+        "question": question.text,
+        "answer": question.answers[0],
+        "documents": number(world.results(" ".join(asked), rng, noisy)),
+        "quality": "noisy" if noisy else "useful",
+        "earlier": earlier,
+    }
+
+
+def simulation(rng: random.Random) -> list[Piece]:
+    """A search as the simulator sees it, and documents that obey the order in OBEY of the cases."""
+    row = search_row(rng)
+    noisy = (row["quality"] == "noisy") == (rng.random() < OBEY)
+    earlier = "".join(fill(SIM_WORDS.earlier, query=q, documents=d) for q, d in row["earlier"])
+    template = SIM_WORDS.noisy if noisy else SIM_WORDS.useful
+    asked = fill(template, **(row | {"earlier": earlier}))
+    return [(asked, False), (row["documents"] + END, True)]
+
+
+def rows(n: int, seed: int = 0) -> list[dict]:
+    """n rows for simulator.sft, from worlds that are nobody else's."""
+    rng = random.Random(f"rows {seed}")
+    return [search_row(rng) for _ in range(n)]
+
+
+# ------------------------------------------------------------------------------------------------------- the body
+
+BODY = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 384,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+TOKENS = 4096  # a step
+# (steps, the share of tokens of each kind of text): copying, then reading, then everything
+STAGES = [
+    (100, {copying: 1.0}),
+    (400, {reading: 1.0}),
+    (2000, {reading: 0.20, transcript: 0.40, simulation: 0.40}),
+]
+STEPS = sum(steps for steps, _ in STAGES)
+CLOSING = 0.20  # of the run: the learning rates fall to 0
+MUON_LR, ADAM_LR = 0.02, 0.004
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training text as ids; learned[i] says whether ids[i] carries the loss."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+def encode(tok, pieces: list[Piece]) -> Example:
+    """Pieces -> ids, piece by piece."""
+    ids, learned = [], []
+    for text, learn in pieces:
+        new = tok.encode(text, special=True)
+        ids += new
+        learned += [learn] * len(new)
+    return Example(ids, learned)
+
+
+def shares(step: int) -> dict[Callable, float]:
+    """The kinds of text of a step, with their shares of its tokens."""
+    for steps, mixture in STAGES:
+        if step < steps:
+            break
+        step -= steps
+    return mixture
+
+
+def micro_batches(tok, step: int, seed: int, padded: int = 1536) -> Iterator[list[Example]]:
+    """The texts of one step: a function of (seed, step), so that a resumed run sees what an unbroken one sees."""
+    texts = []
+    for kind, share in shares(step).items():
+        rng, left = random.Random(f"{seed} {step} {kind.__name__}"), int(TOKENS * share)
+        while left > 0:
+            texts.append(encode(tok, kind(rng)))
+            left -= len(texts[-1].ids)
+    batch: list[Example] = []
+    for text in sorted(texts, key=lambda t: len(t.ids)):  # alike in length: little padding
+        if batch and len(text.ids) * (len(batch) + 1) > padded:
+            yield batch
+            batch = []
+        batch.append(text)
+    yield batch
+
+
+def text_loss(model: Model, texts: list[Example]) -> Tensor:
+    """Summed cross-entropy in nats of the learned tokens of a micro-batch."""
+    T = max(len(t.ids) for t in texts)
+    ids = torch.tensor([t.ids + [0] * (T - len(t.ids)) for t in texts])  # (B, T)
+    learned = torch.tensor([t.learned + [False] * (T - len(t.ids)) for t in texts])  # (B, T)
+    h = model(ids, REFERENCE)[:, :-1][learned[:, 1:]]  # (N, d)
+    return F.cross_entropy(model.logits(h), ids[:, 1:][learned[:, 1:]], reduction="sum")
+
+
+def optimizers(model: Model) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for embeddings, norms and biases."""
+    for p in model.parameters():
+        p.requires_grad_(True)
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n != "embed"]
+    others = [p for n, p in model.named_parameters() if p.dim() != 2 or n == "embed"]
+    muon = torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.0)
+    return [muon, torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def train_step(
+    model: Model, tok, opts: list[torch.optim.Optimizer], step: int, seed: int
+) -> tuple[float, int]:
+    """One step of the body's training -> mean loss (nats a learned token), tokens seen."""
+    batches = list(micro_batches(tok, step, seed))
+    count = sum(sum(t.learned) for texts in batches for t in texts)
+    total = 0.0
+    for texts in batches:
+        loss = text_loss(model, texts) / count
+        loss.backward()
+        total += loss.item()
+    rate = min(1.0, (step + 1) / 50, (STEPS - step) / (CLOSING * STEPS))
+    for opt, lr in zip(opts, (MUON_LR, ADAM_LR)):
+        opt.param_groups[0]["lr"] = lr * rate
+        opt.step()
+        opt.zero_grad()
+    return total, sum(len(t.ids) for texts in batches for t in texts)
+
+
+@torch.no_grad()
+def reading_accuracy(model: Model, tok, n: int = 64, seed: int = 0) -> float:
+    """The share of objects (UNKNOWN among them) that the body reads off fresh facts, greedily, first token."""
+    rng, right, asked = random.Random(f"exam {seed}"), 0, 0
+    for _ in range(n):
+        text = encode(tok, reading(rng))
+        h = model(torch.tensor([text.ids]), REFERENCE)[0]  # (T, d)
+        starts = [i for i in range(1, len(text.ids)) if text.learned[i] and not text.learned[i - 1]]
+        said = model.logits(h[[i - 1 for i in starts]]).argmax(-1).tolist()
+        right += sum(s == text.ids[i] for s, i in zip(said, starts))
+        asked += len(starts)
+    return right / asked
+
+
+def make(out: Path, state: Path, seed: int = SEED) -> None:
+    """Train the body from nothing and write `out`; `state` lets an interrupted run go on."""
+    from tokenizer import Tokenizer
+
+    write_tokenizer(out)
+    tok = Tokenizer.load(out)
+    end = tok.encode(END, special=True)[0]
+    config = BODY | {"vocab_size": tok.vocab_size, "eos_token_id": end, "pad_token_id": end}
+    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": end}, indent=2) + "\n")
+    model = Model(Config.from_hf(config)).init(seed, std=0.05)
+    opts, first = optimizers(model), 0
+    if state.exists():
+        saved = torch.load(state, weights_only=False)
+        first = saved["step"]
+        model.load_state_dict(saved["model"])
+        for opt, opt_state in zip(opts, saved["optimizers"]):
+            opt.load_state_dict(opt_state)
+    began, seen = time.monotonic(), 0
+    for step in range(first, STEPS):
+        loss, tokens = train_step(model, tok, opts, step, seed)
+        seen += tokens
+        done, spent = step + 1, time.monotonic() - began
+        if done % 50 == 0 or done == STEPS:
+            left = spent / (done - first) * (STEPS - done)
+            line = (
+                f"step {done:5d}/{STEPS}   loss {loss:.3f}   {seen / spent:,.0f} tokens/s   {left:.0f} s left"
+            )
+            print(
+                line + (f"   reads {reading_accuracy(model, tok):.3f}" if done % 200 == 0 else ""), flush=True
+            )
+        if done % 100 == 0:
+            optimizer_states = [opt.state_dict() for opt in opts]
+            saved = {"step": done, "model": model.state_dict(), "optimizers": optimizer_states}
+            torch.save(saved, state.with_suffix(".part"))
+            state.with_suffix(".part").replace(state)
+    models.save_model(model.to(torch.bfloat16), out)
+    state.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the toy body from nothing.")
+    parser.add_argument("--out", type=Path, default=HERE / "toy", help="where the body is written")
+    parser.add_argument("--seed", type=int, default=SEED, help="of weights and texts")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    make(args.out, args.out / "training.pt", args.seed)
+
+
+if __name__ == "__main__":
+    models.command_line(main)
