@@ -172,7 +172,8 @@ class Mended(Builder):
 
     def binary_op(self, a, b, op):
         if op in _BITWISE or not (_is_bf16(a) or _is_bf16(b)):
-            return _was["binary_op"](self, a, b, op)
+            out = _was["binary_op"](self, a, b, op)
+            return Handle(out.data, tl.int1) if out.data.dtype == np.bool_ else out  # stock: a's type
         out = op(_values(a), _values(b))
         return Handle(out, tl.int1) if out.dtype == np.bool_ else Handle(narrow(out), tl.bfloat16)
 

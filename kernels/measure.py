@@ -83,6 +83,16 @@ def modules() -> Iterator[tuple[str, ModuleType]]:
         yield name, importlib.import_module(f"kernels.{name}")
 
 
+def compiled(f: Callable) -> dict[str, Callable]:
+    """A rival: what torch.compile makes of f. None on a CPU, where nobody waits for it."""
+    return {"compile": torch.compile(f)} if torch.cuda.is_available() else {}
+
+
+def backward(outputs: Tensor | tuple, inputs: tuple, gradients: Tensor | tuple) -> Callable[[], tuple]:
+    """A call that runs the backward pass alone, as often as one likes."""
+    return lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+
+
 def relative_rms(x: Tensor, truth: Tensor) -> float:
     """|x - truth| / |truth|, root mean squares, in fp64. NaN in x gives NaN, which is below no bound."""
     x, truth = x.detach().double(), truth.detach().double()
@@ -165,7 +175,8 @@ def measure(case: Case) -> dict:
 
 def line(row: dict) -> str:
     """One measurement as one line of the table."""
-    shown = (f"{k} {v:.3g}" for k, v in row.items() if k not in {"model", "kernel", "case"} and v)
+    numbers = [k for k, v in row.items() if not isinstance(v, str) and (v or k == "error")]
+    shown = (f"{k} {row[k]:.3g}" for k in numbers)
     return f"{row['model']:13s} {row['kernel']:17s} {row['case']:34s} " + "  ".join(shown)
 
 

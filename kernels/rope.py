@@ -1,21 +1,30 @@
-"""Rotary position embedding (arXiv 2104.09864), in the halves layout of Llama and Qwen; alone, or with the cache write.
+"""Rotary position embedding (arXiv 2104.09864), in halves as Llama and Qwen; alone, or with the cache write.
 
-[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]        x1, x2 = halves of a head; cos, sin of position x frequency
+    [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]        x1, x2 = halves of a head
+
+The gradient is rotated back: the same with -sin. Rounding as in Llama: cos and sin (position x frequency) are
+cast to the type of x, and so is every product. One program takes a token with all its heads, q and k; with a
+cache it puts k and v there. q, k and v may be views of one matrix: only a head's columns must be neighbours.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from . import measure
+from .launch import Target, check, choose, target, tl, triton
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, heads, D), cos and sin (T, D/2) or (B, T, D/2) -> x rotated. Rounds as Llama does: all in x's type."""
+    """x (B, T, heads, D), cos and sin (T, D/2) or (B, T, D/2) -> x rotated, all in x's type."""
     cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)  # (..., T, 1, D/2)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 def rope_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference: q (B, T, H, D), k (B, T, KV, D) at positions 0..T-1; cos and sin (P, D/2) -> q, k rotated."""
+    """The reference: q (B, T, H, D), k (B, T, KV, D) at positions 0..T-1; cos, sin (P, D/2) -> q, k."""
     T = q.size(1)
     return rotate(q, cos[:T], sin[:T]), rotate(k, cos[:T], sin[:T])
 
@@ -33,7 +42,8 @@ def rope_cache_torch(
 ) -> Tensor:
     """The reference: row b's token t stands at position start[b] + t; k, v are written there for t < lens[b].
 
-    q (B, T, H, D), k and v (B, T, KV, D), caches (B, KV, L, D) written in place, start and lens (B,) -> q rotated.
+    q (B, T, H, D), k and v (B, T, KV, D), caches (B, KV, L, D) written in place, start, lens (B,) -> q.
+    A decoded token (T = 1) is always real.
     """
     B, T = q.shape[:2]
     t = torch.arange(T, device=q.device)
@@ -52,5 +62,193 @@ def rope_cache_torch(
     return q
 
 
-rope = rope_torch
-rope_cache = rope_cache_torch
+@triton.jit
+def _turn(
+    p_x, s_x, p_y, s_y, cos, sin, on,
+    N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Rotate a token's N heads, s_x apart at p_x, and put them s_y apart at p_y if `on`."""
+    i_head, i_col = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    m = (i_head < N) & (i_col < D // 2)  # (HEADS, HALF)
+    x1 = tl.load(p_x + i_head * s_x + i_col, mask=m, other=0.0)
+    x2 = tl.load(p_x + i_head * s_x + i_col + D // 2, mask=m, other=0.0)
+    kind = x1.dtype
+    c, s = cos.to(kind).to(tl.float32), sin.to(kind).to(tl.float32)
+    a, b = x1.to(tl.float32), x2.to(tl.float32)
+    y1 = (a * c).to(kind).to(tl.float32) - (b * s).to(kind).to(tl.float32)
+    y2 = (b * c).to(kind).to(tl.float32) + (a * s).to(kind).to(tl.float32)
+    tl.store(p_y + i_head * s_y + i_col, y1.to(kind), mask=m & on)
+    tl.store(p_y + i_head * s_y + i_col + D // 2, y2.to(kind), mask=m & on)
+
+
+@triton.jit
+def _rope(
+    p_q, p_k, p_q_out, p_k_out, p_cos, p_sin,
+    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, n_t,
+    SIGN: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_col = tl.arange(0, HALF)[None, :]
+    cos = tl.load(p_cos + i_t * (D // 2) + i_col, mask=i_col < D // 2, other=0.0)
+    sin = tl.load(p_sin + i_t * (D // 2) + i_col, mask=i_col < D // 2, other=0.0) * SIGN
+    q, k, i_token = p_q + i_b * s_qb + i_t * s_qt, p_k + i_b * s_kb + i_t * s_kt, i_b * n_t + i_t
+    _turn(q, s_qh, p_q_out + i_token * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
+    _turn(k, s_kh, p_k_out + i_token * KV * D, D, cos, sin, True, KV, D, K_HEADS, HALF)
+
+
+@triton.jit
+def _rope_cache(
+    p_q, p_k, p_v, p_q_out, p_k_cache, p_v_cache, p_cos, p_sin, p_start, p_lens,
+    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_cb, s_ch, n_t, n_cache, n_positions,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    position = tl.load(p_start + i_b) + i_t
+    real = (i_t < tl.load(p_lens + i_b)) & (position < n_cache)
+    i_col = tl.arange(0, HALF)[None, :]
+    at = tl.minimum(position, n_positions - 1) * (D // 2) + i_col
+    cos = tl.load(p_cos + at, mask=i_col < D // 2, other=0.0)
+    sin = tl.load(p_sin + at, mask=i_col < D // 2, other=0.0)
+    q, k = p_q + i_b * s_qb + i_t * s_qt, p_k + i_b * s_kb + i_t * s_kt
+    to = i_b * s_cb + position * D
+    _turn(q, s_qh, p_q_out + (i_b * n_t + i_t) * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
+    _turn(k, s_kh, p_k_cache + to, s_ch, cos, sin, real, KV, D, K_HEADS, HALF)
+    i_head, i_col = tl.arange(0, K_HEADS)[:, None], tl.arange(0, 2 * HALF)[None, :]
+    m = (i_head < KV) & (i_col < D) & real  # (K_HEADS, 2 HALF)
+    v = tl.load(p_v + i_b * s_vb + i_t * s_vt + i_head * s_vh + i_col, mask=m, other=0.0)
+    tl.store(p_v_cache + to + i_head * s_ch + i_col, v, mask=m)
+
+
+def config(heads: int, kv_heads: int, head_dim: int, t: Target) -> dict:
+    """A token is 1 to 8 thousand elements: 4 warps hold at most 64 of them a thread."""
+    power = triton.next_power_of_2
+    blocks = {"Q_HEADS": power(heads), "K_HEADS": power(kv_heads), "HALF": power(head_dim // 2)}
+    return {"H": heads, "KV": kv_heads, "D": head_dim} | blocks | {"num_warps": 4}
+
+
+def _fit(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    B, T, _, D = q.shape
+    check(k.shape[:2] == (B, T) and k.size(3) == D, f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit")
+    check(cos.shape == sin.shape and cos.size(1) == D // 2, f"cos {tuple(cos.shape)} for heads of {D}")
+    check(cos.is_contiguous() and sin.is_contiguous(), "cos and sin must be contiguous")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with neighbouring columns, copied only if it must be: views of a packed q, k, v are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _launch(q, k, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        return *_launch(dq, dk, *ctx.saved_tensors, -1), None, None
+
+
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    q, k = _rows(q), _rows(k)
+    (B, T, H, D), KV = q.shape, k.size(2)
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    strides = (*q.stride()[:3], *k.stride()[:3])
+    _rope[(T, B)](q, k, q_out, k_out, cos, sin, *strides, T, SIGN=sign, **config(H, KV, D, target()))
+    return q_out, k_out
+
+
+def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The same on a GPU. ValueError if the shapes do not fit or the table is shorter than the rows."""
+    _fit(q, k, cos, sin)
+    check(q.size(1) <= cos.size(0), f"{q.size(1)} tokens, but a table of {cos.size(0)} positions")
+    return _Rope.apply(q, k, cos, sin)
+
+
+def rope_cache_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    lens: Tensor,
+) -> Tensor:
+    """The same on a GPU, in one launch. ValueError if shapes or the caches' strides do not fit."""
+    _fit(q, k, cos, sin)
+    (B, T, H, D), KV, L = q.shape, k.size(2), k_cache.size(2)
+    check(v.shape == k.shape, f"k {tuple(k.shape)} and v {tuple(v.shape)} differ")
+    check(
+        k_cache.shape == v_cache.shape == (B, KV, L, D),
+        f"cache {tuple(k_cache.shape)} for k {tuple(k.shape)}",
+    )
+    check(k_cache.stride() == v_cache.stride(), "the caches of k and v must be laid out alike")
+    check(k_cache.stride()[2:] == (D, 1), "the tokens of a head must be neighbours in the cache")
+    check(
+        start.shape == lens.shape == (B,), f"start {tuple(start.shape)}, lens {tuple(lens.shape)}: not ({B},)"
+    )
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    q_out = q.new_empty(q.shape)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:2])
+    _rope_cache[(T, B)](
+        q, k, v, q_out, k_cache, v_cache, cos, sin, start, lens, *strides, T, L, cos.size(0),
+        **config(H, KV, D, target()),
+    )  # fmt: skip
+    return q_out
+
+
+rope = choose(rope_torch, rope_triton)
+rope_cache = choose(rope_cache_torch, rope_cache_triton)
+
+
+def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
+    """Training, forward and backward; decoding, a single row, and the prefill of a prompt."""
+    yield from _training_cases(m, device)
+    for rows, n in ((m.seats, 1), (1, 1), (m.batch, m.length // 2)):
+        yield _cache_case(rows, n, m, device)
+
+
+def _inputs(rows: int, n: int, m: measure.Model, device: str) -> tuple[Tensor, ...]:
+    """q, k, v as the model has them, views of one matrix (rows, n, heads, D); cos and sin."""
+    sizes = [m.heads, m.kv_heads, m.kv_heads]
+    qkv = torch.randn(rows, n, sum(sizes), m.head_dim, dtype=m.dtype, device=device)
+    angle = torch.rand(2 * m.context, m.head_dim // 2, device=device) * 6.3
+    return *qkv.split(sizes, 2), angle.cos(), angle.sin()
+
+
+def _training_cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
+    q, k, _, cos, sin = _inputs(m.batch, m.length, m, device)
+    dq, dk = torch.randn_like(q), torch.randn_like(k)
+    moved = 2 * (q.numel() + k.numel()) * q.element_size()
+    rivals = {"torch": rope_torch} | measure.compiled(rope_torch)
+    runs = {name: lambda f=f: f(q, k, cos, sin) for name, f in rivals.items()}
+    name = f"{m.batch} x {m.length} x ({m.heads} + {m.kv_heads}) x {m.head_dim}"
+    yield measure.Case(f"forward {name}", lambda: rope_triton(q, k, cos, sin), runs, bytes=moved)
+    q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+
+    def of(f):
+        return measure.backward(f(q, k, cos, sin), (q, k), (dq, dk))
+
+    runs = {name: of(f) for name, f in rivals.items()}
+    yield measure.Case(f"backward {name}", of(rope_triton), runs, bytes=moved)
+
+
+def _cache_case(rows: int, n: int, m: measure.Model, device: str) -> measure.Case:
+    q, k, v, cos, sin = _inputs(rows, n, m, device)
+    cache = torch.zeros(2, rows, m.kv_heads, 2 * m.context, m.head_dim, dtype=m.dtype, device=device)
+    start = torch.full((rows,), m.context // 2, device=device)
+    args = (q, k, v, cos, sin, *cache, start, torch.full_like(start, n))
+    return measure.Case(
+        f"cache {rows} x {n} x ({m.heads} + 2 x {m.kv_heads}) x {m.head_dim}",
+        lambda: rope_cache_triton(*args),
+        {"torch": lambda: rope_cache_torch(*args)},
+        bytes=2 * (q.numel() + 2 * k.numel()) * q.element_size(),
+    )
+
+
+if __name__ == "__main__":
+    measure.main("rope")
