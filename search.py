@@ -197,9 +197,16 @@ def open_search(spec: str, count: int = 5) -> Search:
     raise ValueError(f"unknown search engine {spec!r}: choose none or bm25:CORPUS")
 
 
+class OneLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Show what an index answers, and how fast."""
-    flag = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag.add_argument("corpus", help='JSON lines {"id", "title", "contents"}, plain or gzip')
     flag.add_argument("query", nargs="+", help="what to search for")
     args = flag.parse_args(arguments)
