@@ -27,6 +27,9 @@ class Letters:
     def encode(self, text, special=False):
         return [ord(c) % 126 + 2 for c in text]
 
+    def token_bytes(self, i):
+        return self.decode([i]).encode()
+
     def decode(self, ids):
         return "".join("<end>" if i < 2 else chr(i - 2) for i in ids)
 
@@ -406,3 +409,85 @@ def test_an_empty_file_is_refused(tmp_path):
     """Nothing to learn is not a run that ends well."""
     with pytest.raises(ValueError, match="no rows"):
         read_rows(write_lines(tmp_path / "rows.jsonl"))
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs `simulator.py ...` on the tiny body, in a directory of its own that holds rows.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(simulator, "load_body", lambda args: (tiny_body(), Letters()))
+    write_lines(tmp_path / "rows.jsonl", *rows())
+    simulator.save_words(SHORT, tmp_path / "short.json")
+
+    def run(line):
+        simulator.main([*line.split(), "--sim", "tiny"])
+
+    return run
+
+
+SFT = "sft --rows rows.jsonl --sim-prompt short.json --tokens 256 --lr 0.02 --every 2 --steps"
+
+
+def adapter(path):
+    body = tiny_body()
+    models.load_adapter(body, SIMULATOR, path)
+    return body.adapter(SIMULATOR).detach()
+
+
+def test_a_cut_run_goes_on_to_the_same_adapter(command, tmp_path, monkeypatch):
+    """Whatever a crash leaves behind must be enough to end where the whole run ends."""
+    command(f"{SFT} 6 --out whole")
+    saved, save = [], simulator.save_run
+
+    def crash(*args):
+        save(*args)
+        saved.append(1)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulator, "save_run", crash)
+    with pytest.raises(KeyboardInterrupt):
+        command(f"{SFT} 6 --out cut")
+    with pytest.raises(ValueError, match="another --seed"):
+        command(f"{SFT} 6 --out cut --resume --seed 5")
+    command(f"{SFT} 6 --out cut --resume")
+    assert torch.equal(adapter("cut"), adapter("whole")) and adapter("cut").any()
+    assert sorted(f.name for f in (tmp_path / "cut").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "sim_prompt.json",
+    ]
+    assert simulator.words_for("cut", None) == SHORT
+
+
+def test_a_run_writes_over_nothing(command, tmp_path):
+    """An adapter of yesterday must not become half an adapter of today."""
+    command(f"{SFT} 2 --out a")
+    with pytest.raises(ValueError, match="not empty"):
+        command(f"{SFT} 2 --out a")
+    with pytest.raises(ValueError, match="no unfinished run"):
+        command(f"{SFT} 2 --out a --resume")
+    with pytest.raises(ValueError, match="line 41"):
+        write_lines(tmp_path / "rows.jsonl", *rows(), "{")
+        command(f"{SFT} 2 --out b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_write_shows_both_qualities_side_by_side(command, capsys):
+    """The quickest look at a simulator: does the switch change what it writes?"""
+    command(f"{SFT} 40 --out a")
+    capsys.readouterr()
+    command("write --adapter a --query q1 --question Q --answer a --limit 20 --temperature 0")
+    lines = [[side.strip() for side in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["USEFUL", "NOISY"], ["yes yes", "no"]]
+
+
+def test_words_default_to_those_of_the_adapter():
+    """A simulator asked in words that it was not trained on answers like one that was not trained."""
+    assert simulator.words_for(None, None) is PROMPTED_WORDS
+    assert simulator.words_for("nowhere", "sft") is SFT_WORDS
+    with pytest.raises(ValueError, match=r"sim_prompt\.json does not exist"):
+        simulator.words_for("nowhere", None)
