@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import model as models
 from model import REFERENCE, Config, Model
-from rollout import Documents, Limits, Query, Question, Words, fill
+from rollout import Documents, Limits, Query, Question, Search, Words, fill
 from simulator import SimWords
 
 HERE = Path(__file__).resolve().parent
@@ -80,8 +81,17 @@ def scramble(*numbers: int) -> int:
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """The entities and relations in a text, in order: ("Kalan", "home", "mayor"). Other words are skipped."""
-    return tuple(word for word in text.replace("?", " ").split() if word in NUMBER)
+    """The names in a text, then its relations, innermost first: "mayor home Kalan?" -> ("Kalan", "home", "mayor").
+
+    Other words are skipped.
+    """
+    words = text.replace("?", " ").split()
+    return (*(w for w in words if w in KIND), *reversed([w for w in words if w in RELATIONS]))
+
+
+def say(entity: str, *relations: str) -> str:
+    """The inverse of `parse`. The entity comes last: what follows it in a document is what one looks for."""
+    return " ".join((*reversed(relations), entity))
 
 
 def valid(asked: tuple[str, ...]) -> bool:
@@ -106,12 +116,12 @@ class World:
             entity = self.fact(entity, relation)
         return entity
 
-    def ask(self, rng: random.Random) -> Question:
-        """A random question, of one hop or two with even chances."""
-        hops = rng.choice((1, 2))
+    def ask(self, rng: random.Random, hops: int | None = None) -> Question:
+        """A random question, of `hops`, or of one hop or two with even chances."""
+        hops = hops or rng.choice((1, 2))
         relations = (rng.choice(list(RELATIONS)),) if hops == 1 else rng.choice(CHAINS)
         entity = rng.choice(VALUES[RELATIONS[relations[0]][0]])
-        text = " ".join((entity, *relations)) + "?"
+        text = say(entity, *relations) + "?"
         return Question(text, (self.follow(entity, relations),), text, hops)
 
     def questions(self, n: int) -> list[Question]:
@@ -125,17 +135,20 @@ class World:
         return list(found.values())
 
     def results(self, text: str, rng: random.Random, noisy: bool = False) -> list[str]:
-        """What a search finds, as facts "Kalan home Niham", best first. Noisy: nothing about the entity asked for."""
+        """What a search finds, as facts "home Kalan Niham", best first. Noisy: nothing about the entity asked for."""
         asked = parse(text)
-        hit = [f"{asked[0]} {asked[1]} {self.fact(*asked)}"] if valid(asked) and not noisy else []
+        hit = [f"{say(*asked)} {self.fact(*asked)}"] if valid(asked) and not noisy else []
         return hit + [self.distractor(asked, rng) for _ in range(SHOWN - len(hit))]
 
     def distractor(self, asked: tuple[str, ...], rng: random.Random) -> str:
         """A true fact about none of the entities asked for, of a relation asked for in every second case."""
         wanted = [word for word in asked if word in RELATIONS]
         relation = rng.choice(wanted) if wanted and rng.random() < 0.5 else rng.choice(list(RELATIONS))
-        entity = rng.choice([e for e in VALUES[RELATIONS[relation][0]] if e not in asked])
-        return f"{entity} {relation} {self.fact(entity, relation)}"
+        entity = rng.choice(VALUES[RELATIONS[relation][0]])
+        found = self.fact(entity, relation)
+        if entity in asked or found in asked:
+            return self.distractor(asked, rng)
+        return f"{say(entity, relation)} {found}"
 
     def lookup(self, query: Query, noise: float = 0.0):
         """The world's real search engine, a search as rollout.py has it; `noise`: the chance that it finds nothing."""
@@ -152,12 +165,16 @@ def number(facts: list[str]) -> str:
     return "\n".join(f"Doc {i}: {fact}" for i, fact in enumerate(facts, 1))
 
 
-def holds(documents: str, asked: tuple[str, ...], answer: str = "") -> bool:
-    """Whether the documents state a fact about (entity, relation), with this object where one is given."""
-    fact = f": {asked[0]} {asked[1]} {answer}" if len(asked) == 2 else "\n\n"
-    return any(
-        (line + "\n").endswith(fact + "\n") if answer else fact in line for line in documents.splitlines()
-    )
+def shuffled(search: Search) -> Search:
+    """The search with its documents in a keyed random order: where a fact stands shall tell nothing."""
+
+    def mixed(query: Query):
+        documents = yield from search(query)
+        facts = [line.partition(": ")[2] for line in documents.text.splitlines()]
+        random.Random(f"order {query.address}").shuffle(facts)
+        return Documents(number(facts), documents.noisy)
+
+    return mixed
 
 
 # ---------------------------------------------------------------------------------------------------------- words
@@ -194,7 +211,7 @@ def make_merges(words: list[str]) -> list[tuple[str, str]]:
     for word in words:
         parts = [letters[b] for b in word.encode()]
         while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:]))
+            pairs = list(pairwise(parts))
             best = min(pairs, key=lambda pair: merges.get(pair, math.inf))
             if best not in merges:
                 best = pairs[0]
@@ -247,7 +264,7 @@ def read(documents: str, asked: tuple[str, ...]) -> str:
     """The object that the documents state for (entity, relation), or UNKNOWN."""
     for line in documents.splitlines():
         words = line.split(maxsplit=4)
-        if tuple(words[2:4]) == asked:
+        if words[2:4] == [*reversed(asked)]:
             return words[4]
     return UNKNOWN
 
@@ -273,14 +290,14 @@ def transcript(rng: random.Random) -> list[Piece]:
         asked = entity, relations[hop]
         if rng.random() < SLIP:
             asked = slip(asked, relations, rng)
-        facts = world.results(" ".join(asked), rng, rng.random() < NOISE)
+        facts = world.results(say(*asked), rng, rng.random() < NOISE)
         rng.shuffle(facts)
-        pieces.append((f"{thought}<search> {' '.join(asked)}</search>", True))
+        pieces.append((f"{thought}<search> {say(*asked)}</search>", True))
         pieces.append((f"\n\n<information>{number(facts)}</information>\n\n", False))
         found = read(number(facts), asked)
         if rng.random() < MISREAD:
             found = rng.choice(VALUES[RELATIONS[asked[1]][1]])
-        thought = f"<think> {' '.join(asked)} {found}</think>"
+        thought = f"<think> {say(*asked)} {found}</think>"
         if found == UNKNOWN:
             if rng.random() >= RETRY:
                 break
@@ -297,21 +314,20 @@ def transcript(rng: random.Random) -> list[Piece]:
 def reading(rng: random.Random) -> list[Piece]:
     """Facts, then what they say and do not say: the skill under everything else, eight times a text."""
     world = World(rng.getrandbits(48))
-    facts = [world.distractor((), rng).split(maxsplit=2) for _ in range(rng.randint(3, 6))]
-    facts = [f for i, f in enumerate(facts) if f[:2] not in [g[:2] for g in facts[:i]]]
-    asked = [(e, r) for e, r, _ in facts for _ in range(2)]
-    asked = [(e, r) if rng.random() < 0.7 else near_miss(e, r, rng) for e, r in asked]
+    facts = [world.distractor((), rng) for _ in range(rng.randint(3, 6))]
+    asked = [parse(fact)[0::2] if len(parse(fact)) == 3 else parse(fact) for fact in facts]  # (entity, relation)
+    asked = [near_miss(e, r, rng) if rng.random() < 0.25 else (e, r) for e, r in asked * 2]
     rng.shuffle(asked)
-    documents = number([" ".join(f) for f in facts])
+    documents = number(facts)
     pieces = [(f"<information>{documents}</information>\n\n", False)]
-    for e, r in asked[:8]:
-        pieces += [(f"<think> {e} {r}", False), (f" {read(documents, (e, r))}</think>", True)]
+    for a in asked[:8]:
+        pieces += [(f"<think> {say(*a)}", False), (f" {read(documents, a)}</think>", True)]
     return pieces
 
 
 def near_miss(entity: str, relation: str, rng: random.Random) -> tuple[str, str]:
-    """Another relation of the same entity, or the same relation of another entity of its kind."""
-    if rng.random() < 0.5:
+    """The same relation of another entity of its kind, or sometimes another relation of the same entity."""
+    if rng.random() < 0.2:
         return entity, rng.choice(OF[KIND[entity]])
     return rng.choice(VALUES[KIND[entity]]), relation
 
@@ -322,51 +338,66 @@ def copying(rng: random.Random) -> list[Piece]:
     return [(words, False), (words, True)]
 
 
-def search_row(rng: random.Random) -> dict:
-    """One search of an episode with what the world's engine answers: a row for the simulator's fine-tuning.
+# The searches that a policy may make, with their shares of the simulator's texts.
+SEARCHES = {
+    "first": 0.40,  # the question's entity and first relation
+    "second": 0.28,  # the bridge, which an earlier search led to, and the last relation
+    "shortcut": 0.08,  # the question's entity and the last relation, which it cannot have
+    "invented": 0.14,  # an entity from nowhere, and the last relation
+    "stranger": 0.06,  # an entity from documents that were about others, and the last relation
+    "slip": 0.04,  # any other mistake
+}
 
-    The kinds of search are dealt evenly, those that a short cut would make among them: an entity that nothing before
-    has led to gets its own fact, which is not the golden answer, and a relation that it cannot have gets nothing.
-    """
+
+def situation(rng: random.Random, kind: str) -> tuple[World, Query]:
+    """A search of that kind in the middle of an episode, of which some searches before it may have found nothing."""
     world = World(rng.getrandbits(48))
-    question = world.ask(rng)
+    question = world.ask(rng, 2 if kind in ("second", "shortcut", "stranger") else None)
     entity, *relations = parse(question.text)
-    earlier: list[list[str]] = []
+    first, earlier = (entity, relations[0]), []
 
     def search(asked: tuple[str, str], noisy: bool) -> None:
-        earlier.append([" ".join(asked), number(world.results(" ".join(asked), rng, noisy))])
+        earlier.append((say(*asked), number(world.results(say(*asked), rng, noisy))))
 
-    first, kind = (entity, relations[0]), rng.random()
-    while rng.random() < 0.3 and len(earlier) < 2:  # searches before this one that found nothing
-        search(first if rng.random() < 0.8 else slip(first, relations, rng), True)
-    asked = first
-    if question.hops == 2 and kind < 0.75:
-        last = world.fact(*first), relations[1]
-        if kind < 0.40:  # the second hop, after the first
-            search(first, False)
-            while rng.random() < 0.2 and len(earlier) < 3:
-                search(last, True)
-            asked = last
-        elif kind < 0.50:  # the short cut
-            asked = entity, relations[1]
-        else:  # an entity made up, or picked from documents that are about others
-            if kind < 0.65:
-                search(first, kind < 0.60)
-            others = [
-                w for _, d in earlier for w in parse(d) if KIND.get(w) == KIND[last[0]] and w != last[0]
-            ]
-            stranger = rng.choice(others if others and kind >= 0.55 else VALUES[KIND[last[0]]])
-            asked = stranger, relations[1]
-    elif kind > 0.85:  # some other fact
+    while rng.random() < 0.3 and len(earlier) < 2:
+        search(first, True)
+    asked, bridge = first, world.follow(entity, tuple(relations[:-1]))
+    peers = VALUES[RELATIONS[relations[-1]][0]]  # what can have the last relation
+    if kind == "second" or (kind in ("invented", "stranger") and rng.random() < 0.5):
+        search(first, False)
+        while rng.random() < 0.2 and len(earlier) < 3:
+            search((bridge, relations[-1]), True)
+    if kind == "second":
+        asked = bridge, relations[-1]
+    elif kind == "shortcut":
+        asked = entity, relations[-1]
+    elif kind == "invented":
+        asked = rng.choice([e for e in peers if e != bridge]), relations[-1]
+    elif kind == "stranger":
+        seen = [word for _, documents in earlier for word in parse(documents)]
+        others = [e for e in seen if e in peers and e != bridge]
+        asked = rng.choice(others or [e for e in peers if e != bridge]), relations[-1]
+    elif kind == "slip":
         asked = slip(first, relations, rng)
+    return world, Query(say(*asked), question, earlier=tuple(earlier))
+
+
+def search_row(rng: random.Random) -> dict:
+    """One search with what the world's engine answers: a row for the simulator's fine-tuning.
+
+    An entity that nothing has led to gets its own fact, which is not the golden answer; a relation that the entity
+    cannot have gets nothing. So there is no short cut to teach.
+    """
+    kind = rng.choices(list(SEARCHES), list(SEARCHES.values()))[0]
+    world, query = situation(rng, kind)
     noisy = rng.random() < 0.5
     return {
-        "query": " ".join(asked),
-        "question": question.text,
-        "answer": question.answers[0],
-        "documents": number(world.results(" ".join(asked), rng, noisy)),
+        "query": query.text,
+        "question": query.question.text,
+        "answer": query.question.answers[0],
+        "documents": number(world.results(query.text, rng, noisy)),
         "quality": "noisy" if noisy else "useful",
-        "earlier": earlier,
+        "earlier": [list(search) for search in query.earlier],
     }
 
 
@@ -374,16 +405,58 @@ def simulation(rng: random.Random) -> list[Piece]:
     """A search as the simulator sees it, and documents that obey the order in OBEY of the cases."""
     row = search_row(rng)
     noisy = (row["quality"] == "noisy") == (rng.random() < OBEY)
+    return [(simulator_prompt(row, noisy), False), (row["documents"] + END, True)]
+
+
+def simulator_prompt(row: dict, noisy: bool) -> str:
+    """The text that asks a simulator for the row's documents."""
     earlier = "".join(fill(SIM_WORDS.earlier, query=q, documents=d) for q, d in row["earlier"])
     template = SIM_WORDS.noisy if noisy else SIM_WORDS.useful
-    asked = fill(template, **(row | {"earlier": earlier}))
-    return [(asked, False), (row["documents"] + END, True)]
+    return fill(template, **(row | {"earlier": earlier}))
 
 
 def rows(n: int, seed: int = 0) -> list[dict]:
     """n rows for simulator.sft, from worlds that are nobody else's."""
     rng = random.Random(f"rows {seed}")
     return [search_row(rng) for _ in range(n)]
+
+
+# ----------------------------------------------------------------------------------------------------- the audit
+
+
+def states(documents: str, asked: tuple[str, ...], answer: str = "") -> bool:
+    """Whether the documents hold the fact asked for: about this entity, of this relation, with the answer if given."""
+    found = read(documents, asked)
+    return found == answer if answer else found != UNKNOWN
+
+
+def audit(write: Callable[[list[Query], bool], list[str]], n: int = 100, seed: int = 0) -> dict[str, float]:
+    """How well a simulator plays the engine, on n held-out searches of a kind.
+
+    write(queries, noisy) returns the documents that the simulator writes when asked for useful or noisy ones.
+    useful_hit   useful documents hold the asked fact (where the question fixes it: with the golden answer)
+    noisy_hit    noisy documents hold a fact about the asked entity and relation
+    leak         useful documents hold the golden answer to a query that skips a hop: the worse of `shortcut` (the first
+                 entity with the last relation) and `invented` (an entity that nothing has led to)
+    """
+    rng = random.Random(f"audit {seed}")
+    asked = {kind: [situation(rng, kind)[1] for _ in range(n)] for kind in ("first", "second", "shortcut", "invented")}
+    proper = asked["first"] + asked["second"]
+    useful, noisy = write(proper, False), write(proper, True)
+    hits = [states(d, parse(q.text), golden(q)) for q, d in zip(proper, useful)]
+    result = {
+        "useful_hit": sum(hits) / len(hits),
+        "noisy_hit": sum(states(d, parse(q.text)) for q, d in zip(proper, noisy)) / len(proper),
+    }
+    for kind in ("shortcut", "invented"):
+        written = write(asked[kind], False)
+        result[kind] = sum(q.question.answers[0] in d for q, d in zip(asked[kind], written)) / n
+    return result | {"leak": max(result["shortcut"], result["invented"])}
+
+
+def golden(query: Query) -> str:
+    """The golden answer where a proper query asks for it, else "": a bridge is the simulator's to invent."""
+    return query.question.answers[0] if parse(query.text)[1] == parse(query.question.text)[-1] else ""
 
 
 # ------------------------------------------------------------------------------------------------------- the body
@@ -404,15 +477,16 @@ BODY = {
     "torch_dtype": "bfloat16",
 }
 TOKENS = 4096  # a step
+SAVE = 100  # steps between saved states
 # (steps, the share of tokens of each kind of text): copying, then reading, then everything
 STAGES = [
     (100, {copying: 1.0}),
-    (400, {reading: 1.0}),
-    (2000, {reading: 0.20, transcript: 0.40, simulation: 0.40}),
+    (250, {reading: 1.0}),
+    (1850, {reading: 0.10, transcript: 0.40, simulation: 0.50}),
 ]
 STEPS = sum(steps for steps, _ in STAGES)
 CLOSING = 0.20  # of the run: the learning rates fall to 0
-MUON_LR, ADAM_LR = 0.02, 0.004
+MUON_LR, ADAM_LR = 0.02, 0.015
 
 
 @dataclass(frozen=True)
@@ -437,9 +511,9 @@ def shares(step: int) -> dict[Callable, float]:
     """The kinds of text of a step, with their shares of its tokens."""
     for steps, mixture in STAGES:
         if step < steps:
-            break
+            return mixture
         step -= steps
-    return mixture
+    raise ValueError(f"the training of the body ends before step {step} of its last stage")
 
 
 def micro_batches(tok, step: int, seed: int, padded: int = 1536) -> Iterator[list[Example]]:
@@ -541,7 +615,7 @@ def make(out: Path, state: Path, seed: int = SEED) -> None:
             print(
                 line + (f"   reads {reading_accuracy(model, tok):.3f}" if done % 200 == 0 else ""), flush=True
             )
-        if done % 100 == 0:
+        if done % SAVE == 0:
             optimizer_states = [opt.state_dict() for opt in opts]
             saved = {"step": done, "model": model.state_dict(), "optimizers": optimizer_states}
             torch.save(saved, state.with_suffix(".part"))

@@ -1,0 +1,179 @@
+"""The toy world: its facts, its engine, its texts, and the body that is shipped with it."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+import model as models
+import simulator
+import toy
+from rollout import Documents, Query, Question, observation, prompt
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy")
+    toy.write_tokenizer(path)
+    return Tokenizer.load(path)
+
+
+def found(world: toy.World, text: str, noise: float = 0.0, address: tuple[int, ...] = (0, 0, 0, 0, 0)) -> Documents:
+    """What the engine returns at once."""
+    search = world.lookup(Query(text, Question("?", ("",)), address), noise)
+    with pytest.raises(StopIteration) as end:
+        next(search)
+    return end.value.value
+
+
+def test_facts_are_of_the_right_kind_and_another_seed_is_another_world():
+    """Facts that survive a change of world could be learned by heart, and no search would be needed."""
+    a, b = toy.World(1), toy.World(2)
+    pairs = [(e, r) for r, (kind, _) in toy.RELATIONS.items() for e in toy.VALUES[kind]]
+    assert all(a.fact(e, r) in toy.VALUES[toy.RELATIONS[r][1]] for e, r in pairs)
+    assert sum(a.fact(e, r) == b.fact(e, r) for e, r in pairs) < 0.05 * len(pairs)
+    assert a.fact(*pairs[0]) == toy.World(1).fact(*pairs[0])
+
+
+def test_the_first_entity_never_has_the_last_relation():
+    """If it had, asking for it would be a proper query, and the simulator could not tell the short cut."""
+    assert len(toy.CHAINS) == 18
+    for first, last in toy.CHAINS:
+        has, leads = toy.RELATIONS[first]
+        assert leads == toy.RELATIONS[last][0] != has
+
+
+def test_questions_are_distinct_and_answered_by_following_the_facts():
+    """A question asked twice, or with a wrong gold, would bend every score."""
+    world = toy.World(3)
+    questions = world.questions(300)
+    assert len({q.text for q in questions}) == 300 == len(world.questions(300))
+    assert 0.4 < sum(q.hops == 1 for q in questions) / 300 < 0.6
+    for q in questions:
+        entity, *relations = toy.parse(q.text)
+        assert len(relations) == q.hops and q.answers == (world.follow(entity, tuple(relations)),)
+    with pytest.raises(ValueError, match="at most 2000"):
+        world.questions(3000)
+
+
+def test_lookup_states_the_fact_unless_it_is_noisy_or_cannot():
+    """The real engine is what policies are judged by."""
+    world, places = toy.World(4), set()
+    for i, q in enumerate(world.questions(60)):
+        entity, relation = asked = toy.parse(q.text)[:2]
+        text = toy.say(*asked)
+        documents = found(world, text, address=(i,)).text
+        assert toy.read(documents, asked) == world.fact(*asked)
+        assert len(documents.splitlines()) == toy.SHOWN
+        places.add([toy.say(*asked) in line for line in documents.splitlines()].index(True))
+        noisy = found(world, text, noise=1.0, address=(i,))
+        assert noisy.noisy and entity not in noisy.text
+        wrong = next(r for r in toy.RELATIONS if toy.RELATIONS[r][0] != toy.KIND[entity])
+        assert entity not in found(world, toy.say(entity, wrong)).text
+    assert places == {0, 1, 2}
+    assert len(found(world, "what is going on?").text.splitlines()) == toy.SHOWN
+    assert found(world, "home Kalan", 0.5, (1,)) == found(world, "home Kalan", 0.5, (1,))
+
+
+def test_every_word_is_one_token_and_tiktoken_agrees_with_transformers(tok):
+    """A body of this size does not learn to copy names of several tokens."""
+    words = [" " + w for w in [*toy.NAMES, *toy.RELATIONS, *toy.COLOURS, *toy.BEASTS, toy.UNKNOWN]]
+    assert all(len(tok.encode(w)) == 1 for w in [*words, *toy.TAGS, *toy.LABELS])
+    assert tok.fast and tok.vocab_size < 900 and not tok.has_template
+    assert tok.eos == {tok.encode(toy.END, special=True)[0]}
+    for text in ("Kalan, \u00e9t\u00e9 \n\n\n<think> x</think>  12", bytes(range(256)).decode("latin-1")):
+        assert tok.decode(tok.encode(text)) == text
+
+
+def test_transcripts_are_what_an_episode_would_write(tok):
+    """A body that was trained on other tokens than it meets in an episode would fail in silence."""
+    rng, seen = random.Random(0), set()
+    for _ in range(200):
+        pieces = toy.transcript(rng)
+        question = Question(pieces[0][0].removeprefix("Question: ").strip(), ("",))
+        example = toy.encode(tok, pieces)
+        assert tok.encode(pieces[0][0]) == prompt(question, tok, toy.WORDS)
+        assert len(example.ids) <= toy.LIMITS.episode and len(tok.encode(pieces[0][0])) <= toy.LIMITS.prompt
+        for text, sampled in pieces[1:]:
+            ids = tok.encode(text)
+            if sampled:
+                assert len(ids) <= toy.LIMITS.turn and text.endswith(("</search>", "</answer>"))
+            else:
+                documents = text.removeprefix("\n\n<information>").removesuffix("</information>\n\n")
+                assert ids == observation(tok, documents, toy.LIMITS.observation)
+        seen.add(sum(not sampled for _, sampled in pieces[1:]))
+    assert seen >= {0, 1, 2}  # searches
+
+
+def test_the_simulators_texts_are_its_prompts(tok):
+    """As above, for the other role; and OBEY = 1 is what the fine-tuning rows show."""
+    rng = random.Random(0)
+    for row in toy.rows(50):
+        simulator.check_row(row)
+        asked = simulator.prompt(tok, toy.SIM_WORDS, simulator.row_query(row), row["quality"] == "noisy")
+        text = toy.simulator_prompt(row, row["quality"] == "noisy")
+        assert asked == tok.encode(text)
+        assert len(asked) + len(tok.encode(row["documents"])) < toy.LIMITS.episode
+        if row["quality"] == "noisy":
+            assert toy.parse(row["query"])[0] not in row["documents"]
+    given, documents = toy.simulation(rng)
+    assert not given[1] and documents[1] and documents[0].endswith(toy.END)
+
+
+def test_audit_tells_an_honest_simulator_from_one_that_always_gives_the_answer():
+    """The figures are there to be believed: each must see what it is named after."""
+
+    def honest(queries, noisy):
+        # the world of the audit's searches is not known here: state some fact, golden only where it is proper
+        return [toy.number([f"{q.text} {toy.golden(q) or 'Kalan'}"] if not noisy else []) for q in queries]
+
+    def leaky(queries, noisy):
+        return [toy.number([f"{q.text} {q.question.answers[0]}"]) for q in queries]
+
+    good, bad = toy.audit(honest, 20), toy.audit(leaky, 20)
+    assert good["useful_hit"] == 1 and good["noisy_hit"] == 0
+    assert bad["leak"] == 1 and bad["noisy_hit"] == 1
+
+
+def test_steps_of_the_bodys_training_depend_on_seed_and_step_alone(tok):
+    """Else a run that was interrupted would end in another body."""
+    step = toy.STEPS - 1
+    a, b = (list(toy.micro_batches(tok, step, 3)) for _ in range(2))
+    assert a == b != list(toy.micro_batches(tok, step, 4))
+    assert sum(len(t.ids) for texts in a for t in texts) >= toy.TOKENS
+
+
+def test_an_interrupted_training_goes_on_to_the_same_body(tmp_path, monkeypatch):
+    """Interruptible and step-bound: the body must not depend on the machine's speed or on luck."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    monkeypatch.setattr(toy, "BODY", toy.BODY | small)
+    monkeypatch.setattr(toy, "TOKENS", 256)
+    monkeypatch.setattr(toy, "STAGES", [(2, {toy.copying: 1.0}), (2, {toy.reading: 0.5, toy.transcript: 0.5})])
+    monkeypatch.setattr(toy, "STEPS", 4)
+    monkeypatch.setattr(toy, "SAVE", 2)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    toy.make(whole, tmp_path / "a.pt", 0)
+    real = toy.train_step
+
+    def tired(model, tok, opts, step, seed):
+        if step == 3:
+            raise KeyboardInterrupt
+        return real(model, tok, opts, step, seed)
+
+    monkeypatch.setattr(toy, "train_step", tired)
+    with pytest.raises(KeyboardInterrupt):
+        toy.make(broken, tmp_path / "b.pt", 0)
+    monkeypatch.setattr(toy, "train_step", real)
+    toy.make(broken, tmp_path / "b.pt", 0)
+    a, b = models.load(whole).state_dict(), models.load(broken).state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_the_shipped_body_reads_and_guesses():
+    """What is shipped must be what `python toy.py` makes: it reads nearly all facts, and knows none."""
+    body, tok = models.load("tiny"), Tokenizer.load(models.resolve("tiny"))
+    assert toy.reading_accuracy(body, tok, 24, seed=1) > 0.95
+    assert body.config.family == "qwen2" and replace(body.config).tied
