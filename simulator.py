@@ -528,19 +528,28 @@ def command_write(args: argparse.Namespace) -> None:
     print(side_by_side(f"USEFUL\n{left.text}", f"NOISY\n{right.text}", width))
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on; argparse turns the ValueError into its own line and exit code 2."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     verbs = p.add_subparsers(required=True, metavar="sft | write")
     a = verbs.add_parser("sft", help="fine-tune an adapter that writes useful or noisy documents, as asked")
     a.add_argument("--rows", required=True, help="JSON lines: query, question, answer, documents, quality")
     a.add_argument("--out", required=True, help="directory for the adapter (PEFT format) and its words")
-    a.add_argument("--steps", type=int, default=1000, help="as in the paper")
+    a.add_argument("--steps", type=positive, default=1000, help="as in the paper")
     a.add_argument("--lr", type=float, default=1e-4, help="at the start; falls linearly to 0")
-    a.add_argument("--tokens", type=int, default=4096, help="a step, padding included")
-    a.add_argument("--rank", type=int, default=16, help="of the LoRA matrices")
+    a.add_argument("--tokens", type=positive, default=4096, help="a step, padding included")
+    a.add_argument("--rank", type=positive, default=16, help="of the LoRA matrices")
     a.add_argument("--alpha", type=float, default=32.0, help="LoRA scale times rank")
     a.add_argument("--held", type=int, default=64, help="rows held out (at most a tenth)")
-    a.add_argument("--every", type=int, default=50, help="steps between held-out losses, and between saves")
+    a.add_argument(
+        "--every", type=positive, default=50, help="steps between held-out losses, and between saves"
+    )
     a.add_argument("--recompute", action="store_true", help="less memory, a third more time")
     a.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
     a.set_defaults(run=command_sft)
@@ -551,7 +560,7 @@ def main(argv: list[str] | None = None) -> None:
     w.add_argument("--query", required=True, help="what the policy would search for")
     w.add_argument("--question", required=True, help="what it wants to answer")
     w.add_argument("--answer", required=True, help="the golden answer")
-    w.add_argument("--limit", type=int, default=600, help="most tokens of an output")
+    w.add_argument("--limit", type=positive, default=600, help="most tokens of an output")
     w.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     w.set_defaults(run=command_write)
     for verb in (a, w):

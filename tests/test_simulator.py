@@ -478,7 +478,7 @@ def test_a_run_writes_over_nothing(command, tmp_path):
 
 def test_write_shows_both_qualities_side_by_side(command, capsys):
     """The quickest look at a simulator: does the switch change what it writes?"""
-    command(f"{SFT} 40 --out a")
+    command(f"{SFT} 30 --out a --every 30")
     capsys.readouterr()
     command("write --adapter a --query q1 --question Q --answer a --limit 20 --temperature 0")
     lines = [[side.strip() for side in line.split("|")] for line in capsys.readouterr().out.splitlines()]
@@ -491,3 +491,11 @@ def test_words_default_to_those_of_the_adapter():
     assert simulator.words_for("nowhere", "sft") is SFT_WORDS
     with pytest.raises(ValueError, match=r"sim_prompt\.json does not exist"):
         simulator.words_for("nowhere", None)
+
+
+@pytest.mark.parametrize("flags", ["--steps 0", "--steps 2 --every 0", "--steps 2 --stesp 3", ""])
+def test_bad_flags_end_with_code_2(command, tmp_path, flags):
+    """A run of no steps would save an untrained adapter as if it were one."""
+    with pytest.raises(SystemExit) as exit:
+        command(f"sft --rows rows.jsonl {flags}" + (" --out a" if flags else ""))
+    assert exit.value.code == 2 and not (tmp_path / "a").exists()
