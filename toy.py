@@ -13,13 +13,13 @@ of this size then learns to read in minutes.
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -177,6 +177,18 @@ def shuffled(search: Search) -> Search:
     return mixed
 
 
+def shuffled(search: Search) -> Search:
+    """The same engine, whose facts come in a random order: a simulator writes the best first, the lookup does not."""
+
+    def mixed(query: Query):
+        documents = yield from search(query)
+        facts = [line.split(": ", 1)[-1] for line in documents.text.splitlines()]
+        random.Random(f"{query.address} {query.text}").shuffle(facts)
+        return replace(documents, text=number(facts))
+
+    return mixed
+
+
 # ---------------------------------------------------------------------------------------------------------- words
 
 WORDS = Words(prompt="Question: {question}\n", notice="\n\nSearch or answer.\n\n", system=None)
@@ -211,7 +223,7 @@ def make_merges(words: list[str]) -> list[tuple[str, str]]:
     for word in words:
         parts = [letters[b] for b in word.encode()]
         while len(parts) > 1:
-            pairs = list(pairwise(parts))
+            pairs = list(itertools.pairwise(parts))
             best = min(pairs, key=lambda pair: merges.get(pair, math.inf))
             if best not in merges:
                 best = pairs[0]
@@ -357,7 +369,9 @@ def situation(rng: random.Random, kind: str) -> tuple[World, Query]:
     first, earlier = (entity, relations[0]), []
 
     def search(asked: tuple[str, str], noisy: bool) -> None:
-        earlier.append((say(*asked), number(world.results(say(*asked), rng, noisy))))
+        facts = world.results(say(*asked), rng, noisy)
+        rng.shuffle(facts)
+        earlier.append((say(*asked), number(facts)))
 
     while rng.random() < 0.3 and len(earlier) < 2:
         search(first, True)
@@ -439,8 +453,12 @@ def audit(write: Callable[[list[Query], bool], list[str]], n: int = 100, seed: i
     leak         useful documents hold the golden answer to a query that skips a hop: the worse of `shortcut` (the first
                  entity with the last relation) and `invented` (an entity that nothing has led to)
     """
-    rng = random.Random(f"audit {seed}")
-    asked = {kind: [situation(rng, kind)[1] for _ in range(n)] for kind in ("first", "second", "shortcut", "invented")}
+    rng, address = random.Random(f"audit {seed}"), itertools.count(1)
+
+    def searches(kind: str) -> list[Query]:
+        return [replace(situation(rng, kind)[1], address=(seed, 0, next(address), 0, 0)) for _ in range(n)]
+
+    asked = {kind: searches(kind) for kind in ("first", "second", "shortcut", "invented")}
     proper = asked["first"] + asked["second"]
     useful, noisy = write(proper, False), write(proper, True)
     hits = [states(d, parse(q.text), golden(q)) for q, d in zip(proper, useful)]
