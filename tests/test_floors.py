@@ -1,0 +1,45 @@
+"""The house: a file imports only from lower floors, so that each can be read without those above it."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {
+    "kernels": 0,
+    "model": 1,
+    "tokenizer": 1,
+    "rollout": 2,
+    "simulator": 3,
+    "search": 3,
+    "grpo": 3,
+    "toy": 4,
+    "eval": 5,
+    "train": 6,
+    "bench": 6,
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The project's modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names & FLOORS.keys()
+
+
+def test_imports_go_down():
+    """An import from the same floor or above ties two rooms together: neither can be read or forked alone."""
+    files = [p for p in ROOT.glob("*.py")]
+    assert {p.stem for p in files} <= FLOORS.keys(), "a new file needs a floor"
+    for path in files:
+        for name in imported(path):
+            assert FLOORS[name] < FLOORS[path.stem], f"{path.name} imports {name}"
+
+
+def test_kernels_know_nothing_of_the_project():
+    """A kernel that knows of the model cannot be taken to another project."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert imported(path) <= {"kernels"}, path.name

@@ -1,0 +1,154 @@
+"""The whole run, on a random body in the toy world: contracts of the output, resuming, and bad input."""
+
+import json
+
+import pytest
+
+import model as models
+import toy
+import train
+from model import Config, Model, save_model
+
+SHORT = [
+    *("--steps", "4", "--questions", "2", "--group", "2", "--eval-questions", "4"),
+    *("--sft-steps", "2", "--save-every", "2", "--show-every", "3"),
+]
+
+
+@pytest.fixture(scope="module")
+def body(tmp_path_factory):
+    """A random body with the toy world's tokenizer."""
+    path = tmp_path_factory.mktemp("tiny")
+    toy.write_tokenizer(path)
+    vocab = json.loads((path / "tokenizer.json").read_text())
+    size = len(vocab["model"]["vocab"]) + len(vocab["added_tokens"])
+    shape = toy.BODY | {
+        "vocab_size": size,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "intermediate_size": 48,
+    }
+    save_model(Model(Config.from_hf(shape)).init(0, 0.1), path)
+    return path
+
+
+@pytest.fixture
+def tiny(body, monkeypatch):
+    monkeypatch.setitem(models.PRESETS, "tiny", str(body))
+
+
+def run(*argv):
+    train.main([str(x) for x in argv])
+
+
+def fails(capsys, *argv):
+    """The one line that a command prints when it exits with 2."""
+    with pytest.raises(SystemExit) as stop:
+        models.command_line(lambda: run(*argv))
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and err.startswith("error: ") and "\n" not in err
+    return err
+
+
+def test_a_run_writes_what_it_promises(tiny, tmp_path, capsys):
+    """The names in the run's directory are a contract with everything that reads them."""
+    out = tmp_path / "run"
+    run("--out", out, *SHORT)
+    result = json.loads((out / "result.json").read_text())
+    for when in ("before", "after", "before_greedy", "after_greedy"):
+        assert {"f1", "em", "cover_em", "searches", "n", "by_hop"} <= result[when].keys()
+        assert result[when]["n"] == 4
+    assert {"useful_hit", "noisy_hit", "leak"} <= result["simulator"].keys() and result["seconds"] > 0
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+    fields = "reward em searches length ends noise seconds_act seconds_learn tokens_per_second skipped_groups"
+    assert set(fields.split()) <= log[0].keys()
+    for part in ("policy", "simulator"):
+        assert (out / part / "adapter_config.json").exists()
+        assert (out / part / "adapter_model.safetensors").exists()
+    printed = capsys.readouterr().out
+    assert "sampled, after" in printed and "step   4/4" in printed and "golden" in printed
+
+
+def log_of(out):
+    """The log without what depends on the clock."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def test_a_run_that_was_cut_goes_on_as_if_it_had_not(tiny, tmp_path, monkeypatch):
+    """Resuming must lose nothing and change nothing: same steps, same adapter, same result."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run("--out", whole, *SHORT)
+    learn, calls = train.learn, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return learn(*args)
+
+    monkeypatch.setattr(train, "learn", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("--out", cut, *SHORT)
+    assert not (cut / "result.json").exists()
+    monkeypatch.setattr(train, "learn", learn)
+    run("--out", cut, "--resume")
+    assert log_of(cut) == log_of(whole)
+    same = [(d / "policy/adapter_model.safetensors").read_bytes() for d in (whole, cut)]
+    assert same[0] == same[1]
+    results = [json.loads((d / "result.json").read_text()) for d in (whole, cut)]
+    assert all(results[0][k] == results[1][k] for k in results[0] if k != "seconds")
+
+
+def test_bad_flags_are_one_line(tiny, tmp_path, capsys):
+    """A typing error must not cost a traceback, a download or a half-made directory."""
+    out = tmp_path / "run"
+    for argv, words in [
+        (["--group", "1"], "group 1"),
+        (["--noise-end", "1.5"], "within 0..1"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["--steps", "many"], "invalid int"),
+        (["--steps", "0"], "at least 1"),
+        (["--algorithm", "magic"], "invalid choice"),
+        (["--policy", "4b"], "presets"),
+        (["--prompt-tokens", "190"], "no room"),
+        (["--seat-tokens", "100"], "cannot hold an episode"),
+        (["--eval-data", "x.jsonl"], "go together"),
+        (["--policy-prompt", "nowhere.json"], "nowhere.json"),
+        (["--prompt-tokens", "3"], "tokens, over 3"),
+        (["--resume"], "needs the --out"),
+    ]:
+        extra = [] if argv == ["--resume"] else ["--out", out, "--eval-questions", "0", "--sft-steps", "0"]
+        assert words in fails(capsys, *argv, *extra), argv
+
+
+def test_an_out_that_holds_another_run_is_refused(tiny, tmp_path, capsys):
+    """Two runs in one directory would mix their logs; a run resumed with other flags would be two runs."""
+    out = tmp_path / "run"
+    run("--out", out, *SHORT)
+    assert "already holds" in fails(capsys, "--out", out, *SHORT)
+    assert "other arguments" in fails(capsys, "--out", out, "--resume", "--lr", "0.5")
+    assert "is not the directory of a run" in fails(capsys, "--out", tmp_path / "none", "--resume")
+
+
+def test_question_files_are_checked_by_line(body, tmp_path, capsys):
+    """A broken line in a question file must be named by its number, before anything is loaded."""
+    data = tmp_path / "q.jsonl"
+    good = json.dumps({"question": "who?", "golden_answers": ["me"]})
+    for line, words in [("{", "line 2"), ('{"question": "why?", "golden_answers": []}', "line 2")]:
+        data.write_text(good + "\n" + line + "\n")
+        assert words in fails(capsys, "--policy", body, "--data", data, "--out", tmp_path / "run")
+    assert "nowhere.jsonl" in fails(
+        capsys, "--policy", body, "--data", "nowhere.jsonl", "--out", tmp_path / "run"
+    )
+
+
+def test_every_question_once_before_any_comes_again(tiny):
+    """Sampling with replacement would leave a third of the questions unseen in an epoch."""
+    a = train.settle({"questions": 7})
+    s = type("S", (), {"questions": list(range(30))})
+    seen = [number for step in range(30) for number, _ in train.ask(s, a, step)]
+    for epoch in range(7):
+        assert sorted(seen[30 * epoch : 30 * (epoch + 1)]) == list(range(30))
+    assert seen[:30] != seen[30:60]

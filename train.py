@@ -1,0 +1,574 @@
+"""The story: a policy learns to search, and nobody searches.
+
+    python train.py                          a tiny body in a toy world, on a laptop, in minutes
+    python train.py --sim 3b --policy 3b     Qwen2.5-3B-Instruct as policy, simulator and reference on one GPU
+    python train.py --policy DIR --sim DIR --data questions.jsonl --out runs/mine [--resume]
+
+One step: ask questions, act (episodes against the simulator), judge (F1 of the answers), learn (GRPO on the
+policy's adapter), tell (a line, a log, now and then a trajectory). `main` is that loop, and reads from top to
+bottom.
+
+What this is not: a framework. There are no callbacks and no configuration files; fork the loop.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import eval as judge_of
+import grpo
+import model as models
+import simulator as simulators
+import toy
+from model import POLICY, SIMULATOR, Model
+from rollout import WORDS, Engine, Limits, Query, Question, Search, Trajectory, Words, episode, show
+from search import open_search
+from simulator import Simulator, SimWords
+from tokenizer import Tokenizer
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag: name, type (a tuple: one of these), default, and the toy world's default if it is another."""
+
+    name: str
+    kind: type | tuple[str, ...]
+    default: object
+    help: str
+    toy: object = None
+
+
+# This table is the documentation, and nothing has a second default anywhere.
+FLAGS = [
+    "bodies",
+    Flag("policy", str, "tiny", "preset, directory or hub id of the body that learns to search"),
+    Flag("sim", str, "", "the simulator's body; by default the policy's: one copy then plays every role"),
+    Flag("adapter", str, "", "start from this policy adapter (PEFT directory)"),
+    Flag("sim-adapter", str, "", "fine-tuned simulator (PEFT directory); without it, the body is prompted"),
+    Flag("policy-prompt", str, "", "JSON file with other words for the policy: prompt, notice, system"),
+    Flag("sim-prompt", str, "", "sft, prompted, or a JSON file with other words for the simulator"),
+    Flag("dtype", ("fp32", "bf16", "fp16"), "", "of the bodies (bf16 on a GPU, else fp32)"),
+    Flag("device", str, "", "cuda where there is one, else cpu"),
+    "questions",
+    Flag("data", str, "", "question files, comma-separated (nq,hotpotqa; for the tiny body: the toy world)"),
+    Flag("eval-data", str, "", "held-out question files, scored before and after"),
+    Flag("eval-search", str, "", "the engine that answers them: none, or bm25:CORPUS"),
+    Flag("eval-questions", int, 500, "how many of them (0: no evaluation)", toy=400),
+    "how much",
+    Flag("steps", int, 200, "updates of the policy", toy=90),
+    Flag("questions", int, 64, "a step", toy=16),
+    Flag("group", int, 5, "episodes a question (siblings), compared with each other", toy=8),
+    Flag("seed", int, 0, "of everything that is random"),
+    "the curriculum",
+    Flag("noise-start", float, 0.0, "probability of noisy documents at the first step"),
+    Flag("noise-end", float, 0.5, "and at the last"),
+    Flag(
+        "noise-shape",
+        ("exponential", "linear", "constant", "reverse"),
+        "exponential",
+        "the paper's rises late",
+    ),
+    Flag("shared-coins", bool, False, "siblings share their noise coins"),
+    "learning",
+    Flag(
+        "algorithm",
+        ("grpo", "reinforce"),
+        "grpo",
+        "advantages: in units of the group's spread, or leave-one-out",
+    ),
+    Flag("lr", float, 1e-5, "at the start; falls linearly to 0", toy=2e-3),
+    Flag("rank", int, 16, "of the LoRA adapter"),
+    Flag("alpha", float, 32.0, "its scale, times the rank"),
+    Flag("clip", float, 0.2, "of the probability ratio"),
+    Flag("kl", float, 1e-3, "coefficient of the KL to the reference (0 saves its forward pass)"),
+    Flag("entropy", float, 0.0, "coefficient of the entropy bonus"),
+    Flag("grad-clip", float, 1.0, "largest norm of a gradient"),
+    Flag("weight-decay", float, 0.01, "of AdamW"),
+    Flag("updates", int, 1, "optimiser steps a rollout: more than one makes the clip matter"),
+    Flag("micro-tokens", int, 8192, "padded tokens in one forward and backward pass", toy=4096),
+    Flag("recompute", bool, False, "keep no activations of the layers (less memory, a third more time)"),
+    Flag("reward", ("f1", "em"), "f1", "of the answer, as in eval.py"),
+    Flag("shuffle-rewards", bool, False, "a control: shuffled among siblings, rewards can teach nothing"),
+    "lengths, in tokens",
+    Flag("turns", int, 5, "searches before the last generation (not tokens)", toy=4),
+    Flag("prompt-tokens", int, 2048, "a longer question is an error", toy=16),
+    Flag("episode-tokens", int, 4096, "prompt, turns and documents together", toy=192),
+    Flag("turn-tokens", int, 500, "a turn of the policy", toy=20),
+    Flag("observation-tokens", int, 500, "the documents of one search", toy=32),
+    Flag("sim-tokens", int, 600, "what the simulator writes for one search", toy=40),
+    Flag("seat-tokens", int, 4096, "a seat: an episode, or a simulator's prompt and documents", toy=256),
+    Flag("seats", int, 0, "rows decoded together (not tokens; 0: as many as fit and are of use)"),
+    "the simulator's fine-tuning (toy world only; elsewhere: python simulator.py sft, then --sim-adapter)",
+    Flag("sft-steps", int, 0, "updates of the simulator before the policy's first", toy=250),
+    Flag("sft-lr", float, 5e-3, "falls linearly to 0"),
+    "output",
+    Flag("out", str, "", "directory of the run (runs/<date-time>)"),
+    Flag("resume", bool, False, "go on with the run in --out"),
+    Flag("save-every", int, 10, "steps between saves; Ctrl-C saves too"),
+    Flag("show-every", int, 20, "steps between coloured trajectories"),
+]
+
+
+class OneLine(argparse.ArgumentParser):
+    """Errors in one line, without the usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
+
+
+def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
+    """Only the flags that were given, with their values."""
+    p = OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    group = p
+    for f in FLAGS:
+        if isinstance(f, str):
+            group = p.add_argument_group(f)
+        elif f.kind is bool:
+            group.add_argument(f"--{f.name}", action="store_true", default=argparse.SUPPRESS, help=f.help)
+        else:
+            kind = {"choices": f.kind} if isinstance(f.kind, tuple) else {"type": f.kind, "metavar": "X"}
+            small = "" if f.toy is None else f", toy {f.toy}"
+            text = f.help if f.default == "" else f"{f.help} [{f.default}{small}]"
+            group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
+    return {k.replace("_", "-"): v for k, v in vars(p.parse_args(argv)).items()}
+
+
+def settle(given: dict[str, object]) -> argparse.Namespace:
+    """Every flag with its value: what was given, else its default. Raises ValueError for nonsense."""
+    small = given.get("policy", "tiny") == "tiny" and not given.get("data")
+    a = argparse.Namespace(toy=small)
+    for f in FLAGS:
+        if isinstance(f, Flag):
+            default = f.toy if small and f.toy is not None else f.default
+            setattr(a, f.name.replace("-", "_"), given.get(f.name, default))
+    a.sim = a.sim or a.policy
+    a.data = a.data or ("toy" if small else "nq,hotpotqa")
+    a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    a.dtype = a.dtype or ("fp32" if a.device == "cpu" else "bf16")
+    check(a)
+    return a
+
+
+def check(a: argparse.Namespace) -> None:
+    """Raise ValueError for values that cannot work, before anything is loaded or written."""
+    if a.group < 2:
+        raise ValueError("--group 1 has no siblings to be compared with: use 2 or more")
+    for name in ("steps", "questions", "rank", "micro_tokens", "updates", "save_every", "show_every"):
+        if getattr(a, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(a, name)}")
+    for name in ("noise_start", "noise_end"):
+        if not 0 <= getattr(a, name) <= 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is a probability, within 0..1, not {getattr(a, name)}"
+            )
+    if a.seat_tokens < a.episode_tokens:
+        raise ValueError(
+            f"--seat-tokens {a.seat_tokens} cannot hold an episode of {a.episode_tokens}: raise it"
+        )
+    if a.prompt_tokens + 2 * min(a.turn_tokens, 64) > a.episode_tokens:
+        raise ValueError("--episode-tokens leaves no room behind a prompt of --prompt-tokens: raise it")
+    if bool(a.eval_data) != bool(a.eval_search):
+        raise ValueError(
+            "--eval-data and --eval-search go together: questions, and the engine that answers them"
+        )
+    if a.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "--device cuda, but torch sees no GPU: install a CUDA build of torch, or use --device cpu"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ the setting
+
+
+@dataclass
+class Setting:
+    """What the loop needs to know of the world: made once, from the flags."""
+
+    bodies: dict[int, tuple[Model, Tokenizer]]
+    questions: list[Question]
+    held: list[Question]  # scored before and after
+    engine_of_held: Search | None
+    words: Words
+    limits: Limits
+    simulator: Simulator
+    engine: Engine
+
+    @property
+    def body(self) -> Model:
+        return self.bodies[POLICY][0]
+
+    @property
+    def tok(self) -> Tokenizer:
+        return self.bodies[POLICY][1]
+
+
+def load_setting(a: argparse.Namespace) -> Setting:
+    """Files first (cheap), then bodies; two roles of one checkpoint share one body."""
+    limits = Limits(a.prompt_tokens, a.episode_tokens, a.turn_tokens, a.observation_tokens, a.turns)
+    homes = {POLICY: models.resolve(a.policy), SIMULATOR: models.resolve(a.sim)}
+    questions, held, engine_of_held = load_questions(a)
+    words = judge_of.load_words(a.policy_prompt) if a.policy_prompt else toy.WORDS if a.toy else WORDS
+    sim_words = load_sim_words(a)
+    dtype = models.DTYPES[a.dtype]
+    loaded = {
+        home: (models.load(home, dtype, a.device), Tokenizer.load(home)) for home in set(homes.values())
+    }
+    bodies = {role: loaded[home] for role, home in homes.items()}
+    body = bodies[POLICY][0]
+    if a.adapter:
+        models.load_adapter(body, POLICY, a.adapter)
+    else:
+        body.add_role(POLICY, a.rank, a.alpha, a.seed)
+    if a.sim_adapter:
+        models.load_adapter(bodies[SIMULATOR][0], SIMULATOR, a.sim_adapter)
+    elif a.sft_steps:
+        bodies[SIMULATOR][0].add_role(SIMULATOR, a.rank, a.alpha, a.seed)
+    a.seats = a.seats or fitting_seats(a, [body for body, _ in loaded.values()])
+    engine = Engine(bodies, a.seats, a.seat_tokens, prefill=a.micro_tokens)
+    simulator = Simulator(bodies[SIMULATOR][1], sim_words, shared=a.shared_coins, limit=a.sim_tokens)
+    return Setting(bodies, questions, held, engine_of_held, words, limits, simulator, engine)
+
+
+def fitting_seats(a: argparse.Namespace, bodies: list[Model]) -> int:
+    """Seats for all of a step's episodes and their simulators, or as many as fill 40 % of the free memory."""
+    if a.device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    seat = sum(cache_bytes(body) for body in bodies) * a.seat_tokens
+    fit, useful = int(0.4 * free / seat), a.questions * a.group * 4 // 3 + 2
+    if fit < 2:
+        raise ValueError(
+            f"{free / 2**20:,.0f} MiB are free, 40 % of which must hold 2 seats of {seat / 2**20:,.0f} MiB: "
+            "lower --seat-tokens and --episode-tokens"
+        )
+    return min(fit, useful)
+
+
+def cache_bytes(body: Model) -> int:
+    """Keys and values of one token."""
+    c = body.config
+    return 2 * c.layers * c.kv_heads * c.head_dim * body.embed.element_size()
+
+
+def load_questions(a: argparse.Namespace) -> tuple[list[Question], list[Question], Search | None]:
+    """Training questions, held-out questions, and the real engine for the latter."""
+    if a.toy:
+        world, other = toy.World(2 * a.seed), toy.World(2 * a.seed + 1)  # facts of one are false in the other
+        return world.questions(1000), other.questions(a.eval_questions), other.lookup
+    questions = [q for name in a.data.split(",") for q in judge_of.load_questions(name)]
+    if not a.eval_data:
+        return questions, [], None
+    held = [q for name in a.eval_data.split(",") for q in judge_of.load_questions(name)]
+    held = random.Random(0).sample(held, min(a.eval_questions, len(held)))
+    return questions, held, open_search(a.eval_search)
+
+
+def load_sim_words(a: argparse.Namespace) -> SimWords:
+    if a.toy and not a.sim_prompt:
+        return toy.SIM_WORDS
+    return simulators.words_for(a.sim_adapter, a.sim_prompt)
+
+
+# --------------------------------------------------------------------------------------------- the five verbs
+
+
+def ask(s: Setting, a: argparse.Namespace, step: int) -> list[tuple[int, Question]]:
+    """The step's questions with their numbers: all of them once before any comes again, in a seeded order."""
+    n, out = len(s.questions), []
+    for i in range(step * a.questions, (step + 1) * a.questions):
+        order = random.Random(f"{a.seed} {i // n}").sample(range(n), n)
+        out.append((order[i % n], s.questions[order[i % n]]))
+    return out
+
+
+def act(s: Setting, a: argparse.Namespace, step: int, asked: list[tuple[int, Question]]) -> list[Trajectory]:
+    """`group` episodes a question against the simulator at this step's noise; siblings in a row."""
+    noise = simulators.p_noise(step, max(1, a.steps - 1), a.noise_start, a.noise_end, a.noise_shape)
+    search = replace(s.simulator, p_noise=noise)
+    if a.toy:
+        search = toy.shuffled(search)
+    return s.engine.run(
+        episode(question, search, s.tok, s.limits, s.words, 1.0, (a.seed, step, number, sibling))
+        for number, question in asked
+        for sibling in range(a.group)
+    )
+
+
+def judge(trajectories: list[Trajectory], a: argparse.Namespace) -> torch.Tensor:
+    """Rewards (Q, G): the metric itself, of the sampled answer against the golden ones."""
+    score = judge_of.f1 if a.reward == "f1" else judge_of.exact_match
+    return torch.tensor([score(t.answer, t.question.answers) for t in trajectories]).view(-1, a.group)
+
+
+def learn(
+    s: Setting,
+    a: argparse.Namespace,
+    step: int,
+    trajectories: list[Trajectory],
+    rewards: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, float]:
+    """`updates` optimiser steps on the groups that teach something. Returns mean figures."""
+    if a.shuffle_rewards:
+        rewards = grpo.shuffle_siblings(rewards, hash((a.seed, step)))
+    adv = grpo.advantages(rewards, a.algorithm)
+    kept = grpo.informative(rewards).nonzero()[:, 0].tolist()
+    optimizer.param_groups[0]["lr"] = a.lr * (1 - step / a.steps)
+    objective = grpo.Objective(a.clip, a.kl, a.entropy, a.grad_clip)
+    updates = []
+    for part in range(a.updates):
+        rows = [q * a.group + g for q in kept[part :: a.updates] for g in range(a.group)]
+        batches = grpo.make_batches(
+            [trajectories[r] for r in rows], adv.flatten()[rows].tolist(), a.micro_tokens, a.device
+        )
+        if batches:
+            updates.append(grpo.learn(s.body, batches, optimizer, objective, a.recompute))
+    means = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]} if updates else {}
+    return means | {"skipped_groups": len(rewards) - len(kept)}
+
+
+def figures_of(trajectories: list[Trajectory], rewards: torch.Tensor) -> dict:
+    """What the step's episodes were like."""
+    summary = judge_of.summarise(trajectories)
+    written = [(d, q.question.answers) for t in trajectories for q, d in t.searches]
+    held = {
+        kind: [judge_of.cover_em(d.text, golds) for d, golds in written if d.noisy is noisy]
+        for kind, noisy in (("useful_hit", False), ("noisy_hit", True))
+    }
+    return {
+        "reward": rewards.mean().item(),
+        "em": summary["em"],
+        "f1": summary["f1"],
+        "searches": summary["searches"],
+        "length": sum(len(t.ids) for t in trajectories) / len(trajectories),
+        "sampled": sum(sum(t.mask) for t in trajectories) / len(trajectories),
+        "invalid": sum(t.invalid for t in trajectories) / len(trajectories),
+        "ends": summary["ends"],
+        "noise": len(held["noisy_hit"]) / max(1, len(written)),
+        **{kind: sum(x) / len(x) for kind, x in held.items() if x},  # the answer stands in the documents
+    }
+
+
+def tell(a: argparse.Namespace, s: Setting, step: int, row: dict, trajectories: list[Trajectory]) -> None:
+    """One line a step on the terminal and in log.jsonl; now and then a trajectory in colour."""
+    ends = " ".join(f"{k} {v}" for k, v in row["ends"].items())
+    left = row["seconds_left"]
+    print(
+        f"step {step + 1:3d}/{a.steps}  reward {row['reward']:.3f}  em {row['em']:.3f}  "
+        f"searches {row['searches']:.2f}  length {row['length']:.0f}  noise {row['noise']:.2f}  "
+        f"kl {row.get('kl', 0):.4f}  ratio {row.get('ratio', 1):.3f}  gap {row.get('gap', 0):.1e}  "
+        f"grad {row.get('grad_norm', 0):.2f}  "
+        f"act {row['seconds_act']:.1f}s  learn {row['seconds_learn']:.1f}s  "
+        f"{row['tokens_per_second']:,.0f} tok/s  left {left / 60:.1f}m  [{ends}]",
+        flush=True,
+    )
+    with open(Path(a.out) / "log.jsonl", "a") as f:
+        f.write(json.dumps({"step": step + 1, **row}) + "\n")
+    if step == 0 or (step + 1) % a.show_every == 0:
+        best = max(trajectories, key=lambda t: (len(t.searches), t.answer is not None))
+        print("\n" + show(best, s.tok, sys.stdout.isatty()) + f"\n  -> golden: {best.question.answers}\n")
+
+
+# ------------------------------------------------------------------------------------------- before and after
+
+
+def measure(s: Setting, a: argparse.Namespace) -> dict[str, dict]:
+    """Held-out questions through the real engine: sampled, greedy, and in the toy world with engine noise."""
+    ways = {"": (s.engine_of_held, 1.0), "_greedy": (s.engine_of_held, 0.0)}
+    if a.toy:
+        ways["_noise"] = (partial(s.engine_of_held, noise=0.3), 1.0)
+    out = {}
+    for suffix, (search, temperature) in ways.items():
+        address = (a.seed, 1_000_000)  # no step is called that
+        summary, _ = judge_of.evaluate(
+            s.engine, s.tok, s.held, search, s.limits, s.words, temperature, address
+        )
+        out[suffix] = {
+            k: v for k, v in summary.items() if k in ("f1", "em", "cover_em", "searches", "n", "by_hop")
+        }
+    return out
+
+
+def before_and_after(before: dict[str, dict], after: dict[str, dict]) -> str:
+    """The table that a run ends with."""
+    names = {"": "sampled", "_greedy": "greedy", "_noise": "sampled, engine noise .3"}
+    rows = {}
+    for suffix in before:
+        for when, part in (("before", before[suffix]), ("after", after[suffix])):
+            hops = {f"f1 {h} hop": v["f1"] for h, v in part["by_hop"].items()}
+            flat = {k: v for k, v in part.items() if k != "by_hop"}
+            rows[f"{names[suffix]}, {when}"] = flat | hops
+    return judge_of.table(rows)
+
+
+def write(s: Setting, queries: list[Query], noisy: bool) -> list[str]:
+    """What the simulator writes for queries, all useful or all noisy."""
+    simulator = replace(s.simulator, p_noise=float(noisy))
+    return [documents.text for documents in s.engine.run(simulator(query) for query in queries)]
+
+
+def tune_simulator(s: Setting, a: argparse.Namespace) -> None:
+    """The toy world's lightweight fine-tuning of the simulator: makes it obey its two orders."""
+    sim, tok = s.bodies[SIMULATOR]
+    rows = toy.rows(32 * a.sft_steps, a.seed)  # about as many as the steps will see
+    run = simulators.sft(
+        sim, tok, s.simulator.words, rows, a.sft_steps, a.sft_lr, every=a.sft_steps, seed=a.seed
+    )
+    for p in run:
+        if p.step % 25 == 0 or p.held is not None:
+            print(p, flush=True)
+
+
+# ------------------------------------------------------------------------------------------- saving, resuming
+
+
+def open_run(given: dict[str, object]) -> tuple[argparse.Namespace, bool]:
+    """Settle the flags against the directory of the run. Returns them, and whether a run goes on."""
+    if "resume" not in given:
+        a = settle(given)
+        a.out = a.out or time.strftime("runs/%Y-%m-%d_%H-%M-%S")
+        if Path(a.out).exists() and (not Path(a.out).is_dir() or any(Path(a.out).iterdir())):
+            raise ValueError(
+                f"--out {a.out} already holds something: choose another, or add --resume to go on with it"
+            )
+        return a, False
+    if "out" not in given:
+        raise ValueError("--resume needs the --out of the run to go on with")
+    old = models.read_json(Path(given["out"]) / "args.json", "the directory of a run")
+    free = ("out", "resume", "save-every", "show-every")
+    unlike = [k for k, v in given.items() if k not in free and v != old["given"].get(k)]
+    if unlike:
+        was = ", ".join(f"--{k} {old['settled'].get(k.replace('-', '_'))}" for k in unlike)
+        raise ValueError(f"--resume with other arguments: the run in {given['out']} was begun with {was}")
+    return settle(old["given"] | given), True
+
+
+def save_state(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, facts: dict) -> None:
+    """All that a run needs to go on: adapters, the optimiser's moments, some figures. Whole or not at all."""
+    tensors = {"policy": s.body.adapter(POLICY).detach()}
+    state = optimizer.state.get(s.body.adapter(POLICY), {})
+    tensors |= {f"adam.{k}": v for k, v in state.items()}
+    if SIMULATOR in s.bodies[SIMULATOR][0].roles:
+        tensors["simulator"] = s.bodies[SIMULATOR][0].adapter(SIMULATOR).detach()
+    tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
+    part = Path(a.out) / "state.part"
+    save_file(tensors, part, metadata={"facts": json.dumps(facts)})
+    os.replace(part, Path(a.out) / "state.safetensors")
+    models.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
+
+
+def load_state(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer) -> dict:
+    """Undo `save_state`; returns its figures. Without a state the run had not got through its first save."""
+    path = Path(a.out) / "state.safetensors"
+    if not path.exists():
+        return {}
+    with safe_open(path, framework="pt", device=a.device) as f:
+        facts, names = json.loads(f.metadata()["facts"]), set(f.keys())
+        s.body.adapter(POLICY).data.copy_(f.get_tensor("policy"))
+        if "simulator" in names:
+            s.bodies[SIMULATOR][0].adapter(SIMULATOR).data.copy_(f.get_tensor("simulator"))
+        moments = {k.removeprefix("adam."): f.get_tensor(k) for k in names if k.startswith("adam.")}
+    if moments:
+        optimizer.state[s.body.adapter(POLICY)] = moments | {"step": moments["step"].cpu()}
+    log = Path(a.out) / "log.jsonl"
+    kept = log.read_text().splitlines()[: facts["step"]] if log.exists() else []
+    log.write_text("".join(line + "\n" for line in kept))  # steps after the last save are taken again
+    return facts
+
+
+class Pause:
+    """Ctrl-C lets the step end, saves, and stops; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGINT, self.ask)
+
+    def ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------------- the story
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The whole run. Each verb is a function above, in the order in which it is called."""
+    given = parse_arguments(argv)
+    a, resumed = open_run(given)
+    s = load_setting(a)
+    out = Path(a.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not resumed:
+        (out / "args.json").write_text(json.dumps({"given": given, "settled": vars(a)}, indent=1) + "\n")
+    print(
+        " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(a).items() if v not in ("", False)),
+        flush=True,
+    )
+    optimizer = torch.optim.AdamW([s.body.adapter(POLICY)], lr=a.lr, weight_decay=a.weight_decay)
+    facts = load_state(a, s, optimizer) if resumed else {}
+    began, pause = time.monotonic() - facts.get("seconds", 0.0), Pause()
+
+    if not facts:
+        facts = {"step": 0, "seconds": 0.0, "before": {}, "simulator": {}}
+        if s.held and a.eval_questions:
+            facts["before"] = measure(s, a)
+            print(before_and_after(facts["before"], facts["before"]), flush=True)
+        if a.sft_steps and not a.sim_adapter:
+            tune_simulator(s, a)
+            models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, out / "simulator", a.sim)
+        if a.toy:
+            facts["simulator"] = toy.audit(partial(write, s), seed=a.seed)
+            print(
+                "simulator: " + "  ".join(f"{k} {v:.3f}" for k, v in facts["simulator"].items()), flush=True
+            )
+
+    for step in range(facts["step"], a.steps):
+        t0 = time.monotonic()
+        asked = ask(s, a, step)
+        trajectories = act(s, a, step, asked)
+        t1 = time.monotonic()
+        rewards = judge(trajectories, a)
+        figures = learn(s, a, step, trajectories, rewards, optimizer)
+        t2 = time.monotonic()
+        row = figures_of(trajectories, rewards) | figures
+        row |= {"seconds_act": t1 - t0, "seconds_learn": t2 - t1}
+        row |= {"tokens_per_second": s.engine.stats.decoded / (t1 - t0)}
+        row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)}
+        tell(a, s, step, row, trajectories)
+        facts |= {"step": step + 1, "seconds": time.monotonic() - began}
+        if pause.asked or (step + 1) % a.save_every == 0 or step + 1 == a.steps:
+            save_state(a, s, optimizer, facts)
+        if pause.asked:
+            print(f"saved; go on with: python train.py --out {a.out} --resume")
+            sys.exit(130)
+
+    after = measure(s, a) if facts["before"] else {}
+    simulator = facts["simulator"] or {k: row.get(k) for k in ("useful_hit", "noisy_hit")} | {"leak": None}
+    result = {f"before{k}": v for k, v in facts["before"].items()} | {
+        f"after{k}": v for k, v in after.items()
+    }
+    result |= {"simulator": simulator, "seconds": time.monotonic() - began}
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    if after:
+        print("\n" + before_and_after(facts["before"], after))
+    print(f"{result['seconds']:.0f} s; everything is in {a.out}")
+
+
+if __name__ == "__main__":
+    models.command_line(main)
