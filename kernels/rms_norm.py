@@ -137,7 +137,7 @@ def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
 def _forward_case(n: int, residual: bool, m: measure.Model, device: str) -> measure.Case:
     x, r = (torch.randn(n, m.d, dtype=m.dtype, device=device) for _ in range(2))
     w, r = torch.randn(m.d, dtype=m.dtype, device=device), r if residual else None
-    rivals = {"torch": rms_norm_torch} | measure.compiled(rms_norm_torch)
+    rivals = {"torch": rms_norm_torch} | measure.compiled(rms_norm_torch, device)
     return measure.Case(
         f"forward {n} x {m.d}{' + residual' if residual else ''}",
         lambda: rms_norm_triton(x, w, 1e-6, r),
@@ -154,7 +154,7 @@ def _backward_case(n: int, m: measure.Model, device: str) -> measure.Case:
     def of(f):
         return measure.backward(f(x, w, 1e-6, r), (x, r), (dy, ds))
 
-    rivals = {"torch": rms_norm_torch} | measure.compiled(rms_norm_torch)
+    rivals = {"torch": rms_norm_torch} | measure.compiled(rms_norm_torch, device)
     return measure.Case(
         f"backward {n} x {m.d}",
         of(rms_norm_triton),

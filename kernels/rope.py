@@ -224,7 +224,7 @@ def _training_cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     q, k, _, cos, sin = _inputs(m.batch, m.length, m, device)
     dq, dk = torch.randn_like(q), torch.randn_like(k)
     moved = 2 * (q.numel() + k.numel()) * q.element_size()
-    rivals = {"torch": rope_torch} | measure.compiled(rope_torch)
+    rivals = {"torch": rope_torch} | measure.compiled(rope_torch, device)
     runs = {name: lambda f=f: f(q, k, cos, sin) for name, f in rivals.items()}
     name = f"{m.batch} x {m.length} x ({m.heads} + {m.kv_heads}) x {m.head_dim}"
     yield measure.Case(f"forward {name}", lambda: rope_triton(q, k, cos, sin), runs, bytes=moved)

@@ -95,7 +95,7 @@ def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
 
 def _forward_case(n: int, m: measure.Model, device: str) -> measure.Case:
     x = torch.randn(n, 2 * m.ffn, dtype=m.dtype, device=device)
-    rivals = {"torch": swiglu_torch} | measure.compiled(swiglu_torch)
+    rivals = {"torch": swiglu_torch} | measure.compiled(swiglu_torch, device)
     return measure.Case(
         f"forward {n} x {m.ffn}",
         lambda: swiglu_triton(x),
@@ -107,7 +107,7 @@ def _forward_case(n: int, m: measure.Model, device: str) -> measure.Case:
 def _backward_case(n: int, m: measure.Model, device: str) -> measure.Case:
     x = torch.randn(n, 2 * m.ffn, dtype=m.dtype, device=device, requires_grad=True)
     dy = torch.randn(n, m.ffn, dtype=m.dtype, device=device)
-    rivals = {"torch": swiglu_torch} | measure.compiled(swiglu_torch)
+    rivals = {"torch": swiglu_torch} | measure.compiled(swiglu_torch, device)
     return measure.Case(
         f"backward {n} x {m.ffn}",
         measure.backward(swiglu_triton(x), (x,), dy),
