@@ -20,7 +20,9 @@ def tok(tmp_path_factory):
     return Tokenizer.load(path)
 
 
-def found(world: toy.World, text: str, noise: float = 0.0, address: tuple[int, ...] = (0, 0, 0, 0, 0)) -> Documents:
+def found(
+    world: toy.World, text: str, noise: float = 0.0, address: tuple[int, ...] = (0, 0, 0, 0, 0)
+) -> Documents:
     """What the engine returns at once."""
     search = world.lookup(Query(text, Question("?", ("",)), address), noise)
     with pytest.raises(StopIteration) as end:
@@ -150,7 +152,7 @@ def test_an_interrupted_training_goes_on_to_the_same_body(tmp_path, monkeypatch)
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     monkeypatch.setattr(toy, "BODY", toy.BODY | small)
     monkeypatch.setattr(toy, "TOKENS", 256)
-    monkeypatch.setattr(toy, "STAGES", [(2, {toy.copying: 1.0}), (2, {toy.reading: 0.5, toy.transcript: 0.5})])
+    monkeypatch.setattr(toy, "STAGES", [(2, {toy.recall: 1.0}), (2, {toy.reading: 0.5, toy.transcript: 0.5})])
     monkeypatch.setattr(toy, "STEPS", 4)
     monkeypatch.setattr(toy, "SAVE", 2)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
