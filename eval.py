@@ -1,5 +1,4 @@
-"""The truth: questions with golden answers, the scores, and a policy's answers measured with any search
-engine.
+"""The truth: questions with golden answers, the scores, and a policy measured with any search engine.
 
 "EM" here is strict: the normalised answer *is* a golden answer. The paper's code calls "EM" what is
 `cover_em` here, a golden answer anywhere in the answer. Both are reported, and F1, which is also the reward
@@ -42,22 +41,19 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles a / an / the, single spaces: SQuAD's and HotpotQA's
-    definition.
+    """Lower case, no ASCII punctuation, no articles a / an / the, single spaces: as SQuAD and HotpotQA do.
 
-    Punctuation goes first and leaves no space: "U.S." -> us, "well-known" -> wellknown. Unicode is left as it
-    is.
+    Punctuation goes first and leaves no space: "U.S." -> us, "well-known" -> wellknown. The rest of unicode
+    stays as it is.
     """
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def f1(answer: str | None, golds: Iterable[str]) -> float:
-    """Token F1, 2 * common / (tokens of the answer + tokens of the gold), within 0..1: the best over golden
-    answers.
+    """Token F1 within 0..1, 2 * common / (tokens of the answer + tokens of the gold): the best over golds.
 
     Tokens are the words of the normalised texts, with multiplicity. yes, no and noanswer are words like any
-    other (HotpotQA's own script gives "yes, it is" 0 against "yes"; here, as in the paper's reward, it gets
-    .5).
+    other: "yes, it is" gets .5 against "yes", as in the paper's reward, and not 0, as in HotpotQA's script.
     """
     return _best(_f1, answer, golds)
 
@@ -140,8 +136,7 @@ def score(t: Trajectory) -> dict:
 
 
 def summarise(trajectories: list[Trajectory]) -> dict:
-    """Means over all episodes, ends by cause, and the same means by the number of hops where questions tell
-    it.
+    """Means over all episodes, ends by cause, and the means by hops where the questions tell them.
 
     {"n", "f1", "em", "cover_em", "searches", "found", "ends": {cause: episodes}, "by_hop": {"1": means, ...}}
     """
@@ -182,17 +177,10 @@ def evaluate(
     return summarise(trajectories), trajectories
 
 
-def progress(label: str, total: int) -> Callable[[int, int, Stats], None]:
-    """A `tell` that keeps one line on stderr: questions done, rate, time left, tokens a second."""
-    bar = tqdm(total=total, desc=label, unit="question", mininterval=1)
-
-    def tell(done: int, of: int, stats: Stats) -> None:
-        bar.set_postfix_str(f"{stats.decoded / max(stats.seconds, 1e-9):,.0f} tokens/s", refresh=False)
-        bar.update(done - bar.n)
-        if done == of:
-            bar.close()
-
-    return tell
+def show_progress(bar: tqdm, done: int, of: int, stats: Stats) -> None:
+    """With its bar, a `tell` for `evaluate`: questions done, rate, time left, tokens a second."""
+    bar.set_postfix_str(f"{stats.decoded / max(stats.seconds, 1e-9):,.0f} tokens/s", refresh=False)
+    bar.update(done - bar.n)
 
 
 def retrieval(index: BM25, questions: list[Question], depths: tuple[int, ...] = (1, 3, 5, 10)) -> dict:
@@ -212,7 +200,7 @@ def retrieval(index: BM25, questions: list[Question], depths: tuple[int, ...] = 
     return {"n": n} | {f"top {k}": found[k] / n for k in depths} | {"ms": 1e3 * spent / n}
 
 
-# ------------------------------------------------------------------------------------------------------- line
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def average(sets: dict[str, dict]) -> dict:
@@ -329,10 +317,12 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--noise is for --search sim and toy: {args.search} returns what it finds")
     if args.search != "sim" and (args.sim or args.sim_adapter or args.sim_prompt):
         raise ValueError(f"--sim, --sim-adapter and --sim-prompt are for --search sim, not {args.search}")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit must be at least one question, not {args.limit}")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no directory {Path(args.json).parent}")
+    for name in ("limit", "seats", "documents", "episode_tokens", "turns", "temperature"):
+        value, least = getattr(args, name), int(name not in ("turns", "temperature"))
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
+        raise ValueError(f"--json {args.json} is not a file in a directory that exists")
 
 
 def open_engine(args: argparse.Namespace, tok: Tokenizer | None = None) -> Search:
@@ -360,16 +350,17 @@ def run(args: argparse.Namespace, sets: dict[str, list[Question]]) -> tuple[dict
     limits = limits_for(args, toy.LIMITS if in_toy else LIMITS)
     names = {POLICY: args.policy} | ({SIMULATOR: args.sim or args.policy} if args.search == "sim" else {})
     homes = {role: models.resolve(name) for role, name in names.items()}
-    toks = {role: Tokenizer.load(home) for role, home in homes.items()}
-    search = open_engine(args, toks.get(SIMULATOR))  # before the bodies: a broken corpus shows at once
-    bodies = {role: (body, toks[role]) for role, body in load_bodies(args, homes).items()}
+    toks = {home: Tokenizer.load(home) for home in dict.fromkeys(homes.values())}
+    search = open_engine(args, toks.get(homes.get(SIMULATOR)))  # first: a broken corpus shows at once
+    bodies = {role: (body, toks[homes[role]]) for role, body in load_bodies(args, homes).items()}
     engine = Engine(bodies, args.seats, limits.episode + 1)  # a seat holds a whole episode
     summaries, rows, address = {}, [], (args.seed, 0)
     for name, questions in sets.items():
-        tell = progress(name, len(questions))
-        summaries[name], trajectories = evaluate(
-            engine, toks[POLICY], questions, search, limits, words, args.temperature, address, tell
-        )
+        with tqdm(total=len(questions), desc=name, unit="question", mininterval=1) as bar:
+            tok, tell = bodies[POLICY][1], partial(show_progress, bar)
+            summaries[name], trajectories = evaluate(
+                engine, tok, questions, search, limits, words, args.temperature, address, tell
+            )
         rows += [answer_row(name, t) for t in trajectories]
     return summaries, rows
 
