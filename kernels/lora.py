@@ -14,10 +14,13 @@ middle x A^T is computed again in the backward pass: a layer keeps only x (all e
     dx = dy W + s (dy B) A        dA = s (dy B)^T x        dB = s dy^T (x A^T)
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import measure
 from .launch import Target, check, choose, target, tl, triton
 
 
@@ -35,84 +38,87 @@ def lora_torch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale: 
 
 @triton.jit
 def _shrink_kernel(
-    p_x, p_a, p_middle, n, D_IN: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    p_x, p_a, p_middle, n_rows, D_IN: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # of all roles' middles, side by side
-    m_n, m_c, split = (i_n < n)[:, None], (i_c < C)[None, :], tl.program_id(2)
-    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    m_n, m_c, split = (i_n < n_rows)[:, None], (i_c < C)[None, :], tl.program_id(2)
+    middle = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(0, SPAN, BLOCK_I):
         i_i = split * SPAN + start + tl.arange(0, BLOCK_I)
         m_i = i_i < D_IN
-        b_x = tl.load(p_x + i_n.to(tl.int64)[:, None] * D_IN + i_i[None, :], m_n & m_i[None, :], other=0.0)
-        b_a = tl.load(p_a + i_c[None, :] * D_IN + i_i[:, None], m_c & m_i[:, None], other=0.0)
-        acc = tl.dot(b_x, b_a, acc, input_precision="ieee")
-    tl.store(p_middle + (split * n + i_n)[:, None].to(tl.int64) * C + i_c[None, :], acc, m_n & m_c)
+        x = tl.load(p_x + i_n.to(tl.int64)[:, None] * D_IN + i_i[None, :], m_n & m_i[None, :], other=0.0)
+        a = tl.load(p_a + i_c[None, :] * D_IN + i_i[:, None], m_c & m_i[:, None], other=0.0)
+        middle = tl.dot(x, a, middle, input_precision="ieee")
+    i_out = (split * n_rows + i_n).to(tl.int64)[:, None] * C + i_c[None, :]
+    tl.store(p_middle + i_out, middle, m_n & m_c)
 
 
 @triton.jit
 def _expand_kernel(
-    p_y, p_middle, p_b, p_role, p_scale, n, T, d_out, K: tl.constexpr, R: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+    p_y, p_middle, p_b, p_role, p_scale, n_rows, T, d_out, K: tl.constexpr, R: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    i_k = tl.arange(0, BLOCK_K)
-    m_n, m_o, m_k = i_n < n, i_o < d_out, i_k < K
-    b_role = tl.load(p_role + i_n // T, m_n, other=0)
-    acc = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
+    m_n, m_o = i_n < n_rows, i_o < d_out
+    role = tl.load(p_role + i_n // T, m_n, other=0)
+    dy = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
     for r in range(R):
-        mine = (b_role == r + 1)[:, None] & m_k[None, :]
-        b_middle = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for split in range(SPLITS):
-            at = (split * n + i_n).to(tl.int64)[:, None] * (R * K) + r * K + i_k[None, :]
-            b_middle += tl.load(p_middle + at, mine, other=0.0)
-        b_middle *= tl.load(p_scale + r).to(tl.float32)
-        b_b = tl.load(
-            p_b + (r * d_out + i_o)[None, :] * K + i_k[:, None], m_k[:, None] & m_o[None, :], other=0.0
-        )
-        acc = tl.dot(b_middle.to(b_b.dtype), b_b, acc, input_precision="ieee")
-    p_out = p_y + i_n.to(tl.int64)[:, None] * d_out + i_o[None, :]
-    m_out = m_n[:, None] & m_o[None, :]
-    tl.store(p_out, (tl.load(p_out, m_out, other=0.0).to(tl.float32) + acc).to(p_y.dtype.element_ty), m_out)
+        for start in range(0, K, BLOCK_K):
+            i_k = start + tl.arange(0, BLOCK_K)
+            m_k = i_k < K
+            m = (role == r + 1)[:, None] & m_k[None, :]
+            middle = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+            for split in range(SPLITS):
+                i = (split * n_rows + i_n).to(tl.int64)[:, None] * (R * K) + r * K + i_k[None, :]
+                middle += tl.load(p_middle + i, m, other=0.0)
+            middle *= tl.load(p_scale + r).to(tl.float32)
+            i = (r * d_out + i_o)[None, :] * K + i_k[:, None]
+            b = tl.load(p_b + i, m_k[:, None] & m_o[None, :], other=0.0)
+            dy = tl.dot(middle.to(b.dtype), b, dy, input_precision="ieee")
+    i, m = i_n.to(tl.int64)[:, None] * d_out + i_o[None, :], m_n[:, None] & m_o[None, :]
+    y = tl.load(p_y + i, m, other=0.0).to(tl.float32) + dy
+    tl.store(p_y + i, y.to(p_y.dtype.element_ty), m)
 
 
-def config(n: int, i: int, o: int, columns: int, t: Target) -> dict:
-    """Blocks for n rows, and into how many splits the sum over i falls: few rows fill few processors."""
-    BLOCK_N = min(64, max(16, triton.next_power_of_2(n)))
-    BLOCK_C = min(64, max(16, triton.next_power_of_2(columns)))
-    blocks = triton.cdiv(n, BLOCK_N) * triton.cdiv(columns, BLOCK_C)
+def _block(n: int, most: int, least: int = 16) -> int:
+    return min(most, max(least, triton.next_power_of_2(n)))
+
+
+def config(n: int, i: int, o: int, R: int, k: int, t: Target) -> tuple[dict, dict]:
+    """For shrink and expand. The sum over i is split because few rows alone would leave processors idle."""
+    rows, columns = {"BLOCK_N": _block(n, 64)}, {"BLOCK_C": _block(R * k, 64)}
+    blocks = triton.cdiv(n, rows["BLOCK_N"]) * triton.cdiv(R * k, columns["BLOCK_C"])
     splits = max(1, min(8, i // 512, t.processors // 2 // blocks))
-    BLOCK_O = min(128, max(32, triton.next_power_of_2(o // 96)))
-    BLOCK_I = min(128, max(16, triton.next_power_of_2(i)))
-    return dict(BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, BLOCK_I=BLOCK_I, BLOCK_O=BLOCK_O, splits=splits)
+    BLOCK_I = _block(i, 64 if t.hip else 128)
+    span = triton.cdiv(triton.cdiv(i, splits), BLOCK_I) * BLOCK_I
+    shrink = rows | columns | {"BLOCK_I": BLOCK_I, "SPAN": span, "num_warps": 4, "num_stages": 3}
+    expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o // 96, 128, 32)}
+    return shrink, rows | expand | {"num_warps": 4, "num_stages": 2}
 
 
 def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale: Tensor) -> Tensor:
-    """As lora_torch; y, x, A and B contiguous and of one type."""
+    """The same on a GPU. ValueError if shapes or types disagree, or if y, A or B is not contiguous."""
     (b, T, o), (R, k, i) = y.shape, A.shape
     check(
         x.shape == (b, T, i) and B.shape == (R, o, k) and role.shape == (b,) and scale.shape == (R,),
-        f"lora: y {tuple(y.shape)}, x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, "
+        f"y {tuple(y.shape)}, x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, "
         f"role {tuple(role.shape)} and scale {tuple(scale.shape)} do not fit",
     )
-    check(y.dtype == x.dtype == A.dtype == B.dtype, "lora: y, x, A and B must have one type")
-    check(y.is_contiguous() and A.is_contiguous() and B.is_contiguous(), "lora: y, A, B must be contiguous")
-    n, c = b * T, config(b * T, i, o, R * k, target())
-    x, role, splits, BLOCK_N = x.contiguous(), role.contiguous(), c["splits"], c["BLOCK_N"]
-    span = triton.cdiv(triton.cdiv(i, splits), c["BLOCK_I"]) * c["BLOCK_I"]
-    middle = x.new_empty(splits, n, R * k, dtype=torch.float32)
-    rows = triton.cdiv(n, BLOCK_N)
-    _shrink_kernel[(rows, triton.cdiv(R * k, c["BLOCK_C"]), splits)](
-        x, A, middle, n, D_IN=i, C=R * k, SPAN=span,
-        BLOCK_N=BLOCK_N, BLOCK_C=c["BLOCK_C"], BLOCK_I=c["BLOCK_I"], num_warps=4, num_stages=3,
-    )  # fmt: skip
-    _expand_kernel[(rows, triton.cdiv(o, c["BLOCK_O"]))](
-        y, middle, B, role, scale, n, T, o, K=k, R=R, SPLITS=splits,
-        BLOCK_N=BLOCK_N, BLOCK_K=max(16, triton.next_power_of_2(k)), BLOCK_O=c["BLOCK_O"],
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+    check(y.dtype == x.dtype == A.dtype == B.dtype, "y, x, A and B must have one type")
+    check(y.is_contiguous() and A.is_contiguous() and B.is_contiguous(), "y, A and B must be contiguous")
+    n, C = b * T, R * k
+    shrink, expand = config(n, i, o, R, k, target())
+    splits, blocks = expand["SPLITS"], triton.cdiv(n, shrink["BLOCK_N"])
+    middle = x.new_empty(splits, n, C, dtype=torch.float32)
+    _shrink_kernel[(blocks, triton.cdiv(C, shrink["BLOCK_C"]), splits)](
+        x.contiguous(), A, middle, n, D_IN=i, C=C, **shrink
+    )
+    _expand_kernel[(blocks, triton.cdiv(o, expand["BLOCK_O"]))](
+        y, middle, B, role.contiguous(), scale, n, T, o, K=k, R=R, **expand
+    )
     return y
 
 
@@ -159,3 +165,52 @@ def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
         raise ValueError("the base is frozen under an adapter: W and bias must not require gradients")
     y = _LoraLinear.apply(x.flatten(0, -2), W, bias, A, B, float(scale))
     return y.unflatten(0, x.shape[:-1])
+
+
+def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
+    """The four fused layers: one row, all seats, a prefill of 128 tokens a seat; then training."""
+    q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    layers = {"qkv": (m.d, q + 2 * kv, 3), "out": (q, m.d, 1), "gate_up": (m.d, 2 * m.ffn, 2)}
+    for name, (i, o, parts) in (layers | {"down": (m.ffn, m.d, 1)}).items():
+        for b, T in ((1, 1), (m.seats, 1), (m.seats, 128 if m.seats > 3 else 3)):
+            yield _decoding_case(name, b, T, i, o, parts * m.rank, m.dtype, device)
+        yield _training_case(name, m.batch * m.length, i, o, parts * m.rank, m.dtype, device)
+
+
+def _decoding_case(name: str, b: int, T: int, i: int, o: int, k: int, dtype, device) -> measure.Case:
+    x, W = torch.randn(b, T, i, dtype=dtype, device=device), torch.randn(o, i, dtype=dtype, device=device)
+    A, B = torch.randn(2, k, i, dtype=dtype, device=device), torch.randn(2, o, k, dtype=dtype, device=device)
+    role, scale = torch.arange(b, device=device) % 2 + 1, torch.ones(2, device=device)
+    return measure.Case(
+        f"{name} {b} x {T}, {i} to {o}, + {k}",
+        lambda: lora_triton(F.linear(x, W), x, A, B, role, scale),
+        {
+            "torch": lambda: lora_torch(F.linear(x, W), x, A, B, role, scale),
+            "base alone": lambda: F.linear(x, W),
+        },
+        bytes=(x.numel() + W.numel() + A.numel() + B.numel() + b * T * o) * x.element_size(),
+    )
+
+
+def _training_case(name: str, n: int, i: int, o: int, k: int, dtype, device) -> measure.Case:
+    x, dy = (torch.randn(n, d, dtype=dtype, device=device) for d in (i, o))
+    W, A = torch.randn(o, i, dtype=dtype, device=device), torch.randn(k, i, device=device)
+    B = torch.randn(o, k, device=device)
+    inputs = x.requires_grad_(), A.requires_grad_(), B.requires_grad_()
+
+    def plain(x, W, bias, A, B, scale):
+        return F.linear(x, W) + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
+
+    def both(f):
+        return lambda: torch.autograd.grad(f(x, W, None, A, B, 1.0), inputs, dy)
+
+    return measure.Case(
+        f"{name} training {n}, {i} to {o}, + {k}",
+        both(lora_linear),
+        {"torch": both(plain)},
+        flops=4 * n * i * o + 6 * n * k * (i + o),
+    )
+
+
+if __name__ == "__main__":
+    measure.main("lora")

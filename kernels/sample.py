@@ -2,16 +2,19 @@
 
     id = min { v : sum_{w <= v} p_w > u },   p = softmax(z / tau);        logp = log p[id]
 
-In two steps, so that the vocabulary is read once: it falls into stripes; u picks one by their masses, and what
-is left of u (where in that stripe's interval it fell, again in [0, 1)) picks the word inside. The log-prob
+In two steps, for the vocabulary is read once: it falls into stripes; u picks one by their masses, and what
+is left of u (where it fell in that stripe's interval, again in [0, 1)) picks the word inside. The log-prob
 comes with it, so training needs no second forward pass for the old log-probs.
 tau = 0 is greedy, the first of equals; its logp is that of tau = 1.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import measure
 from .launch import check, choose, tl, triton
 
 WIDTH = 256  # words in a stripe of the reference
@@ -50,16 +53,18 @@ def _base2(p_temperature):
 
 
 @triton.jit
-def _stripe_kernel(p_logits, p_temperature, p_top, p_first, p_mass, v, stride, stripes, WIDTH: tl.constexpr):
+def _stripe_kernel(
+    p_z, p_temperature, p_top, p_first, p_mass, n_words, s_row, n_stripes, STRIPE: tl.constexpr
+):
     row, stripe = tl.program_id(0), tl.program_id(1)
-    i_v = stripe * WIDTH + tl.arange(0, WIDTH)
-    b_z = tl.load(p_logits + row.to(tl.int64) * stride + i_v, i_v < v, other=-1e30).to(tl.float32)
-    b_z = tl.maximum(b_z, -1e30)  # -inf - -inf would be NaN
-    top = tl.max(b_z, 0)
-    at = row * stripes + stripe
-    tl.store(p_top + at, top)
-    tl.store(p_first + at, tl.min(tl.where(b_z == top, i_v, v), 0))
-    tl.store(p_mass + at, tl.sum(tl.exp2((b_z - top) * _base2(p_temperature + row)), 0))
+    i_v = stripe * STRIPE + tl.arange(0, STRIPE)
+    z = tl.load(p_z + row.to(tl.int64) * s_row + i_v, i_v < n_words, other=-1e30).to(tl.float32)
+    z = tl.maximum(z, -1e30)  # -inf - -inf would be NaN
+    top = tl.max(z, 0)
+    i_out = row * n_stripes + stripe
+    tl.store(p_top + i_out, top)
+    tl.store(p_first + i_out, tl.min(tl.where(z == top, i_v, n_words), 0))
+    tl.store(p_mass + i_out, tl.sum(tl.exp2((z - top) * _base2(p_temperature + row)), 0))
 
 
 @triton.jit
@@ -75,48 +80,77 @@ def _inverted(mass, i, u):
 
 @triton.jit
 def _pick_kernel(
-    p_logits, p_u, p_temperature, p_top, p_first, p_mass, p_ids, p_logp, v, stride, stripes,
-    WIDTH: tl.constexpr, BLOCK_S: tl.constexpr,
+    p_z, p_u, p_temperature, p_top, p_first, p_mass, p_ids, p_logp, n_words, s_row, n_stripes,
+    STRIPE: tl.constexpr, STRIPES: tl.constexpr,
 ):  # fmt: skip
-    row, i_s = tl.program_id(0), tl.arange(0, BLOCK_S)
-    m_s, at, scale = i_s < stripes, row * stripes + i_s, _base2(p_temperature + row)
-    b_top = tl.load(p_top + at, m_s, other=-1e30)
-    top = tl.max(b_top, 0)
-    b_mass = tl.exp2((b_top - top) * scale) * tl.load(p_mass + at, m_s, other=0.0)
-    stripe, left = _inverted(b_mass, i_s, tl.load(p_u + row).to(tl.float32))
-    p_row = p_logits + row.to(tl.int64) * stride
-    i_v = stripe * WIDTH + tl.arange(0, WIDTH)
-    b_z = tl.load(p_row + i_v, i_v < v, other=-1e30).to(tl.float32)
-    chosen, _ = _inverted(tl.exp2((b_z - top) * scale), i_v, left)
-    first = tl.min(tl.where(b_top == top, tl.load(p_first + at, m_s, other=v), v), 0)
+    row, i_s = tl.program_id(0), tl.arange(0, STRIPES)
+    m, i, scale = i_s < n_stripes, row * n_stripes + i_s, _base2(p_temperature + row)
+    tops = tl.load(p_top + i, m, other=-1e30)
+    top = tl.max(tops, 0)
+    masses = tl.exp2((tops - top) * scale) * tl.load(p_mass + i, m, other=0.0)
+    stripe, left = _inverted(masses, i_s, tl.load(p_u + row).to(tl.float32))
+    p_z += row.to(tl.int64) * s_row
+    i_v = stripe * STRIPE + tl.arange(0, STRIPE)
+    z = tl.load(p_z + i_v, i_v < n_words, other=-1e30).to(tl.float32)
+    chosen, _ = _inverted(tl.exp2((z - top) * scale), i_v, left)
+    first = tl.load(p_first + i, m, other=n_words)
+    first = tl.min(tl.where(tops == top, first, n_words), 0)
     chosen = tl.where(tl.load(p_temperature + row) == 0, first, chosen)
-    z = tl.load(p_row + chosen).to(tl.float32)
+    z = tl.load(p_z + chosen).to(tl.float32)
     tl.store(p_ids + row, chosen.to(tl.int64))
-    tl.store(p_logp + row, 0.6931471805599453 * ((z - top) * scale - tl.log2(tl.sum(b_mass, 0))))
+    tl.store(p_logp + row, 0.6931471805599453 * ((z - top) * scale - tl.log2(tl.sum(masses, 0))))
+
+
+def config(V: int) -> dict:
+    """151,936 words are 38 stripes: enough programs for one row alone, and a short scan in the second."""
+    STRIPE = min(4096, triton.next_power_of_2(V))
+    return {"STRIPE": STRIPE, "STRIPES": triton.next_power_of_2(triton.cdiv(V, STRIPE))}
 
 
 def sample_triton(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """As sample_torch. Two launches: the stripes of all rows, then a program a row."""
-    B, V = logits.shape
+    """The same on a GPU. ValueError if shapes disagree, or if the words of a row are not contiguous."""
+    (B, V), c = logits.shape, config(logits.size(1))
     check(
         u.shape == temperature.shape == (B,),
-        f"sample: u {tuple(u.shape)} and temperature {tuple(temperature.shape)} must be ({B},)",
+        f"logits {(B, V)}, u {tuple(u.shape)} and temperature {tuple(temperature.shape)} do not fit",
     )
-    check(logits.stride(1) == 1, "sample: the logits of a row must be contiguous")
-    u, temperature = u.contiguous(), temperature.contiguous()
-    width = min(4096, triton.next_power_of_2(V))
-    stripes = triton.cdiv(V, width)
-    top, mass = logits.new_empty(2, B, stripes, dtype=torch.float32)
-    first = logits.new_empty(B, stripes, dtype=torch.int32)
-    ids, logp = logits.new_empty(B, dtype=torch.int64), logits.new_empty(B, dtype=torch.float32)
+    check(logits.stride(1) == 1, "the words of a row of logits must be contiguous")
+    u, temperature, stripes = u.contiguous(), temperature.contiguous(), triton.cdiv(V, c["STRIPE"])
+    top, mass, logp = (logits.new_empty(n, dtype=torch.float32) for n in (B * stripes, B * stripes, B))
+    first, ids = logits.new_empty(B * stripes, dtype=torch.int32), logits.new_empty(B, dtype=torch.int64)
+    s_row = logits.stride(0)
     _stripe_kernel[(B, stripes)](
-        logits, temperature, top, first, mass, V, logits.stride(0), stripes, WIDTH=width, num_warps=4
+        logits, temperature, top, first, mass, V, s_row, stripes, STRIPE=c["STRIPE"], num_warps=4
     )
     _pick_kernel[(B,)](
-        logits, u, temperature, top, first, mass, ids, logp, V, logits.stride(0), stripes,
-        WIDTH=width, BLOCK_S=triton.next_power_of_2(stripes), num_warps=8,
-    )  # fmt: skip
+        logits, u, temperature, top, first, mass, ids, logp, V, s_row, stripes, **c, num_warps=8
+    )
     return ids, logp
 
 
 sample = choose(sample_torch, sample_triton)
+
+
+def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
+    """One row, all seats."""
+    for b in (1, m.seats):
+        z = torch.randn(b, m.vocab, dtype=m.dtype, device=device)
+        u, tau = torch.rand(b, device=device), torch.ones(b, device=device)
+        rivals = {"torch": sample_torch, "multinomial": _multinomial}
+        yield measure.Case(
+            f"{b} x {m.vocab}",
+            lambda z=z, u=u, tau=tau: sample_triton(z, u, tau),
+            {k: lambda f=f, z=z, u=u, tau=tau: f(z, u, tau) for k, f in rivals.items()},
+            bytes=z.numel() * z.element_size(),
+        )
+
+
+def _multinomial(z: Tensor, u: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """What most programs do, from a random state instead of u."""
+    logp = (z.float() / tau[:, None]).log_softmax(-1)
+    ids = torch.multinomial(logp.exp(), 1)
+    return ids[:, 0], logp.gather(1, ids)[:, 0]
+
+
+if __name__ == "__main__":
+    measure.main("sample")
