@@ -324,25 +324,38 @@ def example(tok: Tokenizer, words: SimWords, end: int, row: dict) -> Example:
     return Example(asked + tok.encode(row["documents"]) + [end], len(asked))
 
 
-def batches(
+def steps_of(
     rows: list[dict], encode: Callable[[dict], Example], tokens: int, seed: int
 ) -> Iterator[list[Example]]:
-    """An endless stream: rows in a new seeded order each time round, as many a batch as fit `tokens`, padded.
+    """An endless stream of steps: rows in a new seeded order each time round, as many as `tokens` hold.
 
     Rows are encoded when their turn comes, so that a large set costs nothing at the start. A row longer than
-    `tokens` is a batch of its own.
+    `tokens` is a step of its own.
     """
-    order, batch, longest = random.Random(seed), [], 0
+    order, step, size = random.Random(seed), [], 0
     while True:
         for row in order.sample(rows, len(rows)):
             new = encode(row)
-            if batch and max(longest, len(new.ids)) * (len(batch) + 1) > tokens:
-                yield batch
-                batch, longest = [], 0
-            batch, longest = [*batch, new], max(longest, len(new.ids))
+            if step and size + len(new.ids) > tokens:
+                yield step
+                step, size = [], 0
+            step, size = [*step, new], size + len(new.ids)
 
 
-def document_logps(model: Model, batch: list[Example], recompute: bool = False) -> Tensor:
+def batches(examples: list[Example], tokens: int) -> list[list[Example]]:
+    """Examples cut into batches of like length, each of at most `tokens` with its padding (or of one row).
+
+    Unsorted, half of a batch is padding in the toy world, whose rows have 31 to 108 tokens; so cut, 7 %.
+    """
+    out = [[]]
+    for e in sorted(examples, key=lambda e: len(e.ids)):
+        if out[-1] and len(e.ids) * (len(out[-1]) + 1) > tokens:
+            out.append([])
+        out[-1].append(e)
+    return out
+
+
+def document_logps(model: Model, batch: list[Example]) -> Tensor:
     """Log-probabilities (N,) of a batch's document tokens, fp32, differentiable in its adapter."""
     T = max(len(e.ids) for e in batch)
     if model.config.context < T:
@@ -354,16 +367,25 @@ def document_logps(model: Model, batch: list[Example], recompute: bool = False) 
     starts = torch.tensor([e.start for e in batch], device=model.device)  # (B,)
     at = torch.arange(T, device=model.device)
     mask = (at >= starts[:, None]) & (at < lengths[:, None])  # (B, T)
-    h = model(ids, SIMULATOR, lengths, recompute=recompute)[:, :-1][mask[:, 1:]]  # (N, d)
+    h = model(ids, SIMULATOR, lengths)[:, :-1][mask[:, 1:]]  # (N, d)
     return linear_logp(h, model.head, ids[:, 1:][mask[:, 1:]])[0]
 
 
 @torch.no_grad()
 def held_out_loss(model: Model, examples: list[Example], tokens: int) -> float:
     """Mean negative log-probability of the document tokens of all examples, in nats."""
-    size = max(1, tokens // max(len(e.ids) for e in examples))
-    logps = [document_logps(model, examples[i : i + size]) for i in range(0, len(examples), size)]
+    logps = [document_logps(model, batch) for batch in batches(examples, tokens)]
     return -torch.cat(logps).mean().item()
+
+
+def backward(model: Model, step: list[Example], tokens: int) -> float:
+    """Add the gradient of a step's mean loss, batch by batch (the same for any `tokens`). The loss."""
+    n, loss = sum(len(e.ids) - e.start for e in step), 0.0
+    for batch in batches(step, tokens):
+        part = -document_logps(model, batch).sum() / n
+        part.backward()
+        loss += part.item()
+    return loss
 
 
 @dataclass(frozen=True)
@@ -399,16 +421,17 @@ def sft(
     held: int = 64,
     every: int = 50,
     seed: int = 0,
-    recompute: bool = False,
+    micro: int = 1024,
     optimizer: torch.optim.Optimizer | None = None,
     done: int = 0,
 ) -> Iterator[Progress]:
     """Fine-tune the simulator's adapter on rows: a generator of one Progress a step (iterate to run it).
 
-    AdamW on `model.adapter(SIMULATOR)` alone, lr falling linearly to 0, about `tokens` tokens a step, loss on
-    the documents and the end of the turn. At most `held` rows, and at most a tenth, are held out; their loss
-    is measured after the first step, every `every` steps and at the end. All order comes from `seed`: with
-    the adapter and `optimizer` as they were after `done` steps, a run goes on as if it had never stopped.
+    AdamW on `model.adapter(SIMULATOR)` alone, lr falling linearly to 0, about `tokens` tokens a step and at
+    most `micro` (padding included) a pass, loss on the documents and the end of the turn. At most `held` rows,
+    and at most a tenth, are held out; their loss is measured after the first step, every `every` steps and at
+    the end. All order comes from `seed`: with the adapter and `optimizer` as they were after `done` steps, a
+    run goes on as if it had never stopped. Raises ValueError for a row longer than the body can read.
     """
     rows = random.Random(seed).sample(rows, len(rows))
     held = min(held, len(rows) // 10)
@@ -416,21 +439,20 @@ def sft(
     exam = [encode(row) for row in rows[:held]]
     optimizer = optimizer or adamw(model)
     began, seen = time.monotonic(), 0
-    for step, batch in zip(range(1, steps + 1), batches(rows[held:], encode, tokens, seed)):
+    for step, drawn in zip(range(1, steps + 1), steps_of(rows[held:], encode, tokens, seed)):
         if step <= done:
             continue
         optimizer.param_groups[0]["lr"] = lr * (1 - (step - 1) / steps)
-        loss = -document_logps(model, batch, recompute).mean()
-        loss.backward()
+        loss = backward(model, drawn, micro)
         torch.nn.utils.clip_grad_norm_(model.adapter(SIMULATOR), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seen += sum(len(e.ids) for e in batch)
+        seen += sum(len(e.ids) for e in drawn)
         measured = exam and (step in (1, steps) or step % every == 0)
-        exam_loss = held_out_loss(model, exam, tokens) if measured else None
+        exam_loss = held_out_loss(model, exam, micro) if measured else None
         spent = time.monotonic() - began
         left = spent / (step - done) * (steps - step)
-        yield Progress(step, steps, loss.item(), exam_loss, seen / spent, left)
+        yield Progress(step, steps, loss, exam_loss, seen / spent, left)
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -492,7 +514,7 @@ def command_sft(args: argparse.Namespace) -> None:
     print(f"{len(rows)} rows, {body.adapter(SIMULATOR).numel():,} parameters to train, {body.device}")
     run = sft(
         body, tok, words, rows, args.steps, args.lr, args.tokens, args.held, args.every, args.seed,
-        args.recompute, optimizer, state["step"] if state else 0,
+        args.micro, optimizer, state["step"] if state else 0,
     )  # fmt: skip
     for p in run:
         if p.step % 10 == 0 or p.held is not None:
@@ -543,14 +565,16 @@ def main(argv: list[str] | None = None) -> None:
     a.add_argument("--out", required=True, help="directory for the adapter (PEFT format) and its words")
     a.add_argument("--steps", type=positive, default=1000, help="as in the paper")
     a.add_argument("--lr", type=float, default=1e-4, help="at the start; falls linearly to 0")
-    a.add_argument("--tokens", type=positive, default=4096, help="a step, padding included")
+    a.add_argument("--tokens", type=positive, default=4096, help="a step")
+    a.add_argument(
+        "--micro", type=positive, default=1024, help="tokens a pass, padding included: sets the memory"
+    )
     a.add_argument("--rank", type=positive, default=16, help="of the LoRA matrices")
     a.add_argument("--alpha", type=float, default=32.0, help="LoRA scale times rank")
     a.add_argument("--held", type=int, default=64, help="rows held out (at most a tenth)")
     a.add_argument(
         "--every", type=positive, default=50, help="steps between held-out losses, and between saves"
     )
-    a.add_argument("--recompute", action="store_true", help="less memory, a third more time")
     a.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
     a.set_defaults(run=command_sft)
     w = verbs.add_parser(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -355,16 +356,36 @@ def test_fine_tuning_is_seeded_and_goes_on_where_it_stopped():
     assert torch.equal(whole.adapter(SIMULATOR), parts.adapter(SIMULATOR))
 
 
-def test_batches_fill_their_budget_and_visit_every_row():
-    """Padding counts: 4,096 tokens a step is what fits, not what is hoped."""
-    stream = simulator.batches(list(range(1, 30)), lambda n: simulator.Example([9] * n, 0), 60, seed=3)
-    seen, got = [], []
+def test_steps_fill_their_budget_and_visit_every_row():
+    """Half the tokens a step is another learning rate; a row that is never drawn is never learnt."""
+    stream = simulator.steps_of(list(range(1, 30)), lambda n: simulator.Example([9] * n, 0), 60, seed=3)
+    seen, steps = [], []
     while len(seen) < 29:
-        got.append(next(stream))
-        seen += [len(e.ids) for e in got[-1]]
-    assert sorted(seen[:29]) == list(range(1, 30))
-    assert all(len(b) * max(len(e.ids) for e in b) <= 60 for b in got)
-    assert len(next(simulator.batches([0], lambda n: simulator.Example([9] * 99, 0), 60, 0))) == 1
+        steps.append([len(e.ids) for e in next(stream)])
+        seen += steps[-1]
+    assert sorted(seen[:29]) == list(range(1, 30)) and seen[:29] != sorted(seen[:29])
+    assert all(30 < sum(step) <= 60 for step in steps)
+    assert len(next(simulator.steps_of([0], lambda n: simulator.Example([9] * 99, 0), 60, 0))) == 1
+
+
+def test_batches_hold_their_padding_within_the_budget():
+    """Memory is rows times the longest row; a row too long for any batch still gets its turn."""
+    cut = simulator.batches([simulator.Example([9] * n, 0) for n in (9, 2, 50, 3, 2, 8)], 18)
+    assert [[len(e.ids) for e in batch] for batch in cut] == [[2, 2, 3], [8, 9], [50]]
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 10**6])
+def test_any_split_gives_the_same_gradient(tokens):
+    """Each token weighs the same in a step, however its rows are cut to fit the memory."""
+    encode = partial(simulator.example, Letters(), SHORT, END)
+    step = [encode(row | {"documents": "d" * (3 * i)}) for i, row in enumerate(rows(6))]
+    whole, parts = tiny_body(), tiny_body()
+    for body in (whole, parts):
+        body.adapter(SIMULATOR).data.add_(0.01)  # B = 0 would leave A without a gradient
+    (-simulator.document_logps(whole, step).mean()).backward()
+    simulator.backward(parts, step, tokens)
+    want, got = whole.adapter(SIMULATOR).grad, parts.adapter(SIMULATOR).grad
+    assert torch.allclose(want, got, atol=1e-4 * want.abs().max())
 
 
 # ------------------------------------------------------------------------------------------------------- rows
