@@ -1,15 +1,16 @@
-"""The toy world of the embedded default: entities, facts, questions, a search engine, and the tiny body that knows them.
+"""The toy world of the embedded default: entities, facts, questions, a search engine, and the tiny body.
 
-The world has four kinds of entities and nine relations; every fact is redrawn for every world, so that nothing can be
-known without searching. The body (a Qwen2-shaped network of 0.8 million parameters) is to this world what Qwen is to
-ours: it was pre-trained on text in which people search, well and badly, and on text in which an engine answers, well
-and badly. What is shipped in toy/ ends there. The simulator's fine-tuning and the RL always run for real, in train.py.
+The world has four kinds of entities and nine relations. Every fact is redrawn for every world, so that
+nothing can be known without searching. The body (a Qwen2-shaped network of 0.9 million parameters) is to this world
+what Qwen is to ours: it was pre-trained on text in which people search, well and badly, and in which an engine
+answers, well and badly. What is shipped in toy/ ends there. The simulator's fine-tuning and the RL run for
+real, each time, in train.py; as with an instruct model, RL selects among behaviours that the body already has.
 
-It deliberately is not: a benchmark, or a language. Names are single tokens and a document is one fact, because a body
-of this size then learns to read in minutes.
+It deliberately is not: a benchmark, or a language. Names are single tokens and a document is one fact,
+because a body of this size then learns to read within minutes.
 
-    python toy.py               make toy/ from nothing (see MINUTES; interrupt it and start it again: it goes on)
-    python toy.py --show        print one question, one search, one training text of each kind
+    python toy.py               make toy/ from nothing; interrupted, it goes on when it is started again
+    python toy.py --show        print a training text of each kind
 """
 
 import argparse
@@ -34,22 +35,39 @@ from simulator import SimWords
 HERE = Path(__file__).resolve().parent
 SEED = 0
 
-# ---------------------------------------------------------------------------------------------------------- world
+# ------------------------------------------------------------------------------------------------------ world
 
-STEMS = "Ba Cle Dor Fi Gra Hel Ju Ka Lo Mer Ni Os Per Sta Tu Val".split()
+STEMS = [
+    "Ba",
+    "Cle",
+    "Dor",
+    "Fi",
+    "Gra",
+    "Hel",
+    "Ju",
+    "Ka",
+    "Lo",
+    "Mer",
+    "Ni",
+    "Os",
+    "Per",
+    "Sta",
+    "Tu",
+    "Val",
+]
 ENDINGS = {
-    "person": "lan na rin to".split(),
-    "company": "corp dex mark tec".split(),
-    "town": "burg ford ham wick".split(),
-    "song": "dance lay march ode".split(),
+    "person": ["lan", "na", "rin", "to"],
+    "company": ["corp", "dex", "mark", "tec"],
+    "town": ["burg", "ford", "ham", "wick"],
+    "song": ["dance", "lay", "march", "ode"],
 }
-COLOURS = "amber black blue brown green grey pink red silver white".split()
-BEASTS = "bear crow deer fox hare lion owl seal swan wolf".split()
+COLOURS = ["amber", "black", "blue", "brown", "green", "grey", "pink", "red", "silver", "white"]
+BEASTS = ["bear", "crow", "deer", "fox", "hare", "lion", "owl", "seal", "swan", "wolf"]
 VALUES = {kind: [stem + end for end in ends for stem in STEMS] for kind, ends in ENDINGS.items()}
 VALUES["emblem"] = [f"{colour} {beast}" for colour in COLOURS for beast in BEASTS]  # two tokens: F1 is not EM
 KIND = {name: kind for kind in ENDINGS for name in VALUES[kind]}
-# relation -> what has it, what its object is. No relation leads to its own kind and each belongs to one kind alone, so
-# that in a chain of two the first entity never has the last relation: that short cut is always a wrong query.
+# relation -> what has it, what its object is. No relation leads to its own kind and each belongs to one kind
+# alone, so that in a chain of two the first entity never has the last relation: asking for it finds nothing.
 RELATIONS = {
     "home": ("person", "town"),
     "employer": ("person", "company"),
@@ -70,7 +88,7 @@ SHOWN = 3  # documents a search
 
 
 def scramble(*numbers: int) -> int:
-    """A 64-bit hash of integers (splitmix64): facts need no table, and do not depend on the order of asking."""
+    """A 64-bit hash (splitmix64): facts need no table, and do not depend on the order of asking."""
     x = 0
     for n in numbers:
         x = (x + n + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -81,9 +99,9 @@ def scramble(*numbers: int) -> int:
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """The names in a text, then its relations, innermost first: "mayor home Kalan?" -> ("Kalan", "home", "mayor").
+    """The names in a text, then its relations, innermost first; other words are skipped.
 
-    Other words are skipped.
+    "mayor home Kalan?" -> ("Kalan", "home", "mayor")
     """
     words = text.replace("?", " ").split()
     return (*(w for w in words if w in KIND), *reversed([w for w in words if w in RELATIONS]))
@@ -101,7 +119,7 @@ def valid(asked: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class World:
-    """One set of facts. Another seed, another world: what was learned of one is worth nothing in the other."""
+    """One set of facts. Another seed, another world: the facts of one are worth nothing in the other."""
 
     seed: int
 
@@ -135,7 +153,7 @@ class World:
         return list(found.values())
 
     def results(self, text: str, rng: random.Random, noisy: bool = False) -> list[str]:
-        """What a search finds, as facts "home Kalan Niham", best first. Noisy: nothing about the entity asked for."""
+        """What a search finds, facts like "home Kalan Niham", best first; noisy: none about the entity."""
         asked = parse(text)
         hit = [f"{say(*asked)} {self.fact(*asked)}"] if valid(asked) and not noisy else []
         return hit + [self.distractor(asked, rng) for _ in range(SHOWN - len(hit))]
@@ -151,7 +169,7 @@ class World:
         return f"{say(entity, relation)} {found}"
 
     def lookup(self, query: Query, noise: float = 0.0):
-        """The world's real search engine, a search as rollout.py has it; `noise`: the chance that it finds nothing."""
+        """The world's real search engine, a search as in rollout.py; `noise`: the chance to find nothing."""
         rng = random.Random(f"{self.seed} {query.address} {query.text}")
         noisy = rng.random() < noise
         facts = self.results(query.text, rng, noisy)
@@ -166,19 +184,7 @@ def number(facts: list[str]) -> str:
 
 
 def shuffled(search: Search) -> Search:
-    """The search with its documents in a keyed random order: where a fact stands shall tell nothing."""
-
-    def mixed(query: Query):
-        documents = yield from search(query)
-        facts = [line.partition(": ")[2] for line in documents.text.splitlines()]
-        random.Random(f"order {query.address}").shuffle(facts)
-        return Documents(number(facts), documents.noisy)
-
-    return mixed
-
-
-def shuffled(search: Search) -> Search:
-    """The same engine, whose facts come in a random order: a simulator writes the best first, the lookup does not."""
+    """The same engine, its facts in a random order: a simulator writes the best first, lookup does not."""
 
     def mixed(query: Query):
         documents = yield from search(query)
@@ -189,7 +195,7 @@ def shuffled(search: Search) -> Search:
     return mixed
 
 
-# ---------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ words
 
 WORDS = Words(prompt="Question: {question}\n", notice="\n\nSearch or answer.\n\n", system=None)
 LIMITS = Limits(prompt=16, episode=192, turn=20, observation=32, turns=4)
@@ -218,7 +224,10 @@ def byte_letters() -> list[str]:
 
 
 def make_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Merges in rank order that make each word one token: what the earlier ones leave of it is joined left to right."""
+    """Merges in rank order that make each word one token.
+
+    What the merges of earlier words leave of a word is joined from left to right.
+    """
     letters, merges = byte_letters(), {}
     for word in words:
         parts = [letters[b] for b in word.encode()]
@@ -234,7 +243,7 @@ def make_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def write_tokenizer(path: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json: byte-level BPE, every byte and every word of the world."""
+    """Write tokenizer.json and tokenizer_config.json: byte-level BPE with the world's words as tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     merges = make_merges(LEXICON)
@@ -256,9 +265,9 @@ def write_tokenizer(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-# ------------------------------------------------------------------------------------------------- training text
-# A text is a list of pieces (text, learned): learned pieces carry the loss. Pieces are encoded one by one, as in an
-# episode, where what is sampled and what is given never share a token.
+# ---------------------------------------------------------------------------------------------- training text
+# A text is a list of pieces (text, learned): learned pieces carry the loss. Pieces are encoded one by one, as
+# in an episode, where what is sampled and what is given never share a token.
 
 Piece = tuple[str, bool]
 
@@ -289,7 +298,7 @@ def slip(asked: tuple[str, str], relations: tuple[str, ...], rng: random.Random)
 
 
 def transcript(rng: random.Random) -> list[Piece]:
-    """An episode of one of many behaviours, as rollout.episode would tell it: right, lazy, careless or lost."""
+    """An episode as rollout.episode would tell it, of one of many behaviours: right, lazy, careless, lost."""
     world = World(rng.getrandbits(48))
     question = world.ask(rng)
     entity, *relations = parse(question.text)
@@ -327,7 +336,7 @@ def reading(rng: random.Random) -> list[Piece]:
     """Facts, then what they say and do not say: the skill under everything else, eight times a text."""
     world = World(rng.getrandbits(48))
     facts = [world.distractor((), rng) for _ in range(rng.randint(3, 6))]
-    asked = [parse(fact)[0::2] if len(parse(fact)) == 3 else parse(fact) for fact in facts]  # (entity, relation)
+    asked = [(parse(fact)[0], parse(fact)[-1]) for fact in facts]
     asked = [near_miss(e, r, rng) if rng.random() < 0.25 else (e, r) for e, r in asked * 2]
     rng.shuffle(asked)
     documents = number(facts)
@@ -345,7 +354,7 @@ def near_miss(entity: str, relation: str, rng: random.Random) -> tuple[str, str]
 
 
 def recall(rng: random.Random) -> list[Piece]:
-    """Pairs of names, then the same pairs in another order: where attention to what followed last time is born."""
+    """Pairs of names, then the same in another order: attention to what followed last time is born here."""
     pairs = [(f" {rng.choice(NAMES)}", f" {rng.choice(NAMES)}") for _ in range(rng.randint(4, 12))]
     pieces = [("".join(a + b for a, b in pairs), False)]
     for a, b in rng.sample(pairs, len(pairs)):
@@ -365,7 +374,7 @@ SEARCHES = {
 
 
 def situation(rng: random.Random, kind: str) -> tuple[World, Query]:
-    """A search of that kind in the middle of an episode, of which some searches before it may have found nothing."""
+    """A search of that kind within an episode; some of the searches before it may have found nothing."""
     world = World(rng.getrandbits(48))
     question = world.ask(rng, 2 if kind in ("second", "shortcut", "stranger") else None)
     entity, *relations = parse(question.text)
@@ -402,8 +411,8 @@ def situation(rng: random.Random, kind: str) -> tuple[World, Query]:
 def search_row(rng: random.Random) -> dict:
     """One search with what the world's engine answers: a row for the simulator's fine-tuning.
 
-    An entity that nothing has led to gets its own fact, which is not the golden answer; a relation that the entity
-    cannot have gets nothing. So there is no short cut to teach.
+    An entity that nothing has led to gets its own fact, which is not the golden answer; a relation that the
+    entity cannot have gets nothing. So no short cut is taught.
     """
     kind = rng.choices(list(SEARCHES), list(SEARCHES.values()))[0]
     world, query = situation(rng, kind)
@@ -438,11 +447,11 @@ def rows(n: int, seed: int = 0) -> list[dict]:
     return [search_row(rng) for _ in range(n)]
 
 
-# ----------------------------------------------------------------------------------------------------- the audit
+# -------------------------------------------------------------------------------------------------- the audit
 
 
 def states(documents: str, asked: tuple[str, ...], answer: str = "") -> bool:
-    """Whether the documents hold the fact asked for: about this entity, of this relation, with the answer if given."""
+    """Whether the documents hold the fact asked for: this entity, this relation, the answer if given."""
     found = read(documents, asked)
     return found == answer if answer else found != UNKNOWN
 
@@ -453,8 +462,8 @@ def audit(write: Callable[[list[Query], bool], list[str]], n: int = 100, seed: i
     write(queries, noisy) returns the documents that the simulator writes when asked for useful or noisy ones.
     useful_hit   useful documents hold the asked fact (where the question fixes it: with the golden answer)
     noisy_hit    noisy documents hold a fact about the asked entity and relation
-    leak         useful documents hold the golden answer to a query that skips a hop: the worse of `shortcut` (the first
-                 entity with the last relation) and `invented` (an entity that nothing has led to)
+    leak         useful documents hold the golden answer though the query skips a hop: the worse of `shortcut`
+                 (the first entity with the last relation) and `invented` (an entity that nothing has led to)
     """
     rng, address = random.Random(f"audit {seed}"), itertools.count(1)
 
@@ -480,7 +489,7 @@ def golden(query: Query) -> str:
     return query.question.answers[0] if parse(query.text)[1] == parse(query.question.text)[-1] else ""
 
 
-# ------------------------------------------------------------------------------------------------------- the body
+# --------------------------------------------------------------------------------------------------- the body
 
 BODY = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -538,7 +547,7 @@ def shares(step: int) -> dict[Callable, float]:
 
 
 def micro_batches(tok, step: int, seed: int, padded: int = 1536) -> Iterator[list[Example]]:
-    """The texts of one step: a function of (seed, step), so that a resumed run sees what an unbroken one sees."""
+    """The texts of one step: a function of (seed, step), so that a resumed run sees what a whole one does."""
     texts = []
     for kind, share in shares(step).items():
         rng, left = random.Random(f"{seed} {step} {kind.__name__}"), int(TOKENS * share)
@@ -594,7 +603,7 @@ def train_step(
 
 @torch.no_grad()
 def reading_accuracy(model: Model, tok, n: int = 64, seed: int = 0) -> float:
-    """The share of objects (UNKNOWN among them) that the body reads off fresh facts, greedily, first token."""
+    """The share of objects (UNKNOWN among them) that the body reads off fresh facts, greedily."""
     rng, right, asked = random.Random(f"exam {seed}"), 0, 0
     for _ in range(n):
         text = encode(tok, reading(rng))
@@ -649,7 +658,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the toy body from nothing.")
     parser.add_argument("--out", type=Path, default=HERE / "toy", help="where the body is written")
     parser.add_argument("--seed", type=int, default=SEED, help="of weights and texts")
+    parser.add_argument("--show", action="store_true", help="only print a training text of each kind")
     args = parser.parse_args()
+    if args.show:
+        rng = random.Random(args.seed)
+        for kind in (recall, reading, transcript, simulation):
+            print(f"-- {kind.__name__}: {kind.__doc__}\n" + "".join(text for text, _ in kind(rng)) + "\n")
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     make(args.out, args.out / "training.pt", args.seed)
 

@@ -64,7 +64,8 @@ def test_lookup_states_the_fact_unless_it_is_noisy_or_cannot():
     """The real engine is what policies are judged by."""
     world, places = toy.World(4), set()
     for i, q in enumerate(world.questions(60)):
-        entity, relation = asked = toy.parse(q.text)[:2]
+        asked = toy.parse(q.text)[:2]
+        entity = asked[0]
         text = toy.say(*asked)
         documents = found(world, text, address=(i,)).text
         assert toy.read(documents, asked) == world.fact(*asked)
