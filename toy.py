@@ -1,13 +1,14 @@
 """The toy world of the embedded default: entities, facts, questions, a search engine, and the tiny body.
 
-The world has four kinds of entities and nine relations. Every fact is redrawn for every world: nothing can be
-known without searching. The body (a Qwen2-shaped network of 0.9 million parameters) is to this world what Qwen
-is to ours: it was pre-trained on text in which people search, well and badly, and in which an engine answers,
-well and badly. What is shipped in toy/ ends there. The simulator's fine-tuning and the RL run for real, each
-time, in train.py; as with an instruct model, RL selects among behaviours that the body already has.
+The world has four kinds of entities and nine relations. Every fact is redrawn for every world: nothing can
+be known without searching. The body (a Qwen2-shaped network of 0.9 million parameters) is to this world
+what Qwen is to ours: it was pre-trained on text in which people search, well and badly, and in which an
+engine answers, well and badly. What is shipped in toy/ ends there. The simulator's fine-tuning and the RL
+run for real, each time, in train.py; as with an instruct model, RL selects among behaviours that the body
+already has.
 
-It deliberately is not: a benchmark, or a language. Names are single tokens and a document is one fact, because
-a body of this size then learns to read within minutes.
+It deliberately is not: a benchmark, or a language. Names are single tokens and a document is one fact,
+because a body of this size then learns to read within minutes.
 
     python toy.py               make toy/ from nothing; interrupted, it goes on when it is started again
     python toy.py --show        print a training text of each kind
