@@ -6,8 +6,9 @@ well as plain. Which of the two runs is chosen once: Triton for tensors on a GPU
 reference; KERNELS=torch or triton overrides (triton on a CPU needs TRITON_INTERPRET=1). How a kernel file
 plugs in stands at the top of launch.py. `python -m kernels` lists them, tests them and measures them.
 
-`kernels` is also the name of a Hugging Face library that transformers looks for, and it finds this package
-when run from here: hence no `__version__`, and nothing on import that takes long.
+`kernels` is also the name of a Hugging Face library that transformers looks for. kernels-0.dist-info tells
+it that this is another, whether that library is installed or not; there is no `__version__` here, and nothing
+on import that takes long.
 """
 
 import warnings

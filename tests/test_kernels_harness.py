@@ -232,16 +232,19 @@ print("ours" if hasattr(kernels, "linear_logp") else "theirs")
 """
 
 
-@pytest.mark.parametrize("version", [None, "0.4.4", "0.12.0"])
-def test_transformers_and_peft_run_from_the_root(tmp_path, version):
-    """They look for a library of the name `kernels`, installed or not, and find this package instead."""
-    pytest.importorskip("transformers"), pytest.importorskip("peft")
-    if version:  # as pip would leave it: the metadata, and a package that the root hides
-        info = tmp_path / f"kernels-{version}.dist-info"
-        info.mkdir()
+@pytest.mark.parametrize("installed", [False, True])
+def test_transformers_and_peft_run_from_the_root(tmp_path, installed):
+    """They look for a library called `kernels`. Finding that version installed, but our package in its place,
+    they would import from ours what it does not have: kernels-0.dist-info says that it is another.
+    """
+    utils = pytest.importorskip("transformers.utils.import_utils")
+    pytest.importorskip("peft")
+    if installed:  # as pip would leave it
+        version = getattr(utils, "KERNELS_MIN_VERSION", "0.18.2")
+        info, package = tmp_path / f"kernels-{version}.dist-info", tmp_path / "kernels"
+        info.mkdir(), package.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
-        (tmp_path / "kernels").mkdir()
-        (tmp_path / "kernels" / "__init__.py").write_text(f"__version__ = '{version}'\n")
         (info / "RECORD").write_text("kernels/__init__.py,,\n")
+        (package / "__init__.py").write_text(f"__version__ = '{version}'\n")
     done = python(USE, PYTHONPATH=str(tmp_path))
     assert done.stdout.strip().endswith("ours"), done.stderr[-2000:]
