@@ -1,14 +1,33 @@
-"""Attention of new tokens against the seat cache, for decoding (T = 1) and extension (T > 1).
+"""Attention of new tokens against the seat cache: decoding (T = 1), extension and prefill (T > 1).
 
-    o[b, t, h] = sum_{s <= start[b] + t} softmax_s( q[b, t, h] . k[b, h / G, s] / sqrt(D) ) v[b, h / G, s]
+    o[b, t, h] = sum_{s <= start[b] + t} softmax_s(q[b, t, h] . k[b, h / G, s] / sqrt(D)) v[b, h / G, s]
 
-k and v are views of the cache, (B, KV, L, D), whose rows may have any length; what lies beyond a row's last token is
-whatever an earlier tenant of the seat left there, and is never looked at.
+k and v are views of the cache, (B, KV, L, D), whose rows may have any length. What lies beyond a row's last
+token is what an earlier tenant of the seat left there: any finite numbers; their weight is 0.
+
+One kernel for all. The rows of a tile are the (token, query head) pairs of one key head, so that a key is
+read once for its whole group, and decoding is nothing special: T = 1, G rows. Where rows and heads alone
+would leave processors idle, the keys are cut into chunks with programs of their own, and a second kernel
+merges what they made of them:
+
+    o = sum_c 2^(lse_c - lse) o_c        lse = log2 sum_c 2^lse_c
+
+The grid depends on shapes alone, never on start, so the launch can live in a CUDA graph; a chunk past the end
+of its row loads nothing. Chunks are of one size, so that a long row gets more programs than a short one.
+
+    python -m kernels.cached_attention        the benchmark
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import measure
+from .attention import check_heads
+from .launch import Target, check, choose, target, tl, triton
+from .online_softmax import LOG2E, attend, load_rows, store_rows
 
 
 def cached_attention_torch(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
@@ -18,15 +37,159 @@ def cached_attention_torch(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Te
     at = start[:, None] + torch.arange(T, device=q.device)  # (B, T) the position of each query
     seen = torch.arange(L, device=q.device) <= at[:, :, None]  # (B, T, L)
     if T > 1:
-        seen = seen[:, None]  # (B, 1, T, L)
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, seen, enable_gqa=H != KV).transpose(
-            1, 2
-        )
-    grouped = q.view(
-        B, KV, H // KV, D
-    )  # the heads of a group are the rows of one matrix: no key is read twice
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, seen[:, None], enable_gqa=H != KV)
+        return o.transpose(1, 2)
+    grouped = q.view(B, KV, H // KV, D)  # a group's heads are the rows of one matrix: no key is read twice
     seen = seen.view(B, 1, 1, L).expand(B, KV, H // KV, L)
     return F.scaled_dot_product_attention(grouped, k, v, seen).reshape(B, 1, H, D)
 
 
-cached_attention = cached_attention_torch
+@triton.jit
+def _cached(
+    p_q, p_k, p_v, p_start, p_o, p_lse,
+    s_qb, s_qt, s_qh, s_kb, s_kh, s_kl, s_vb, s_vh, s_vl, s_oc, s_ob, s_ot, s_oh, T, L, chunk, scale,
+    KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Grid (B KV, chunks, T G / BM): o (chunks, B, T, H, D) and lse (chunks, B, T, H), base 2 (or None)."""
+    b, kv = (tl.program_id(0) // KV).to(tl.int64), tl.program_id(0) % KV
+    c = tl.program_id(1)
+    m = (tl.num_programs(2) - 1 - tl.program_id(2)) * BM
+    i_row = m + tl.arange(0, BM)
+    m_row = i_row < T * G
+    i_t, i_h = i_row // G, kv * G + i_row % G
+    start = tl.load(p_start + b).to(tl.int32)
+    n_keys = tl.minimum(
+        start + (tl.minimum(m + BM, T * G) - 1) // G + 1, L
+    )  # that some query of the tile sees
+    first = c * chunk
+    last = tl.minimum(first + chunk, n_keys)
+    whole = tl.minimum(
+        tl.maximum((start + m // G + 1) // BN * BN, first), last
+    )  # that all queries see, up to here
+    p_k += b * s_kb + kv * s_kh
+    p_v += b * s_vb + kv * s_vh
+    m_row = m_row & (first < last)
+    q = load_rows(p_q + b * s_qb, i_t * s_qt + i_h * s_qh, m_row, D, BD, False)  # (BM, BD)
+    acc = tl.zeros((BM, BD), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    top = tl.full((BM,), -1e30, tl.float32)
+    i_at = start + i_t
+    acc, total, top = attend(
+        acc, total, top, q, i_at, p_k, p_v, s_kl, s_vl, first, whole, scale, D, BD, BN, False
+    )
+    acc, total, top = attend(
+        acc, total, top, q, i_at, p_k, p_v, s_kl, s_vl, whole, last, scale, D, BD, BN, True
+    )
+    o = acc / tl.where(total > 0, total, 1.0)[:, None]
+    store_rows(p_o + c.to(tl.int64) * s_oc + b * s_ob, o, i_t * s_ot + i_h * s_oh, m_row, D, BD)
+    if p_lse is not None:
+        i_lse = ((c * (tl.num_programs(0) // KV) + b) * T + i_t) * KV * G + i_h
+        tl.store(p_lse + i_lse, top + tl.log2(total), mask=i_row < T * G)
+
+
+@triton.jit
+def _merge(p_part, p_lse, p_o, n_chunks, n_rows, D: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr):
+    """Grid (B T H): o (rows, D) of one row from its partial o (chunks, rows, D) and lse (chunks, rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    i_c, i_d = tl.arange(0, BC), tl.arange(0, BD)
+    lse = tl.load(p_lse + i_c * n_rows + row, mask=i_c < n_chunks, other=float("-inf"))  # (BC,)
+    weight = tl.exp2(lse - tl.max(lse, 0))
+    m_part = (lse > float("-inf"))[:, None] & (i_d < D)[
+        None, :
+    ]  # a chunk past the row's end was never written
+    part = tl.load(
+        p_part + (i_c[:, None] * n_rows + row) * D + i_d[None, :], mask=m_part, other=0.0
+    )  # (BC, BD)
+    o = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(p_o + row * D + i_d, o.to(p_o.dtype.element_ty), mask=i_d < D)
+
+
+def config(rows: int, D: int, wide: bool, t: Target) -> dict:
+    """Blocks of rows, of which there are T G, and of keys; wide: fp32."""
+    if wide:
+        return {
+            "BM": 16 if D > 32 or rows <= 16 else 64,
+            "BN": 32 if D <= 32 else 16,
+            "num_warps": 4,
+            "num_stages": 2,
+        }
+    stages = 1 if t.hip else 3
+    if rows <= 16:  # decoding: as many bytes in flight with D = 64 as with 128
+        return {"BM": 16, "BN": 128 if D <= 64 and t.arch >= 90 else 64, "num_warps": 4, "num_stages": stages}
+    if rows <= 64:
+        return {"BM": 64, "BN": 64 if t.arch in (90, 100) else 32, "num_warps": 4, "num_stages": stages}
+    return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": stages}
+
+
+def chunks(programs: int, decoding: bool, L: int, t: Target) -> int:
+    """Into how many chunks to cut L keys, if `programs` is what there is without: at least 256 keys each.
+
+    Decoding is bound by memory, and 16 programs a processor even out rows of unequal length.
+    """
+    wanted = (16 if decoding else 2) * t.processors
+    return max(1, min(wanted // programs, L // 256, 64))
+
+
+def cached_attention_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
+    """The same on a GPU. ValueError if shapes or types disagree, or if head_dim does not suit."""
+    (B, T, H, D), (KV, L) = q.shape, k.shape[1:3]
+    check(
+        k.shape == v.shape == (B, KV, L, D), f"q {(*q.shape,)}, k {(*k.shape,)}, v {(*v.shape,)} do not fit"
+    )
+    check(H % KV == 0, f"{H} query heads are not a multiple of {KV} key heads")
+    check(start.shape == (B,), f"start must be ({B},)")
+    check_heads(q, k, v)
+    rows, BD, t = T * H // KV, triton.next_power_of_2(D), target()
+    blocks = config(rows, D, q.dtype == torch.float32, t)
+    n_tiles = triton.cdiv(rows, blocks["BM"])
+    n_chunks = chunks(B * KV * n_tiles, rows <= 16, L, t)
+    chunk = triton.cdiv(triton.cdiv(L, n_chunks), blocks["BN"]) * blocks["BN"]
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    part, lse = o[None], None  # of a single chunk: the whole
+    if n_chunks > 1:
+        part, lse = (
+            torch.empty((n_chunks, B, T, H, n), dtype=torch.float32, device=q.device) for n in (D, 1)
+        )
+    strides = [*(s for x in (q, k, v) for s in x.stride()[:3]), *part.stride()[:4]]
+    _cached[B * KV, n_chunks, n_tiles](
+        q, k, v, start, part, lse, *strides, T, L, chunk, D**-0.5 * LOG2E,
+        KV=KV, G=H // KV, D=D, BD=BD, **blocks,
+    )  # fmt: skip
+    if n_chunks > 1:
+        BC = triton.next_power_of_2(n_chunks)
+        _merge[B * T * H,](part, lse, o, n_chunks, B * T * H, D=D, BD=BD, BC=BC)
+    return o
+
+
+cached_attention = choose(cached_attention_torch, cached_attention_triton)
+
+
+def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
+    """Decoding all seats, rows of unequal length, a single row; an extension by documents; a prefill."""
+    yield _case(m, device, m.seats, 1, "decode")
+    yield _case(m, device, m.seats, 1, "decode, unequal")
+    yield _case(m, device, 1, 1, "decode")
+    yield _case(m, device, min(8, m.seats), m.context // 8, "extend")
+    yield _case(m, device, min(8, m.seats), m.context, "prefill")
+
+
+def _case(m: measure.Model, device: str, B: int, T: int, name: str) -> measure.Case:
+    L, D, KV = m.context, m.head_dim, m.kv_heads
+    q = torch.randn(B, T, m.heads, D, dtype=m.dtype, device=device)
+    k, v = torch.randn(2, B, KV, L, D, dtype=m.dtype, device=device)
+    least = L // 16 if name.endswith("unequal") else L - T
+    start = torch.linspace(least, L - T, B, device=device).long()  # (B,)
+    n_keys = (least + L + T) // 2  # the mean row's, after its last token
+    work = {"bytes": (2 * B * KV * n_keys + 2 * B * T * m.heads) * D * q.element_size()}
+    if T > 1:
+        work = {"flops": 4 * B * m.heads * D * T * (L - T + T // 2)}
+    return measure.Case(
+        f"{name} {B} x {T} at {L}",
+        lambda: cached_attention_triton(q, k, v, start),
+        {"torch": lambda: cached_attention_torch(q, k, v, start)},
+        **work,
+    )
+
+
+if __name__ == "__main__":
+    measure.main("cached_attention")

@@ -1,0 +1,167 @@
+"""The backward pass of attention.py, in two kernels; no atomics, so the same bits every time.
+
+With p[t, s] = 2^(x[t, s] - lse[t]), x in base 2 as in online_softmax.py, and do the gradient of o:
+
+    delta[t] = o[t] . do[t]                         ds[t, s] = p[t, s] (do[t] . v[s] - delta[t])
+    dq[t] = sum_s ds[t, s] k[s] / sqrt(D)           dk[s] = sum_t ds[t, s] q[t] / sqrt(D)
+                                                    dv[s] = sum_t p[t, s] do[t]
+
+dq (and delta): a program owns BM queries of one head and walks the keys as the forward pass does.
+dk, dv: a program owns BN keys of one *key* head and walks the queries from there on, of every query head of
+the group, in one loop: the sum over the group stays in its registers. Scores are transposed there, (BN, BM),
+so that keys are the rows of every product. Queries past the length load as zeros (q = do = lse = delta = 0)
+and add nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from .launch import Target, target, tl, triton
+from .online_softmax import LOG2E, load_rows, store_rows
+
+
+@triton.jit
+def _dq_range(
+    dq, q, do, lse, delta, i_t, p_k, p_v, s_kt, s_vt, first, last, scale,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add the keys first..last-1 to dq (BM, BD), still without its 1 / sqrt(D). MASKED as in `attend`."""
+    i_n = tl.arange(0, BN)
+    for n in range(first, last, BN):
+        k = load_rows(p_k + n * s_kt, i_n * s_kt, n + i_n < last, D, BD, not MASKED)  # (BN, BD)
+        v = load_rows(p_v + n * s_vt, i_n * s_vt, n + i_n < last, D, BD, not MASKED)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])  # (BM, BN)
+        if MASKED:
+            p = tl.where((i_t[:, None] >= n + i_n[None, :]) & (n + i_n < last)[None, :], p, 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def _dq(
+    p_q, p_k, p_v, p_o, p_do, p_dq, p_lse, p_delta, p_lengths,
+    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh,
+    s_ob, s_ot, s_oh, s_eb, s_et, s_eh, s_gb, s_gt, s_gh, T, scale, root,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Grid (H, B, T / BM): dq (B, T, H, D), delta (B, H, T) of BM queries. BN divides BM; s_e: do, s_g: dq"""
+    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    m = (tl.num_programs(2) - 1 - tl.program_id(2)) * BM
+    i_t = m + tl.arange(0, BM)
+    length = T if p_lengths is None else tl.load(p_lengths + b).to(tl.int32)
+    m_real = i_t < length
+    i_lse = (b * tl.num_programs(0) + h) * T + i_t
+    p_k += b * s_kb + (h // G) * s_kh
+    p_v += b * s_vb + (h // G) * s_vh
+    do = load_rows(p_do + b * s_eb + h * s_eh, i_t * s_et, m_real, D, BD, False)  # (BM, BD)
+    o = load_rows(p_o + b * s_ob + h * s_oh, i_t * s_ot, m_real, D, BD, False)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # (BM,)
+    tl.store(p_delta + i_lse, delta, mask=m_real)
+    lse = tl.load(p_lse + i_lse, mask=m_real, other=0.0)
+    q = load_rows(p_q + b * s_qb + h * s_qh, i_t * s_qt, m_real, D, BD, False)
+    whole = tl.where(m < length, m, 0)  # on padding both loops are empty
+    last = tl.minimum(m + BM, length)
+    dq = tl.zeros((BM, BD), tl.float32)
+    dq = _dq_range(dq, q, do, lse, delta, i_t, p_k, p_v, s_kt, s_vt, 0, whole, scale, D, BD, BN, False)
+    dq = _dq_range(dq, q, do, lse, delta, i_t, p_k, p_v, s_kt, s_vt, m, last, scale, D, BD, BN, True)
+    dq = tl.where(m_real[:, None], dq * root, 0.0)
+    store_rows(p_dq + b * s_gb + h * s_gh, dq, i_t * s_gt, i_t < T, D, BD)
+
+
+@triton.jit
+def _dk_dv(
+    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_delta, p_lengths,
+    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_eb, s_et, s_eh, s_gb, s_gt, s_gh, T, scale, root,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Grid (KV, B, T / BN): dk and dv (B, T, KV, D) of BN keys. BM divides BN. s_e: do, s_g: dk and dv."""
+    kv, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n = (
+        tl.program_id(2) * BN
+    )  # the first of them; the first blocks are seen by the most queries, and go first
+    i_s, i_m = n + tl.arange(0, BN), tl.arange(0, BM)
+    length = T if p_lengths is None else tl.load(p_lengths + b).to(tl.int32)
+    m_key = i_s < length
+    k = load_rows(p_k + b * s_kb + kv * s_kh, i_s * s_kt, m_key, D, BD, False)  # (BN, BD)
+    v = load_rows(p_v + b * s_vb + kv * s_vh, i_s * s_vt, m_key, D, BD, False)
+    dk = tl.zeros((BN, BD), tl.float32)
+    dv = tl.zeros((BN, BD), tl.float32)
+    p_q += b * s_qb
+    p_do += b * s_eb
+    n_blocks = tl.cdiv(tl.maximum(length - n, 0), BM)  # of queries, in each head
+    for i in range(G * n_blocks):
+        h = kv * G + i // n_blocks
+        m = n + i % n_blocks * BM
+        m_real = m + i_m < length
+        i_lse = (b * tl.num_programs(0) * G + h) * T + m + i_m
+        q = load_rows(p_q + h * s_qh + m * s_qt, i_m * s_qt, m_real, D, BD, False)  # (BM, BD)
+        x = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BN, BM)
+        lse = tl.load(p_lse + i_lse, mask=m_real, other=0.0)  # (BM,)
+        p = tl.exp2(x * scale - lse[None, :])
+        if m < n + BN:  # on the diagonal
+            p = tl.where(m + i_m[None, :] >= i_s[:, None], p, 0.0)
+        do = load_rows(p_do + h * s_eh + m * s_et, i_m * s_et, m_real, D, BD, False)  # (BM, BD)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")  # (BN, BM)
+        delta = tl.load(p_delta + i_lse, mask=m_real, other=0.0)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    at = i_s * s_gt
+    store_rows(p_dk + b * s_gb + kv * s_gh, tl.where(m_key[:, None], dk * root, 0.0), at, i_s < T, D, BD)
+    store_rows(p_dv + b * s_gb + kv * s_gh, tl.where(m_key[:, None], dv, 0.0), at, i_s < T, D, BD)
+
+
+def config_dq(D: int, wide: bool, t: Target) -> dict:
+    """Blocks of queries and keys; wide: fp32."""
+    if wide:
+        block = 32 if D <= 32 else 16
+        return {"BM": block, "BN": block, "num_warps": 4, "num_stages": 2}
+    if t.hip:
+        return {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 1}
+    if t.arch in (90, 100):
+        small = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}  # three programs a processor
+        return small if D <= 64 else {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
+    return {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 3}
+
+
+def config_dk_dv(D: int, wide: bool, t: Target) -> dict:
+    """Blocks of queries and keys; wide: fp32."""
+    if wide:
+        block = 32 if D <= 32 else 16
+        return {"BM": block, "BN": block, "num_warps": 4, "num_stages": 2}
+    if t.hip:
+        return {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 1}
+    if D <= 64:
+        return {"BM": 64 if t.arch in (90, 100) else 32, "BN": 64, "num_warps": 4, "num_stages": 2}
+    return {"BM": 64, "BN": 128 if t.arch in (90, 100) else 64, "num_warps": 8, "num_stages": 2}
+
+
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (B, T, H, D), dk and dv (B, T, KV, D) from o, do (B, T, H, D) and lse (B, H, T), base 2."""
+    B, T, H, D = q.shape
+    KV, wide, root = k.size(2), q.dtype == torch.float32, D**-0.5
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    known = {
+        "T": T,
+        "scale": root * LOG2E,
+        "root": root,
+        "G": H // KV,
+        "D": D,
+        "BD": triton.next_power_of_2(D),
+    }
+    blocks = config_dq(D, wide, target())
+    strides = [s for x in (q, k, v, o, do, dq) for s in x.stride()[:3]]
+    _dq[H, B, triton.cdiv(T, blocks["BM"])](
+        q, k, v, o, do, dq, lse, delta, lengths, *strides, **known, **blocks
+    )
+    blocks = config_dk_dv(D, wide, target())
+    strides = [s for x in (q, k, v, do, dk) for s in x.stride()[:3]]
+    _dk_dv[KV, B, triton.cdiv(T, blocks["BN"])](
+        q, k, v, do, dk, dv, lse, delta, lengths, *strides, **known, **blocks
+    )
+    return dq, dk, dv
