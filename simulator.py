@@ -428,7 +428,7 @@ def sft(
     """Fine-tune the simulator's adapter on rows: a generator of one Progress a step (iterate to run it).
 
     AdamW on `model.adapter(SIMULATOR)` alone, lr falling linearly to 0, about `tokens` tokens a step and at
-    most `micro` (padding included) a pass, loss on the documents and the end of the turn. At most `held` rows,
+    most `micro`, with padding, a pass, loss on the documents and the end of the turn. At most `held` rows,
     and at most a tenth, are held out; their loss is measured after the first step, every `every` steps and at
     the end. All order comes from `seed`: with the adapter and `optimizer` as they were after `done` steps, a
     run goes on as if it had never stopped. Raises ValueError for a row longer than the body can read.
