@@ -128,8 +128,8 @@ class World:
 
     def questions(self, n: int) -> list[Question]:
         """n different questions. ValueError where the world does not hold so many."""
-        if n > 2000:
-            raise ValueError(f"the toy world holds fewer than {n} questions: ask for at most 2000")
+        if n > 1000:  # of the 1,728 that there are: some would be long in coming
+            raise ValueError(f"the toy world gives no {n} different questions: ask for at most 1000")
         rng, found = random.Random(self.seed), {}
         while len(found) < n:
             question = self.ask(rng)

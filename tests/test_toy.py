@@ -56,7 +56,7 @@ def test_questions_are_distinct_and_answered_by_following_the_facts():
     for q in questions:
         entity, *relations = toy.parse(q.text)
         assert len(relations) == q.hops and q.answers == (world.follow(entity, tuple(relations)),)
-    with pytest.raises(ValueError, match="at most 2000"):
+    with pytest.raises(ValueError, match="at most 1000"):
         world.questions(3000)
 
 
