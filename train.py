@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 import eval as judge_of
 import grpo
@@ -301,11 +302,20 @@ def act(s: Setting, a: argparse.Namespace, step: int, asked: list[tuple[int, Que
     search = replace(s.simulator, p_noise=noise)
     if a.toy:
         search = toy.shuffled(search)
-    return s.engine.run(
+    episodes = [
         episode(question, search, s.tok, s.limits, s.words, 1.0, (a.seed, step, number, sibling))
         for number, question in asked
         for sibling in range(a.group)
-    )
+    ]
+    with tqdm(
+        total=len(episodes), desc=f"step {step + 1}", unit=" episodes", leave=False, disable=None
+    ) as bar:
+        return s.engine.run(episodes, lambda done, of, stats: bar.update(done - bar.n))
+
+
+def progress(label: str, total: int) -> tqdm:
+    """A bar for what takes long, gone when it is done, and silent where nobody watches."""
+    return tqdm(total=total, desc=label, unit=" episodes", leave=False, disable=None)
 
 
 def judge(trajectories: list[Trajectory], a: argparse.Namespace) -> torch.Tensor:
@@ -386,6 +396,9 @@ def tell(a: argparse.Namespace, s: Setting, step: int, row: dict, trajectories: 
 # ------------------------------------------------------------------------------------------- before and after
 
 
+NAMES = {"": "sampled", "_greedy": "greedy", "_noise": "sampled, engine noise .3"}
+
+
 def measure(s: Setting, a: argparse.Namespace) -> dict[str, dict]:
     """Held-out questions through the real engine: sampled, greedy, and in the toy world with engine noise."""
     ways = {"": (s.engine_of_held, 1.0), "_greedy": (s.engine_of_held, 0.0)}
@@ -394,24 +407,25 @@ def measure(s: Setting, a: argparse.Namespace) -> dict[str, dict]:
     out = {}
     for suffix, (search, temperature) in ways.items():
         address = (a.seed, 1_000_000)  # no step is called that
-        summary, _ = judge_of.evaluate(
-            s.engine, s.tok, s.held, search, s.limits, s.words, temperature, address
-        )
+        with progress(f"held-out, {NAMES[suffix]}", len(s.held)) as bar:
+            tell = partial(judge_of.show_progress, bar)
+            summary, _ = judge_of.evaluate(
+                s.engine, s.tok, s.held, search, s.limits, s.words, temperature, address, tell
+            )
         out[suffix] = {
             k: v for k, v in summary.items() if k in ("f1", "em", "cover_em", "searches", "n", "by_hop")
         }
     return out
 
 
-def before_and_after(before: dict[str, dict], after: dict[str, dict]) -> str:
-    """The table that a run ends with."""
-    names = {"": "sampled", "_greedy": "greedy", "_noise": "sampled, engine noise .3"}
+def table_of(**times: dict[str, dict]) -> str:
+    """The table of `measure` before, or before and after: table_of(before=..., after=...)."""
     rows = {}
-    for suffix in before:
-        for when, part in (("before", before[suffix]), ("after", after[suffix])):
+    for suffix in times["before"]:
+        for when, measured in times.items():
+            part = measured[suffix]
             hops = {f"f1 {h} hop": v["f1"] for h, v in part["by_hop"].items()}
-            flat = {k: v for k, v in part.items() if k != "by_hop"}
-            rows[f"{names[suffix]}, {when}"] = flat | hops
+            rows[f"{NAMES[suffix]}, {when}"] = {k: v for k, v in part.items() if k != "by_hop"} | hops
     return judge_of.table(rows)
 
 
@@ -424,7 +438,7 @@ def write(s: Setting, queries: list[Query], noisy: bool) -> list[str]:
 def tune_simulator(s: Setting, a: argparse.Namespace) -> None:
     """The toy world's lightweight fine-tuning of the simulator: makes it obey its two orders."""
     sim, tok = s.bodies[SIMULATOR]
-    rows = toy.rows(32 * a.sft_steps, a.seed)  # about as many as the steps will see
+    rows = toy.rows(80 * a.sft_steps, a.seed)  # more than the steps will see
     run = simulators.sft(
         sim, tok, s.simulator.words, rows, a.sft_steps, a.sft_lr, every=a.sft_steps, seed=a.seed
     )
@@ -528,7 +542,7 @@ def main(argv: list[str] | None = None) -> None:
         facts = {"step": 0, "seconds": 0.0, "before": {}, "simulator": {}}
         if s.held and a.eval_questions:
             facts["before"] = measure(s, a)
-            print(before_and_after(facts["before"], facts["before"]), flush=True)
+            print(table_of(before=facts["before"]), flush=True)
         if a.sft_steps and not a.sim_adapter:
             tune_simulator(s, a)
             models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, out / "simulator", a.sim)
@@ -566,7 +580,7 @@ def main(argv: list[str] | None = None) -> None:
     result |= {"simulator": simulator, "seconds": time.monotonic() - began}
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     if after:
-        print("\n" + before_and_after(facts["before"], after))
+        print("\n" + table_of(before=facts["before"], after=after))
     print(f"{result['seconds']:.0f} s; everything is in {a.out}")
 
 

@@ -241,7 +241,8 @@ def test_seats_change_no_result(body):
 
 
 def test_sampled_logps_are_those_of_a_full_pass(body):
-    """A gap between sampling and training log-probs makes every ratio wrong."""
+    """Defects 5 and 7: text was tokenised again before training, and sampled from a truncated distribution.
+    Either makes a gap between sampling and training log-probs, and every ratio wrong."""
     for ids, logps in roam(body, 5)[0]:
         x = torch.tensor(ids)
         with torch.no_grad():
@@ -249,6 +250,23 @@ def test_sampled_logps_are_those_of_a_full_pass(body):
         for i, logp in enumerate(logps):
             if logp is not None:
                 assert abs(logp - want[i - 1].item()) < 1e-4
+
+
+def test_no_history_is_fed_twice(body):
+    """Defect 11: the whole history was prefilled again at every turn. A turn must cost what is new in it."""
+
+    def talk(n):
+        context, total = object(), 0
+        for call in range(5):
+            ids = TOK.encode(f"turn {call} of {n} " * 3)
+            sampled = yield Turn(ids, POLICY, 7, 1.0, (), (n, call, TOKENS), context)
+            total += len(ids) + len(sampled.ids)
+        return total
+
+    engine = Engine({POLICY: (body, TOK)}, 4, 400)
+    held = sum(engine.run([talk(n) for n in range(6)]))
+    fed = engine.stats.prefilled + engine.stats.decoded
+    assert engine.stats.copied == 0 and held - 6 * 5 <= fed <= held + 6 * 5
 
 
 def test_stops_limits_and_ends(body):

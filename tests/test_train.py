@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 
 import model as models
 import toy
 import train
 from model import Config, Model, save_model
+from rollout import Question, Trajectory
 
 SHORT = [
     *("--steps", "4", "--questions", "2", "--group", "2", "--eval-questions", "4"),
@@ -152,3 +154,18 @@ def test_every_question_once_before_any_comes_again(tiny):
     for epoch in range(7):
         assert sorted(seen[30 * epoch : 30 * (epoch + 1)]) == list(range(30))
     assert seen[:30] != seen[30:60]
+
+
+def test_the_learning_rate_is_whole_at_once_and_falls_to_the_end(tiny, monkeypatch):
+    """Defect 12: the learning rate was still warming up when 95 % of the run was over."""
+    rates = []
+    monkeypatch.setattr(
+        train.grpo, "learn", lambda *a: rates.append(a[2].param_groups[0]["lr"]) or {"kl": 0.0}
+    )
+    a = train.settle({"steps": 10, "questions": 1, "group": 2})
+    t = Trajectory(Question("q", ("a",)), ids=[1, 2], mask=[0, 1], logps=[0.0, -1.0])
+    s = type("S", (), {"body": None})
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    for step in range(10):
+        train.learn(s, a, step, [t, t], torch.tensor([[0.0, 1.0]]), optimizer)
+    assert rates == pytest.approx([a.lr * (1 - i / 10) for i in range(10)])
