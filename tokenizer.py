@@ -98,9 +98,8 @@ class Tokenizer:
         path = Path(directory)
         if not (path / "tokenizer.json").is_file():
             raise ValueError(f"no tokenizer.json in {path}: give a directory in Hugging Face format")
-        configs = [
-            _json(path / f"{name}.json") for name in ("generation_config", "config", "tokenizer_config")
-        ]
+        names = ("generation_config.json", "config.json", "tokenizer_config.json")
+        configs = [_json(path / name) for name in names]
         from transformers import AutoTokenizer  # seconds to import: only when there is something to load
 
         try:
@@ -119,9 +118,7 @@ class Tokenizer:
         user or a document says) it stays text. Added tokens that are not special are found either way.
         """
         if not text.isascii():
-            text = text.encode(
-                "utf-8", "replace"
-            ).decode()  # half a surrogate pair, from broken JSON, becomes "?"
+            text = text.encode("utf-8", "replace").decode()  # half a surrogate pair (broken JSON) becomes "?"
         if not self.fast or self._drops(text):
             flags = {"add_special_tokens": False, "split_special_tokens": not special}
             return self._hf.encode(text, **flags, verbose=False)
