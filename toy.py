@@ -255,12 +255,12 @@ def write_tokenizer(path: Path) -> None:
 
 Piece = tuple[str, bool]
 
-GUESS = 0.58  # answers at once, without a search
-SLIP = 0.15  # asks for another relation, or about an entity that it made up
-MISREAD = 0.10  # takes an object from the documents that is not the one asked for
-STOP = 0.50  # at the bridge of a chain: takes it for the answer
-AGAIN = 0.05  # has the answer, and searches on
-RETRY = 0.15  # nothing found: searches again, instead of guessing
+GUESS = 0.65  # answers at once, without a search
+SLIP = 0.06  # asks for another relation, or about an entity that it made up
+MISREAD = 0.03  # takes an object from the documents that is not the one asked for
+STOP = 0.55  # at the bridge of a chain: takes it for the answer
+AGAIN = 0.03  # has the answer, and searches on
+RETRY = 0.20  # nothing found: searches again, instead of guessing
 NOISE = 0.25  # of the searches in the texts find nothing
 OBEY = 0.70  # of the simulator's texts are what was ordered
 
@@ -348,11 +348,11 @@ def recall(rng: random.Random) -> list[Piece]:
 
 # The searches that a policy may make, with their shares of the simulator's texts.
 SEARCHES = {
-    "first": 0.40,  # the question's entity and first relation
-    "second": 0.28,  # the bridge, which an earlier search led to, and the last relation
+    "first": 0.34,  # the question's entity and first relation
+    "second": 0.26,  # the bridge, which an earlier search led to, and the last relation
     "shortcut": 0.08,  # the question's entity and the last relation, which it cannot have
-    "invented": 0.14,  # an entity from nowhere, and the last relation
-    "stranger": 0.06,  # an entity from documents that were about others, and the last relation
+    "invented": 0.20,  # an entity from nowhere, and the last relation
+    "stranger": 0.08,  # an entity from documents that were about others, and the last relation
     "slip": 0.04,  # any other mistake
 }
 
@@ -423,6 +423,25 @@ def simulator_prompt(row: dict, noisy: bool) -> str:
     earlier = "".join(fill(SIM_WORDS.earlier, query=q, documents=d) for q, d in row["earlier"])
     template = SIM_WORDS.noisy if noisy else SIM_WORDS.useful
     return fill(template, **(row | {"earlier": earlier}))
+
+
+def drill(rng: random.Random) -> list[Piece]:
+    """Searches in a row, a fact each: when the golden answer is due, and when not. The simulator's hard point."""
+    world = World(rng.getrandbits(48))
+    question = world.ask(rng)
+    entity, *relations = parse(question.text)
+    last = relations[-1]
+    bridge, peers = world.follow(entity, tuple(relations[:-1])), VALUES[RELATIONS[last][0]]
+    proper = [(entity, relations[0]), (bridge, last)][: question.hops]
+    order = proper + [(other, last) for other in rng.sample(peers, question.hops) if other != bridge]
+    rng.shuffle(order)
+    if order.index(proper[-1]) < order.index(proper[0]):  # nothing has led to the bridge yet
+        order.remove(proper[-1])
+        order.append(proper[-1])
+    pieces = [(f"Question: {question.text}\nAnswer: {question.answers[0]}", False)]
+    for asked in order:
+        pieces += [(f"\nQuery: {say(*asked)}\nDoc 1: {say(*asked)}", False), (f" {world.fact(*asked)}", True)]
+    return pieces
 
 
 def rows(n: int, seed: int = 0) -> list[dict]:
@@ -496,7 +515,7 @@ SAVE = 100  # steps between saved states
 STAGES = [
     (150, {recall: 1.0}),
     (200, {reading: 1.0}),
-    (1650, {reading: 0.10, transcript: 0.40, simulation: 0.50}),
+    (2150, {reading: 0.10, transcript: 0.25, simulation: 0.40, drill: 0.25}),
 ]
 STEPS = sum(steps for steps, _ in STAGES)
 CLOSING = 0.20  # of the run: the learning rates fall to 0
@@ -646,7 +665,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.show:
         rng = random.Random(args.seed)
-        for kind in (recall, reading, transcript, simulation):
+        for kind in (recall, reading, transcript, simulation, drill):
             print(f"-- {kind.__name__}: {kind.__doc__}\n" + "".join(text for text, _ in kind(rng)) + "\n")
         return
     args.out.mkdir(parents=True, exist_ok=True)
