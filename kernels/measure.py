@@ -8,6 +8,7 @@ toy's dimensions it runs them under the interpreter, where only the error column
 
 import importlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -153,10 +154,18 @@ def _tensors(out: Tensor | tuple) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else [t for t in out if t is not None]
 
 
+def _or_nan(number: Callable[[], float]) -> float:
+    """NaN for a rival that cannot run here: out of memory, or a backend that this GPU lacks."""
+    try:
+        return number()
+    except RuntimeError:
+        return math.nan
+
+
 def _error(case: Case) -> float:
     reference = next(iter(case.rivals.values()))()
     pairs = zip(_tensors(case.run()), _tensors(reference), strict=True)
-    return max(relative_rms(x, y) for x, y in pairs)
+    return max((relative_rms(x, y) for x, y in pairs), key=lambda e: (math.isnan(e), e))
 
 
 def measure(case: Case) -> dict:
@@ -169,8 +178,9 @@ def measure(case: Case) -> dict:
     if case.bytes:
         rate, ceiling = case.bytes / ms * 1e3, copy_bandwidth()
         row |= {"GB/s": rate / 1e9, "of copy": rate / ceiling if ceiling else 0.0}
-    row |= {f"vs {name}": milliseconds(rival) / ms for name, rival in case.rivals.items()}
-    return row | ({"error": _error(case)} if case.rivals else {})
+    for name, rival in case.rivals.items():
+        row[f"vs {name}"] = _or_nan(lambda rival=rival: milliseconds(rival)) / ms
+    return row | ({"error": _or_nan(lambda: _error(case))} if case.rivals else {})
 
 
 def line(row: dict) -> str:
