@@ -3,6 +3,7 @@
 The tokenizers are made here, in the layouts of real ones; real vocabularies are not in the repository.
 """
 
+import functools
 import json
 import random
 
@@ -34,6 +35,7 @@ PIECES = [
 ]
 
 
+@functools.cache
 def fuzz(seed: int, n: int) -> list[str]:
     """n texts: words, tags, digits, runs of space, combining and control characters, any code point."""
     r = random.Random(seed)
@@ -162,7 +164,7 @@ def ids_of(hf, text: str, special: bool) -> list[int]:
     return hf.encode(text, add_special_tokens=False, split_special_tokens=not special)
 
 
-def assert_same(tok: Tokenizer, hf, seed: int, n: int = 1500):
+def assert_same(tok: Tokenizer, hf, seed: int, n: int = 800):
     for text in fuzz(seed, n):
         for special in (False, True):
             assert tok.encode(text, special=special) == ids_of(hf, text, special), (text, special)
@@ -178,7 +180,7 @@ def test_same_ids_as_transformers(pair):
 def test_every_script_is_cut_alike(pair):
     """Two regex engines with two Unicode versions would disagree on what is a letter, a number or a space."""
     tok, hf = pair
-    codes = [*range(0, 0x3000, 2), *range(0x3000, 0xD800, 64), *range(0xE000, 0x32000, 16)]
+    codes = [*range(0, 0x3000, 3), *range(0x3000, 0xD800, 64), *range(0xE000, 0x32000, 32)]
     for i in range(0, len(codes), 512):
         text = "~".join(f"a{c}b '{c} {c} 1{c}2\n{c}" for c in map(chr, codes[i : i + 512]))
         assert tok.encode(text) == ids_of(hf, text, special=False), hex(codes[i])
