@@ -30,7 +30,7 @@ import model as models
 import toy
 from model import POLICY, SIMULATOR, Model
 from rollout import WORDS, Engine, Limits, Question, Search, Stats, Trajectory, Words, episode
-from search import BM25, OneLine, open_bm25, open_search, read_lines
+from search import BM25, open_bm25, open_search, read_lines
 from simulator import Simulator, words_for
 from tokenizer import Tokenizer
 
@@ -241,7 +241,7 @@ def report(sets: dict[str, dict]) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags, each with its meaning; where a default is not named, the toy world's differs."""
-    p = OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = models.OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what is measured
     p.add_argument("--policy", help="preset, checkpoint directory or hub id; absent: the engine alone")
     p.add_argument("--adapter", help="PEFT directory of the policy's adapter; absent: the body as it is")
@@ -333,7 +333,8 @@ def open_engine(args: argparse.Namespace, tok: Tokenizer | None = None) -> Searc
         return open_search(args.search, args.documents)
     own = args.sim_adapter or args.sim_prompt or args.data != "toy"
     words = words_for(args.sim_adapter, args.sim_prompt) if own else toy.SIM_WORDS
-    return Simulator(tok, words, args.noise)
+    simulator = Simulator(tok, words, args.noise)
+    return simulator if own else toy.shuffled(simulator)
 
 
 def limits_for(args: argparse.Namespace, usual: Limits) -> Limits:

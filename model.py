@@ -13,6 +13,7 @@ What this is not: a general model library. It reads ordinary Hugging Face direct
     logits = model.logits(h)                            # (B, T, V)
 """
 
+import argparse
 import json
 import math
 import sys
@@ -668,6 +669,16 @@ def read_json(file: Path, what: str) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{file} does not hold a JSON object")
     return value
+
+
+class OneLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage. No flag may be shortened."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
 
 
 def command_line(main: Callable[[], None]) -> None:

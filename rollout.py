@@ -332,7 +332,7 @@ class Pool:
         self.cache = Cache(model.config, seats, capacity, model.dtype, model.device)
         self.clear()
         self.stops: dict[tuple[str, ...], int] = {}
-        self.closers = torch.zeros(0, tok.vocab_size, dtype=torch.bool, device=model.device)
+        self.closers = torch.zeros(0, model.config.vocab, dtype=torch.bool, device=model.device)
 
         def column(dtype, *more):
             return torch.zeros(seats, *more, dtype=dtype, device=model.device)
@@ -486,10 +486,8 @@ class Pool:
         """The index of a set of stops. A token may close one only if it holds the last character of one."""
         if stops not in self.stops:
             ends = {s[-1].encode()[-1] for s in stops}
-            flags = [
-                i in self.tok.eos or not ends.isdisjoint(self.tok.token_bytes(i))
-                for i in range(self.tok.vocab_size)
-            ]
+            ids = range(self.model.config.vocab)  # may be more than the tokenizer knows
+            flags = [i in self.tok.eos or not ends.isdisjoint(self.tok.token_bytes(i)) for i in ids]
             row = torch.tensor(flags, device=self.closers.device)
             self.closers = torch.cat((self.closers, row[None]))
             self.stops[stops] = len(self.stops)

@@ -16,13 +16,13 @@ without 33 stop words .832, .638; plurals stemmed .824, .628; the title counted 
 corpus and questions.
 """
 
-import argparse
 import gzip
 import json
 import re
 import time
 import unicodedata
 import zlib
+from argparse import RawDescriptionHelpFormatter
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -31,7 +31,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from model import command_line
+from model import OneLine, command_line
 from rollout import Documents, Query, Search
 
 Row = TypeVar("Row")
@@ -197,16 +197,9 @@ def open_search(spec: str, count: int = 5) -> Search:
     raise ValueError(f"unknown search engine {spec!r}: choose none or bm25:CORPUS")
 
 
-class OneLine(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Show what an index answers, and how fast."""
-    flag = OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = OneLine(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     flag.add_argument("corpus", help='JSON lines {"id", "title", "contents"}, plain or gzip')
     flag.add_argument("query", nargs="+", help="what to search for")
     args = flag.parse_args(arguments)

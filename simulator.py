@@ -34,6 +34,7 @@ import model as models
 from kernels import linear_logp
 from model import SIMULATOR, Model
 from rollout import DOCUMENTS, Documents, Engine, Query, Question, Turn, coin, fill
+from search import read_lines
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------ words
@@ -264,10 +265,8 @@ def _two_texts(pair: object) -> bool:
     return isinstance(pair, list) and [type(text) for text in pair] == [str, str]
 
 
-def check_row(row: object) -> dict:
+def check_row(row: dict) -> dict:
     """The row itself. Raises ValueError with what is wrong with it."""
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
     for column in COLUMNS:
         if not isinstance(row.get(column), str):
             raise ValueError(f"no text in the column {column}")
@@ -286,13 +285,7 @@ def read_rows(path: str | Path) -> list[dict]:
     A row may also hold "earlier": [[query, documents], ...], the searches before it. Blank lines are skipped.
     Raises ValueError with the number of a broken line.
     """
-    rows = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                rows += [check_row(json.loads(line))] if line.strip() else []
-            except ValueError as e:
-                raise ValueError(f"{path}, line {number}: {e}") from None
+    rows = list(read_lines(path, check_row))
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows
@@ -558,7 +551,7 @@ def positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = models.OneLine(description=__doc__.split("\n")[0])
     verbs = p.add_subparsers(required=True, metavar="sft | write")
     a = verbs.add_parser("sft", help="fine-tune an adapter that writes useful or noisy documents, as asked")
     a.add_argument("--rows", required=True, help="JSON lines: query, question, answer, documents, quality")

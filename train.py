@@ -123,16 +123,9 @@ FLAGS = [
 ]
 
 
-class OneLine(argparse.ArgumentParser):
-    """Errors in one line, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
-
-
 def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
     """Only the flags that were given, with their values."""
-    p = OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = models.OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = p
     for f in FLAGS:
         if isinstance(f, str):

@@ -10,13 +10,13 @@ FLOORS = {
     "model": 1,
     "tokenizer": 1,
     "rollout": 2,
-    "simulator": 3,
     "search": 3,
     "grpo": 3,
-    "toy": 4,
-    "eval": 5,
-    "train": 6,
-    "bench": 6,
+    "simulator": 4,
+    "toy": 5,
+    "eval": 6,
+    "train": 7,
+    "bench": 7,
 }
 
 

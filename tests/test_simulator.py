@@ -409,7 +409,7 @@ def test_rows_are_read(tmp_path):
     "line, complaint",
     [
         ("{", "line 3: "),
-        ("[1]", "line 3: not a JSON object"),
+        ("[1]", "line 3: is not a JSON object"),
         ({"query": "q"}, "line 3: no text in the column question"),
         (ROW | {"documents": ["d"]}, "line 3: no text in the column documents"),
         (ROW | {"quality": "good"}, "line 3: quality is 'good'"),
