@@ -48,7 +48,7 @@ def _attention(
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     m = (tl.num_programs(2) - 1 - tl.program_id(2)) * BM  # the first of them
     i_t = m + tl.arange(0, BM)
-    length = T if p_lengths is None else tl.load(p_lengths + b).to(tl.int32)
+    length = tl.load(p_lengths + b).to(tl.int32)
     m_real = i_t < length
     p_k += b * s_kb + (h // G) * s_kh
     p_v += b * s_vb + (h // G) * s_vh
@@ -115,6 +115,8 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = N
     check(H % KV == 0, f"{H} query heads are not a multiple of {KV} key heads")
     check(lengths is None or lengths.shape == (B,), f"lengths must be ({B},) or None")
     check_heads(q, k, v)
+    if lengths is None:
+        lengths = torch.full((B,), T, device=q.device)
     return _Attention.apply(q, k, v, lengths)
 
 

@@ -49,7 +49,7 @@ def _dq(
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     m = (tl.num_programs(2) - 1 - tl.program_id(2)) * BM
     i_t = m + tl.arange(0, BM)
-    length = T if p_lengths is None else tl.load(p_lengths + b).to(tl.int32)
+    length = tl.load(p_lengths + b).to(tl.int32)
     m_real = i_t < length
     i_lse = (b * tl.num_programs(0) + h) * T + i_t
     p_k += b * s_kb + (h // G) * s_kh
@@ -77,11 +77,9 @@ def _dk_dv(
 ):  # fmt: skip
     """Grid (KV, B, T / BN): dk and dv (B, T, KV, D) of BN keys. BM divides BN. s_e: do, s_g: dk and dv."""
     kv, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = (
-        tl.program_id(2) * BN
-    )  # the first of them; the first blocks are seen by the most queries, and go first
+    n = tl.program_id(2) * BN  # the first of them; the first blocks have the most queries, and go first
     i_s, i_m = n + tl.arange(0, BN), tl.arange(0, BM)
-    length = T if p_lengths is None else tl.load(p_lengths + b).to(tl.int32)
+    length = tl.load(p_lengths + b).to(tl.int32)
     m_key = i_s < length
     k = load_rows(p_k + b * s_kb + kv * s_kh, i_s * s_kt, m_key, D, BD, False)  # (BN, BD)
     v = load_rows(p_v + b * s_vb + kv * s_vh, i_s * s_vt, m_key, D, BD, False)
@@ -138,7 +136,7 @@ def config_dk_dv(D: int, wide: bool, t: Target) -> dict:
 
 
 def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor, lengths: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq (B, T, H, D), dk and dv (B, T, KV, D) from o, do (B, T, H, D) and lse (B, H, T), base 2."""
     B, T, H, D = q.shape

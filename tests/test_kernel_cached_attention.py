@@ -1,0 +1,168 @@
+"""Attention against the seat cache, against fp64: decoding and extension, chunks, other tenants' leavings."""
+
+import importlib
+
+import pytest
+import torch
+
+from kernels.cached_attention import cached_attention_torch, cached_attention_triton, chunks, config
+from kernels.launch import TARGETS, pretend
+from kernels.measure import relative_rms
+
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+pytestmark = pytest.mark.usefixtures("filled_with_nan")
+
+
+def seats(B, T, H, KV, D, L, dtype, device):
+    """q, and k and v as the model has them: some neighbouring rows of a larger cache."""
+    torch.manual_seed(0)
+    cache = torch.randn(2, B + 2, KV, L, D, device=device).to(dtype)
+    return torch.randn(B, T, H, D, device=device).to(dtype), *cache[:, 1 : B + 1]
+
+
+def truth(q, k, v, start):
+    return cached_attention_torch(q.double(), k.double(), v.double(), start)
+
+
+def starts(B, T, L, device):
+    """The first row empty before this call, the last one filled by it, the others between."""
+    return torch.linspace(0, L - T, B, device=device).long()
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize(
+    "B, T, H, KV, D, L",
+    [
+        (3, 1, 8, 1, 128, 111),
+        (2, 1, 14, 2, 64, 65),
+        (1, 1, 2, 2, 96, 1),
+        (2, 63, 2, 1, 32, 130),
+        (2, 9, 14, 2, 64, 70),
+        (1, 20, 16, 2, 96, 65),
+        (1, 65, 3, 3, 64, 65),
+    ],
+)
+def test_equals_fp64(device, B, T, H, KV, D, L, dtype):
+    """Decoding and extension; groups of 1, 2, 7 and 8; blocks of 16, 64 and 128 rows; one seat and many."""
+    q, k, v = seats(B, T, H, KV, D, L, dtype, device)
+    start = starts(B, T, L, device)
+    mine = cached_attention_triton(q, k, v, start)
+    assert mine.dtype == dtype and relative_rms(mine, truth(q, k, v, start)) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("T", [1, 3])
+def test_chunks_are_merged(device, program_order, T, dtype):
+    """Rows of one key to all of them, over three chunks: empty, partial and full ones, in any order."""
+    B, L = 4, 800
+    q, k, v = seats(B, T, 4, 2, 32, L, dtype, device)
+    assert chunks(B * 2, T == 1, L, TARGETS["sm_90"]) == 3
+    start = torch.tensor([0, 255, 256, L - T], device=device)
+    with pretend(TARGETS["sm_90"]):
+        mine = cached_attention_triton(q, k, v, start)
+    assert relative_rms(mine, truth(q, k, v, start)) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("T, L", [(1, 100), (1, 600), (5, 100), (5, 600)])
+def test_earlier_tenants_and_other_rows_change_nothing(device, T, L):
+    """Keys past a row's last token, and other seats, may hold anything: the row's output keeps every bit."""
+    q, k, v = seats(2, T, 4, 2, 64, L, torch.bfloat16, device)
+    start = torch.tensor([L // 2, 7], device=device)
+    before = cached_attention_triton(q, k, v, start)
+    for x, poison in ((k, 1e4), (v, -1e4)):
+        x[0, :, L // 2 + T :] = poison
+        x[1] = poison
+    assert torch.equal(before[0], cached_attention_triton(q, k, v, start)[0])
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_nothing_is_read_past_the_last_query(device, T):
+    """NaN there, as in a cache that was never written, does not reach the output (0 * NaN would)."""
+    q, k, v = seats(1, T, 4, 2, 32, 96, torch.bfloat16, device)
+    start = torch.tensor([40], device=device)
+    k[:, :, 40 + T :], v[:, :, 40 + T :] = float("nan"), float("nan")
+    assert cached_attention_triton(q, k, v, start).isfinite().all()
+
+
+def test_padding_may_point_past_the_cache(device):
+    """A row nearly full, in a batch of longer turns: its padding stands past the seat's end."""
+    q, k, v = seats(2, 40, 2, 1, 32, 64, torch.float32, device)
+    start = torch.tensor([0, 60], device=device)
+    mine, theirs = cached_attention_triton(q, k, v, start), truth(q, k, v, start)
+    assert relative_rms(mine[0], theirs[0]) <= 1e-5 and relative_rms(mine[1, :4], theirs[1, :4]) <= 1e-5
+
+
+def test_prefill_equals_training(device):
+    """From an empty seat it is causal attention: the same numbers as the training kernel."""
+    from kernels.attention import attention_triton
+
+    q, k, v = seats(1, 70, 4, 2, 64, 70, torch.float32, device)
+    o = attention_triton(q, k.transpose(1, 2), v.transpose(1, 2))
+    mine = cached_attention_triton(q, k, v, torch.zeros(1, dtype=torch.int32, device=device))
+    assert relative_rms(mine, o) <= 1e-6
+
+
+def test_tokens_one_by_one_or_at_once(device):
+    """Decoding token by token gives what extending by all of them gives."""
+    q, k, v = seats(2, 5, 4, 2, 32, 40, torch.float32, device)
+    start = torch.tensor([3, 30], device=device)
+    at_once = cached_attention_triton(q, k, v, start)
+    one_by_one = [cached_attention_triton(q[:, t : t + 1], k, v, start + t) for t in range(5)]
+    assert relative_rms(torch.cat(one_by_one, 1), at_once) <= 1e-6
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_choice_of_blocks(device, target):
+    """The blocks chosen for each GPU give the same result here: 8, 40 and 160 rows, in chunks or not."""
+    with pretend(TARGETS[target]):
+        for T in (1, 5, 20):
+            q, k, v = seats(1, T, 8, 1, 128, 520, torch.bfloat16, device)
+            start = torch.tensor([300], device=device)
+            mine = cached_attention_triton(q, k, v, start)
+            assert relative_rms(mine, truth(q, k, v, start)) <= 5e-3
+
+
+def test_the_launch_does_not_depend_on_lengths(device, monkeypatch):
+    """A CUDA graph replays the launch for other rows: the grid and arguments must be those of the shapes."""
+    file = importlib.import_module("kernels.cached_attention")  # the package has a function of that name
+    grids = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return self.kernel[grid]
+
+    monkeypatch.setattr(file, "_cached", Recorder(file._cached))
+    q, k, v = seats(2, 1, 4, 2, 32, 600, torch.float32, device)
+    for start in ([0, 0], [599, 3]):
+        cached_attention_triton(q, k, v, torch.tensor(start, device=device))
+    assert len(grids) == 2 and grids[0] == grids[1]
+
+
+def test_chunks_fill_the_processors():
+    """One short row stays whole; one long row is cut; a full batch of long prompts is not."""
+    t = TARGETS["sm_90"]
+    assert chunks(2, True, 256, t) == 1
+    assert chunks(2, True, 4096, t) == 16
+    assert chunks(128, True, 2048, t) == 8
+    assert chunks(4096, False, 4096, t) == 1
+    assert config(16, 128, False, t)["BM"] == 16
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda q, k, v, s: (q, k, v[:, :, 1:], s), "do not fit"),
+        (lambda q, k, v, s: (q[:, :, :3], k, v, s), "multiple"),
+        (lambda q, k, v, s: (q, k.half(), v, s), "all bf16, fp16 or fp32"),
+        (lambda q, k, v, s: (q, k, v, s[:1]), "start"),
+    ],
+)
+def test_bad_input_is_named(device, change, complaint):
+    """Each would otherwise read the wrong memory, and say nothing."""
+    q, k, v = seats(2, 1, 4, 2, 32, 8, torch.float32, device)
+    with pytest.raises(ValueError, match=complaint):
+        cached_attention_triton(*change(q, k, v, torch.zeros(2, dtype=torch.int64, device=device)))
