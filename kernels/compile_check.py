@@ -96,7 +96,7 @@ class Report:
         return wanted and dots > 0 and not self.counts["wgmma"]
 
     def line(self) -> str:
-        head = f"{self.target:6s} {self.model:13s} {self.kernel:26s} {self.config:34s}"
+        head = f"{self.target:6s} {self.model:13s} {self.kernel:16s} {self.config:44s}"
         if self.error:
             return f"{head} !! {self.error}"
         counts = " ".join(f"{k} {v}" for k, v in self.counts.items() if v)
@@ -106,7 +106,7 @@ class Report:
         )
 
 
-HEAD = f"{'target':6s} {'model':13s} {'kernel':26s} {'configuration':34s}  w  s reg spills shared blocks"
+HEAD = f"{'target':6s} {'model':13s} {'kernel':16s} {'configuration':44s}  w  s reg spills shared blocks"
 
 
 class _Listening:
@@ -223,7 +223,8 @@ class Catch:
         driver._active = self.active
 
     def compile(self, fn, args, grid, named) -> None:
-        blocks = " ".join(str(v) for k, v in named.items() if k.isupper() and not isinstance(v, bool))
+        constants = {p.name for p in fn.params if p.is_constexpr}
+        blocks = " ".join(f"{k}={v}" for k, v in named.items() if k in constants)
         r = Report(self.t.name, *self.where, fn.__name__.strip("_"), blocks)
         started, kernel = time.perf_counter(), None
         with _no_stderr() as first:
