@@ -43,13 +43,15 @@ from tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag: name, type (a tuple: one of these), default, and the toy world's default if it is another."""
+    """A flag: name, type (a tuple: one of these), default, and the default in the toy world, or for a real
+    checkpoint on a machine without a GPU, where it is another."""
 
     name: str
     kind: type | tuple[str, ...]
     default: object
     help: str
     toy: object = None
+    cpu: object = None
 
 
 # This table is the documentation, and nothing has a second default anywhere.
@@ -99,18 +101,18 @@ FLAGS = [
     Flag("grad-clip", float, 1.0, "largest norm of a gradient"),
     Flag("weight-decay", float, 0.01, "of AdamW"),
     Flag("updates", int, 1, "optimiser steps a rollout: more than one makes the clip matter"),
-    Flag("micro-tokens", int, 8192, "padded tokens in one forward and backward pass", toy=4096),
+    Flag("micro-tokens", int, 8192, "padded tokens in one forward and backward pass", toy=4096, cpu=4096),
     Flag("recompute", bool, False, "keep no activations of the layers (less memory, a third more time)"),
     Flag("reward", ("f1", "em"), "f1", "of the answer, as in eval.py"),
     Flag("shuffle-rewards", bool, False, "a control: shuffled among siblings, rewards can teach nothing"),
     "lengths, in tokens",
-    Flag("turns", int, 5, "searches before the last generation (not tokens)", toy=4),
-    Flag("prompt-tokens", int, 2048, "a longer question is an error", toy=16),
-    Flag("episode-tokens", int, 4096, "prompt, turns and documents together", toy=192),
-    Flag("turn-tokens", int, 500, "a turn of the policy", toy=20),
-    Flag("observation-tokens", int, 500, "the documents of one search", toy=32),
-    Flag("sim-tokens", int, 600, "what the simulator writes for one search", toy=40),
-    Flag("seat-tokens", int, 4096, "a seat: an episode, or a simulator's prompt and documents", toy=256),
+    Flag("turns", int, 5, "searches before the last generation (not tokens)", toy=4, cpu=2),
+    Flag("prompt-tokens", int, 2048, "a longer question is an error", toy=16, cpu=1024),
+    Flag("episode-tokens", int, 4096, "prompt, turns and documents together", toy=192, cpu=1536),
+    Flag("turn-tokens", int, 500, "a turn of the policy", toy=20, cpu=128),
+    Flag("observation-tokens", int, 500, "the documents of one search", toy=32, cpu=256),
+    Flag("sim-tokens", int, 600, "what the simulator writes for one search", toy=40, cpu=256),
+    Flag("seat-tokens", int, 4096, "an episode, or a simulator's prompt and documents", toy=256, cpu=2048),
     Flag("seats", int, 0, "rows decoded together (not tokens; 0: as many as fit and are of use)"),
     "the simulator's fine-tuning (toy world only; elsewhere: python simulator.py sft, then --sim-adapter)",
     Flag("sft-steps", int, 0, "updates of the simulator before the policy's first", toy=250),
@@ -134,7 +136,7 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
             group.add_argument(f"--{f.name}", action="store_true", default=argparse.SUPPRESS, help=f.help)
         else:
             kind = {"choices": f.kind} if isinstance(f.kind, tuple) else {"type": f.kind, "metavar": "X"}
-            small = "" if f.toy is None else f", toy {f.toy}"
+            small = "".join(f", {k} {v}" for k, v in (("toy", f.toy), ("cpu", f.cpu)) if v is not None)
             text = f.help if f.default == "" else f"{f.help} [{f.default}{small}]"
             group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
     return {k.replace("_", "-"): v for k, v in vars(p.parse_args(argv)).items()}
@@ -142,16 +144,17 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
 
 def settle(given: dict[str, object]) -> argparse.Namespace:
     """Every flag with its value: what was given, else its default. Raises ValueError for nonsense."""
-    small = given.get("policy", "tiny") == "tiny" and not given.get("data")
-    a = argparse.Namespace(toy=small)
+    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    in_toy = given.get("policy", "tiny") == "tiny" and not given.get("data")
+    column = "toy" if in_toy else "cpu" if device == "cpu" else "default"
+    a = argparse.Namespace(toy=in_toy)
     for f in FLAGS:
         if isinstance(f, Flag):
-            default = f.toy if small and f.toy is not None else f.default
-            setattr(a, f.name.replace("-", "_"), given.get(f.name, default))
-    a.sim = a.sim or a.policy
-    a.data = a.data or ("toy" if small else "nq,hotpotqa")
-    a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    a.dtype = a.dtype or ("fp32" if a.device == "cpu" else "bf16")
+            default = getattr(f, column)
+            setattr(a, f.name.replace("-", "_"), given.get(f.name, f.default if default is None else default))
+    a.device, a.sim = device, a.sim or a.policy
+    a.data = a.data or ("toy" if in_toy else "nq,hotpotqa")
+    a.dtype = a.dtype or ("fp32" if device == "cpu" else "bf16")
     check(a)
     return a
 
