@@ -64,20 +64,23 @@ def _expand_kernel(
     i_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     m_n, m_o = i_n < n_rows, i_o < d_out
     role = tl.load(p_role + i_n // T, m_n, other=0)
+    scale = tl.load(p_scale + role - 1, role > 0, other=0.0).to(tl.float32)
     dy = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
-    for r in range(R):
-        for start in range(0, K, BLOCK_K):
-            i_k = start + tl.arange(0, BLOCK_K)
-            m_k = i_k < K
-            m = (role == r + 1)[:, None] & m_k[None, :]
-            middle = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-            for split in range(SPLITS):
-                i = (split * n_rows + i_n).to(tl.int64)[:, None] * (R * K) + r * K + i_k[None, :]
-                middle += tl.load(p_middle + i, m, other=0.0)
-            middle *= tl.load(p_scale + r).to(tl.float32)
+    for start in range(0, K, BLOCK_K):
+        i_k = start + tl.arange(0, BLOCK_K)
+        m_k = i_k < K
+        i = (i_n * (R * K) + (role - 1) * K)[:, None] + i_k[None, :]  # a row's own middle
+        middle = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for split in tl.static_range(SPLITS):
+            middle += tl.load(
+                p_middle + split * n_rows * (R * K) + i, (role > 0)[:, None] & m_k[None, :], other=0.0
+            )
+        middle *= scale[:, None]
+        for r in tl.static_range(R):
             i = (r * d_out + i_o)[None, :] * K + i_k[:, None]
             b = tl.load(p_b + i, m_k[:, None] & m_o[None, :], other=0.0)
-            dy = tl.dot(middle.to(b.dtype), b, dy, input_precision="ieee")
+            mine = tl.where((role == r + 1)[:, None], middle, 0.0).to(b.dtype)
+            dy = tl.dot(mine, b, dy, input_precision="ieee")
     i, m = i_n.to(tl.int64)[:, None] * d_out + i_o[None, :], m_n[:, None] & m_o[None, :]
     y = tl.load(p_y + i, m, other=0.0).to(tl.float32) + dy
     tl.store(p_y + i, y.to(p_y.dtype.element_ty), m)
