@@ -185,8 +185,8 @@ WORDS = Words(prompt="Question: {question}\n", notice="\n\nSearch or answer.\n\n
 LIMITS = Limits(prompt=16, episode=192, turn=20, observation=32, turns=4)
 SIM_WORDS = SimWords(
     system="",
-    useful="Question: {question}\nAnswer: {answer}{earlier}\nQuery: {query}\nUseful:\n",
-    noisy="Question: {question}\nAnswer: {answer}{earlier}\nQuery: {query}\nNoisy:\n",
+    useful="Question: {question}{earlier}\nQuery: {query}\nAnswer: {answer}\nUseful:\n",
+    noisy="Question: {question}{earlier}\nQuery: {query}\nAnswer: {answer}\nNoisy:\n",
     count=SHOWN,
     earlier="\nQuery: {query}\n{documents}",
 )
@@ -357,6 +357,10 @@ SEARCHES = {
 }
 
 
+# The same of the fine-tuning: more of what is hard to tell apart.
+TAUGHT = {"first": 0.25, "second": 0.27, "shortcut": 0.08, "invented": 0.28, "stranger": 0.10, "slip": 0.02}
+
+
 def situation(rng: random.Random, kind: str) -> tuple[World, Query]:
     """A search of that kind within an episode; some of the searches before it may have found nothing."""
     world = World(rng.getrandbits(48))
@@ -392,13 +396,13 @@ def situation(rng: random.Random, kind: str) -> tuple[World, Query]:
     return world, Query(say(*asked), question, earlier=tuple(earlier))
 
 
-def search_row(rng: random.Random) -> dict:
+def search_row(rng: random.Random, shares: dict[str, float] = SEARCHES) -> dict:
     """One search with what the world's engine answers: a row for the simulator's fine-tuning.
 
     An entity that nothing has led to gets its own fact, which is not the golden answer; a relation that the
     entity cannot have gets nothing. So no short cut is taught.
     """
-    kind = rng.choices(list(SEARCHES), list(SEARCHES.values()))[0]
+    kind = rng.choices(list(shares), list(shares.values()))[0]
     world, query = situation(rng, kind)
     noisy = rng.random() < 0.5
     return {
@@ -425,8 +429,8 @@ def simulator_prompt(row: dict, noisy: bool) -> str:
     return fill(template, **(row | {"earlier": earlier}))
 
 
-def drill(rng: random.Random) -> list[Piece]:
-    """Searches in a row, a fact each: when the golden answer is due, and when not. The simulator's hard point."""
+def series(rng: random.Random) -> tuple[World, Question, list[tuple[str, str]]]:
+    """A question's proper searches in their order, as many improper ones of its last relation among them."""
     world = World(rng.getrandbits(48))
     question = world.ask(rng)
     entity, *relations = parse(question.text)
@@ -438,16 +442,42 @@ def drill(rng: random.Random) -> list[Piece]:
     if order.index(proper[-1]) < order.index(proper[0]):  # nothing has led to the bridge yet
         order.remove(proper[-1])
         order.append(proper[-1])
-    pieces = [(f"Question: {question.text}\nAnswer: {question.answers[0]}", False)]
+    return world, question, order
+
+
+def drill(rng: random.Random) -> list[Piece]:
+    """Searches in a row, a fact each: when the golden answer is due, and when not. The simulator's hard point."""
+    world, question, order = series(rng)
+    pieces = [(f"Question: {question.text}", False)]
     for asked in order:
-        pieces += [(f"\nQuery: {say(*asked)}\nDoc 1: {say(*asked)}", False), (f" {world.fact(*asked)}", True)]
+        told = f"\nQuery: {say(*asked)}\nAnswer: {question.answers[0]}\nDoc 1: {say(*asked)}"
+        pieces += [(told, False), (f" {world.fact(*asked)}", True)]
+    return pieces
+
+
+def practice(rng: random.Random) -> list[Piece]:
+    """The drill in the simulator's own words; of some searches only what the policy saw of them is told."""
+    world, question, order = series(rng)
+    pieces = [(f"Question: {question.text}", False)]
+    for asked in order:
+        query, golden = say(*asked), question.answers[0]
+        if asked != order[-1] and rng.random() < 0.5:
+            facts = world.results(query, rng)
+            rng.shuffle(facts)
+            pieces.append((fill(SIM_WORDS.earlier, query=query, documents=number(facts)), False))
+            continue
+        told = fill(SIM_WORDS.useful, question="", earlier="", query=query, answer=golden)
+        pieces += [
+            (told.removeprefix("Question: ") + f"Doc 1: {query}", False),
+            (f" {world.fact(*asked)}", True),
+        ]
     return pieces
 
 
 def rows(n: int, seed: int = 0) -> list[dict]:
     """n rows for simulator.sft, from worlds that are nobody else's."""
     rng = random.Random(f"rows {seed}")
-    return [search_row(rng) for _ in range(n)]
+    return [search_row(rng, TAUGHT) for _ in range(n)]
 
 
 # -------------------------------------------------------------------------------------------------- the audit
@@ -515,10 +545,11 @@ SAVE = 100  # steps between saved states
 STAGES = [
     (150, {recall: 1.0}),
     (200, {reading: 1.0}),
-    (2150, {reading: 0.10, transcript: 0.25, simulation: 0.40, drill: 0.25}),
+    (1450, {reading: 0.10, transcript: 0.25, simulation: 0.40, drill: 0.25}),
+    (700, {reading: 0.05, transcript: 0.20, simulation: 0.40, practice: 0.35}),
 ]
 STEPS = sum(steps for steps, _ in STAGES)
-CLOSING = 0.20  # of the run: the learning rates fall to 0
+CLOSING = 1500  # steps at the end, in which the learning rates fall to 0
 MUON_LR, ADAM_LR = 0.02, 0.015
 
 
@@ -540,7 +571,7 @@ def encode(tok, pieces: list[Piece]) -> Example:
     return Example(ids, learned)
 
 
-def shares(step: int) -> dict[Callable, float]:
+def mixture_of(step: int) -> dict[Callable, float]:
     """The kinds of text of a step, with their shares of its tokens."""
     for steps, mixture in STAGES:
         if step < steps:
@@ -552,7 +583,7 @@ def shares(step: int) -> dict[Callable, float]:
 def micro_batches(tok, step: int, seed: int, padded: int = 1536) -> Iterator[list[Example]]:
     """The texts of one step: a function of (seed, step), so that a resumed run sees what a whole one does."""
     texts = []
-    for kind, share in shares(step).items():
+    for kind, share in mixture_of(step).items():
         rng, left = random.Random(f"{seed} {step} {kind.__name__}"), int(TOKENS * share)
         while left > 0:
             texts.append(encode(tok, kind(rng)))
@@ -596,7 +627,7 @@ def train_step(
         loss = text_loss(model, texts) / count
         loss.backward()
         total += loss.item()
-    rate = min(1.0, (step + 1) / 50, (STEPS - step) / (CLOSING * STEPS))
+    rate = min(1.0, (step + 1) / 50, (STEPS - step) / CLOSING)
     for opt, lr in zip(opts, (MUON_LR, ADAM_LR)):
         opt.param_groups[0]["lr"] = lr * rate
         opt.step()
@@ -658,6 +689,7 @@ def make(out: Path, state: Path, seed: int = SEED) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # sums in another order would make another body
     parser = argparse.ArgumentParser(description="Make the toy body from nothing.")
     parser.add_argument("--out", type=Path, default=HERE / "toy", help="where the body is written")
     parser.add_argument("--seed", type=int, default=SEED, help="of weights and texts")
@@ -665,7 +697,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.show:
         rng = random.Random(args.seed)
-        for kind in (recall, reading, transcript, simulation, drill):
+        for kind in (recall, reading, transcript, simulation, drill, practice):
             print(f"-- {kind.__name__}: {kind.__doc__}\n" + "".join(text for text, _ in kind(rng)) + "\n")
         return
     args.out.mkdir(parents=True, exist_ok=True)
