@@ -489,7 +489,7 @@ def states(documents: str, asked: tuple[str, ...], answer: str = "") -> bool:
     return found == answer if answer else found != UNKNOWN
 
 
-def audit(write: Callable[[list[Query], bool], list[str]], n: int = 100, seed: int = 0) -> dict[str, float]:
+def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: int = 0) -> dict[str, float]:
     """How well a simulator plays the engine, on n held-out searches of a kind.
 
     write(queries, noisy) returns the documents that the simulator writes when asked for useful or noisy ones.

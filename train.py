@@ -71,7 +71,7 @@ FLAGS = [
     Flag("eval-search", str, "", "the engine that answers them: none, or bm25:CORPUS"),
     Flag("eval-questions", int, 500, "how many of them (0: no evaluation)", toy=400),
     "how much",
-    Flag("steps", int, 200, "updates of the policy", toy=90),
+    Flag("steps", int, 200, "updates of the policy", toy=80),
     Flag("questions", int, 64, "a step", toy=16),
     Flag("group", int, 5, "episodes a question (siblings), compared with each other", toy=8),
     Flag("seed", int, 0, "of everything that is random"),
@@ -521,6 +521,8 @@ def main(argv: list[str] | None = None) -> None:
     """The whole run. Each verb is a function above, in the order in which it is called."""
     given = parse_arguments(argv)
     a, resumed = open_run(given)
+    if a.toy:
+        torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and wait for it
     s = load_setting(a)
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
