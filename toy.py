@@ -10,11 +10,10 @@ already has.
 It deliberately is not: a benchmark, or a language. Names are single tokens and a document is one fact,
 because a body of this size then learns to read within minutes.
 
-    python toy.py               make toy/ from nothing; interrupted, it goes on when it is started again
+    python toy.py               make toy/ from nothing in about 20 minutes; interrupted, it goes on later
     python toy.py --show        print a training text of each kind
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -446,7 +445,7 @@ def series(rng: random.Random) -> tuple[World, Question, list[tuple[str, str]]]:
 
 
 def drill(rng: random.Random) -> list[Piece]:
-    """Searches in a row, a fact each: when the golden answer is due, and when not. The simulator's hard point."""
+    """Searches in a row, a fact each: when the golden answer is due, and when not: what is hard to learn."""
     world, question, order = series(rng)
     pieces = [(f"Question: {question.text}", False)]
     for asked in order:
@@ -661,7 +660,7 @@ def make(out: Path, state: Path, seed: int = SEED) -> None:
     model = Model(Config.from_hf(config)).init(seed, std=0.05)
     opts, first = optimizers(model), 0
     if state.exists():
-        saved = torch.load(state, weights_only=False)
+        saved = torch.load(state, weights_only=True)
         first = saved["step"]
         model.load_state_dict(saved["model"])
         for opt, opt_state in zip(opts, saved["optimizers"]):
@@ -673,12 +672,9 @@ def make(out: Path, state: Path, seed: int = SEED) -> None:
         done, spent = step + 1, time.monotonic() - began
         if done % 50 == 0 or done == STEPS:
             left = spent / (done - first) * (STEPS - done)
-            line = (
-                f"step {done:5d}/{STEPS}   loss {loss:.3f}   {seen / spent:,.0f} tokens/s   {left:.0f} s left"
-            )
-            print(
-                line + (f"   reads {reading_accuracy(model, tok):.3f}" if done % 200 == 0 else ""), flush=True
-            )
+            reads = f"   reads {reading_accuracy(model, tok):.3f}" if done % 200 == 0 else ""
+            pace = f"{seen / spent:,.0f} tokens/s   {left:.0f} s left"
+            print(f"step {done:5d}/{STEPS}   loss {loss:.3f}   {pace}{reads}", flush=True)
         if done % SAVE == 0:
             optimizer_states = [opt.state_dict() for opt in opts]
             saved = {"step": done, "model": model.state_dict(), "optimizers": optimizer_states}
@@ -690,7 +686,7 @@ def make(out: Path, state: Path, seed: int = SEED) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)  # sums in another order would make another body
-    parser = argparse.ArgumentParser(description="Make the toy body from nothing.")
+    parser = models.OneLine(description="Make the toy body from nothing.")
     parser.add_argument("--out", type=Path, default=HERE / "toy", help="where the body is written")
     parser.add_argument("--seed", type=int, default=SEED, help="of weights and texts")
     parser.add_argument("--show", action="store_true", help="only print a training text of each kind")
