@@ -106,16 +106,46 @@ def parse_question(row: dict) -> Question:
     return Question(text, answers, str(row.get("id", "")), hops)
 
 
-def load_questions(path: str | Path, limit: int | None = None) -> list[Question]:
-    """The first `limit` questions (None: all) of a JSON lines file, plain or gzip.
+HUB = "RUC-NLPIR/FlashRAG_datasets"  # on the Hugging Face hub, one configuration a set
+SETS = {  # name -> its split to train on, its split to evaluate on
+    "nq": ("train", "test"),
+    "triviaqa": ("train", "test"),
+    "popqa": (None, "test"),
+    "hotpotqa": ("train", "dev"),
+    "2wikimultihopqa": ("train", "dev"),
+    "musique": ("train", "dev"),
+    "bamboogle": (None, "test"),
+}
+
+
+def load_questions(source: str | Path, limit: int | None = None, train: bool = False) -> list[Question]:
+    """The first `limit` questions (None: all) of a JSON lines file, plain or gzip, or of a set of `SETS`.
 
     Raises ValueError, with the line's number where one is broken or has no answer; OSError where there is no
     file.
     """
-    questions = list(islice(read_lines(path, parse_question), limit))
+    if str(source) in SETS and not Path(source).exists():
+        rows = map(parse_question, download(str(source), train))
+    else:
+        rows = read_lines(source, parse_question)
+    questions = list(islice(rows, limit))
     if not questions:
-        raise ValueError(f"{path} holds no questions")
+        raise ValueError(f"{source} holds no questions")
     return questions
+
+
+def download(name: str, train: bool) -> Iterable[dict]:
+    """The rows of a set of `SETS`, from the hub or its cache. Raises ValueError where it cannot be had."""
+    from datasets import load_dataset  # not on every machine, and slow to import
+
+    split = SETS[name][0 if train else 1]
+    if split is None:
+        raise ValueError(f"{name} has no questions to train on: it is a test set")
+    try:
+        return load_dataset(HUB, name, split=split)
+    except Exception as e:  # the hub's client raises dozens of types, all of them "could not be had"
+        reason = (str(e).strip() or repr(e)).splitlines()[0]
+        raise ValueError(f"could not download {name} from {HUB}: {reason}. Give a question file") from None
 
 
 # ------------------------------------------------------------------------------------------------- evaluating

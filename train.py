@@ -266,7 +266,7 @@ def load_questions(a: argparse.Namespace) -> tuple[list[Question], list[Question
     if a.toy:
         world, other = toy.World(2 * a.seed), toy.World(2 * a.seed + 1)  # facts of one are false in the other
         return world.questions(1000), other.questions(a.eval_questions), other.lookup
-    questions = [q for name in a.data.split(",") for q in judge_of.load_questions(name)]
+    questions = [q for name in a.data.split(",") for q in judge_of.load_questions(name, train=True)]
     if not a.eval_data:
         return questions, [], None
     held = [q for name in a.eval_data.split(",") for q in judge_of.load_questions(name)]

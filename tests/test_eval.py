@@ -378,3 +378,24 @@ def test_an_unknown_flag_is_one_line_and_exit_code_2(capsys):
         evaluation.main(["--search", "none", "--polcy", "x"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_sets_by_name_come_from_the_hub(monkeypatch):
+    """`--policy 3b` without --data trains on nq and hotpotqa: their *training* questions, and says so plainly
+    where there is no network."""
+    asked = []
+
+    def hub(repository, name, split):
+        asked.append((name, split))
+        if name == "musique":
+            raise ConnectionError("no route\nto host")
+        return [{"id": "1", "question": "who?", "golden_answers": ["me"], "metadata": {}}]
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    assert load_questions("nq", train=True) == [Question("who?", ("me",), "1")]
+    assert load_questions("hotpotqa", 1)[0].answers == ("me",)
+    assert asked == [("nq", "train"), ("hotpotqa", "dev")]
+    with pytest.raises(ValueError, match="bamboogle has no questions to train on"):
+        load_questions("bamboogle", train=True)
+    with pytest.raises(ValueError, match=r"could not download musique .*: no route\. Give a question file"):
+        load_questions("musique")
