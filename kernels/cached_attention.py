@@ -96,10 +96,9 @@ def _merge(p_part, p_lse, p_o, n_chunks, n_rows, D: tl.constexpr, BD: tl.constex
     weight = tl.exp2(lse - tl.max(lse, 0))
     m_part = (lse > float("-inf"))[:, None] & (i_d < D)[
         None, :
-    ]  # a chunk past the row's end was never written
-    part = tl.load(
-        p_part + (i_c[:, None] * n_rows + row) * D + i_d[None, :], mask=m_part, other=0.0
-    )  # (BC, BD)
+    ]  # what lies past the row's end was not written
+    at = (i_c[:, None] * n_rows + row) * D + i_d[None, :]
+    part = tl.load(p_part + at, mask=m_part, other=0.0)  # (BC, BD)
     o = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
     tl.store(p_o + row * D + i_d, o.to(p_o.dtype.element_ty), mask=i_d < D)
 
@@ -107,15 +106,15 @@ def _merge(p_part, p_lse, p_o, n_chunks, n_rows, D: tl.constexpr, BD: tl.constex
 def config(rows: int, D: int, wide: bool, t: Target) -> dict:
     """Blocks of rows, of which there are T G, and of keys; wide: fp32."""
     if wide:
-        return {
-            "BM": 16 if D > 32 or rows <= 16 else 64,
-            "BN": 32 if D <= 32 else 16,
-            "num_warps": 4,
-            "num_stages": 2,
-        }
-    stages = 1 if t.hip else 3
-    if rows <= 16:  # decoding: as many bytes in flight with D = 64 as with 128
-        return {"BM": 16, "BN": 128 if D <= 64 and t.arch >= 90 else 64, "num_warps": 4, "num_stages": stages}
+        BM, BN = 16 if D > 32 or rows <= 16 else 64, 32 if D <= 32 else 16
+        return {"BM": BM, "BN": BN, "num_warps": 4, "num_stages": 2}
+    stages, roomy = 1 if t.hip else 3, t.shared > 150000
+    if (
+        rows <= 16
+    ):  # decoding: 32 KB a stage is in flight; where a processor has 100 KB, two programs share it
+        BN = 128 if D <= 64 and t.arch >= 90 and roomy else 64
+        stages = stages if roomy or D <= 64 else min(stages, 2)
+        return {"BM": 16, "BN": BN, "num_warps": 4, "num_stages": stages}
     if rows <= 64:
         return {"BM": 64, "BN": 64 if t.arch in (90, 100) else 32, "num_warps": 4, "num_stages": stages}
     return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": stages}
@@ -133,9 +132,8 @@ def chunks(programs: int, decoding: bool, L: int, t: Target) -> int:
 def cached_attention_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
     """The same on a GPU. ValueError if shapes or types disagree, or if head_dim does not suit."""
     (B, T, H, D), (KV, L) = q.shape, k.shape[1:3]
-    check(
-        k.shape == v.shape == (B, KV, L, D), f"q {(*q.shape,)}, k {(*k.shape,)}, v {(*v.shape,)} do not fit"
-    )
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    check(k.shape == v.shape == (B, KV, L, D), f"{shapes} do not fit")
     check(H % KV == 0, f"{H} query heads are not a multiple of {KV} key heads")
     check(start.shape == (B,), f"start must be ({B},)")
     check_heads(q, k, v)
@@ -147,9 +145,8 @@ def cached_attention_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> T
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     part, lse = o[None], None  # of a single chunk: the whole
     if n_chunks > 1:
-        part, lse = (
-            torch.empty((n_chunks, B, T, H, n), dtype=torch.float32, device=q.device) for n in (D, 1)
-        )
+        shape = (n_chunks, B, T, H)
+        part, lse = (torch.empty((*shape, n), dtype=torch.float32, device=q.device) for n in (D, 1))
     strides = [*(s for x in (q, k, v) for s in x.stride()[:3]), *part.stride()[:4]]
     _cached[B * KV, n_chunks, n_tiles](
         q, k, v, start, part, lse, *strides, T, L, chunk, D**-0.5 * LOG2E,
