@@ -494,8 +494,9 @@ def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: i
     write(queries, noisy) returns the documents that the simulator writes when asked for useful or noisy ones.
     useful_hit   useful documents hold the asked fact (where the question fixes it: with the golden answer)
     noisy_hit    noisy documents hold a fact about the asked entity and relation
-    leak         useful documents hold the golden answer though the query skips a hop: the worse of `shortcut`
-                 (the first entity with the last relation) and `invented` (an entity that nothing has led to)
+    leak         useful documents hold the golden answer though the query skips a hop: it asks for the last
+                 relation of the first entity
+    invented     the same for the last relation of an entity that nothing has led to
     """
     rng, address = random.Random(f"audit {seed}"), itertools.count(1)
 
@@ -510,10 +511,10 @@ def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: i
         "useful_hit": sum(hits) / len(hits),
         "noisy_hit": sum(states(d, parse(q.text)) for q, d in zip(proper, noisy)) / len(proper),
     }
-    for kind in ("shortcut", "invented"):
+    for kind, name in (("shortcut", "leak"), ("invented", "invented")):
         written = write(asked[kind], False)
-        result[kind] = sum(q.question.answers[0] in d for q, d in zip(asked[kind], written)) / n
-    return result | {"leak": max(result["shortcut"], result["invented"])}
+        result[name] = sum(q.question.answers[0] in d for q, d in zip(asked[kind], written)) / n
+    return result
 
 
 def golden(query: Query) -> str:

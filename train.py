@@ -71,7 +71,7 @@ FLAGS = [
     Flag("eval-search", str, "", "the engine that answers them: none, or bm25:CORPUS"),
     Flag("eval-questions", int, 500, "how many of them (0: no evaluation)", toy=400),
     "how much",
-    Flag("steps", int, 200, "updates of the policy", toy=80),
+    Flag("steps", int, 200, "updates of the policy", toy=64),
     Flag("questions", int, 64, "a step", toy=16),
     Flag("group", int, 5, "episodes a question (siblings), compared with each other", toy=8),
     Flag("seed", int, 0, "of everything that is random"),
