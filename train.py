@@ -425,6 +425,33 @@ def table_of(**times: dict[str, dict]) -> str:
     return judge_of.table(rows)
 
 
+def prepare(s: Setting, a: argparse.Namespace) -> dict:
+    """What comes before the first step: held-out questions, in the toy world also the simulator's tuning."""
+    facts: dict = {"before": {}, "simulator": {}}
+    if s.held and a.eval_questions:
+        facts["before"] = measure(s, a)
+        print(table_of(before=facts["before"]), flush=True)
+    if a.sft_steps and not a.sim_adapter:
+        tune_simulator(s, a)
+        models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, Path(a.out) / "simulator", a.sim)
+    if a.toy:
+        facts["simulator"] = toy.audit(partial(write, s), seed=a.seed)
+        print("simulator: ", *(f"{k} {v:.3f} " for k, v in facts["simulator"].items()), flush=True)
+    return facts
+
+
+def finish(s: Setting, a: argparse.Namespace, facts: dict, began: float) -> None:
+    """What comes after the last step: the held-out questions again, result.json and the table."""
+    after = measure(s, a) if facts["before"] else {}
+    result: dict = {f"before{k}": v for k, v in facts["before"].items()}
+    result |= {f"after{k}": v for k, v in after.items()}
+    result |= {"simulator": facts["simulator"], "seconds": time.monotonic() - began}
+    (Path(a.out) / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    if after:
+        print("\n" + table_of(before=facts["before"], after=after))
+    print(f"{result['seconds']:.0f} s; everything is in {a.out}")
+
+
 def write(s: Setting, queries: list[Query], noisy: bool) -> list[str]:
     """What the simulator writes for queries, all useful or all noisy."""
     simulator = replace(s.simulator, p_noise=float(noisy))
@@ -528,27 +555,14 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not resumed:
         (out / "args.json").write_text(json.dumps({"given": given, "settled": vars(a)}, indent=1) + "\n")
-    print(
-        " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(a).items() if v not in ("", False)),
-        flush=True,
-    )
+    print(*(f"--{k.replace('_', '-')} {v}" for k, v in vars(a).items() if v not in ("", False)), flush=True)
     optimizer = torch.optim.AdamW([s.body.adapter(POLICY)], lr=a.lr, weight_decay=a.weight_decay)
     facts = load_state(a, s, optimizer) if resumed else {}
     began, pause = time.monotonic() - facts.get("seconds", 0.0), Pause()
 
     if not facts:
-        facts = {"step": 0, "seconds": 0.0, "before": {}, "simulator": {}}
-        if s.held and a.eval_questions:
-            facts["before"] = measure(s, a)
-            print(table_of(before=facts["before"]), flush=True)
-        if a.sft_steps and not a.sim_adapter:
-            tune_simulator(s, a)
-            models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, out / "simulator", a.sim)
-        if a.toy:
-            facts["simulator"] = toy.audit(partial(write, s), seed=a.seed)
-            print(
-                "simulator: " + "  ".join(f"{k} {v:.3f}" for k, v in facts["simulator"].items()), flush=True
-            )
+        facts = prepare(s, a) | {"step": 0, "seconds": time.monotonic() - began}
+        save_state(a, s, optimizer, facts)
 
     for step in range(facts["step"], a.steps):
         t0 = time.monotonic()
@@ -564,22 +578,15 @@ def main(argv: list[str] | None = None) -> None:
         row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)}
         tell(a, s, step, row, trajectories)
         facts |= {"step": step + 1, "seconds": time.monotonic() - began}
+        if not a.toy:  # no audit: what this step's documents held
+            facts["simulator"] = {k: row.get(k) for k in ("useful_hit", "noisy_hit")} | {"leak": None}
         if pause.asked or (step + 1) % a.save_every == 0 or step + 1 == a.steps:
             save_state(a, s, optimizer, facts)
         if pause.asked:
             print(f"saved; go on with: python train.py --out {a.out} --resume")
             sys.exit(130)
 
-    after = measure(s, a) if facts["before"] else {}
-    simulator = facts["simulator"] or {k: row.get(k) for k in ("useful_hit", "noisy_hit")} | {"leak": None}
-    result = {f"before{k}": v for k, v in facts["before"].items()} | {
-        f"after{k}": v for k, v in after.items()
-    }
-    result |= {"simulator": simulator, "seconds": time.monotonic() - began}
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    if after:
-        print("\n" + table_of(before=facts["before"], after=after))
-    print(f"{result['seconds']:.0f} s; everything is in {a.out}")
+    finish(s, a, facts, began)
 
 
 if __name__ == "__main__":
