@@ -29,7 +29,7 @@ from torch import Tensor
 
 import model as models
 from model import REFERENCE, Config, Model
-from rollout import Documents, Limits, Query, Question, Search, Words, fill
+from rollout import Documents, Limits, Query, Question, Search, Trajectory, Words, fill
 from simulator import SimWords
 
 HERE = Path(__file__).resolve().parent
@@ -520,6 +520,21 @@ def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: i
 def golden(query: Query) -> str:
     """The golden answer where a proper query asks for it, else "": a bridge is the simulator's to invent."""
     return query.question.answers[0] if parse(query.text)[1] == parse(query.question.text)[-1] else ""
+
+
+def skips(query: Query) -> bool:
+    """Whether a search skips a hop: the last relation of an entity that nothing before it has led to."""
+    entity, *relations = parse(query.question.text)
+    asked = parse(query.text)
+    if len(relations) < 2 or len(asked) != 2 or asked[1] != relations[-1]:
+        return False
+    return asked[0] not in {read(documents, (entity, relations[0])) for _, documents in query.earlier}
+
+
+def skipping(trajectories: list[Trajectory]) -> float:
+    """The share of the searches for two-hop questions that skip a hop: what a leak would teach."""
+    queries = [query for t in trajectories if t.question.hops == 2 for query, _ in t.searches]
+    return sum(map(skips, queries)) / max(1, len(queries))
 
 
 # --------------------------------------------------------------------------------------------------- the body

@@ -405,12 +405,14 @@ def measure(s: Setting, a: argparse.Namespace) -> dict[str, dict]:
         address = (a.seed, 1_000_000)  # no step is called that
         with progress(f"held-out, {NAMES[suffix]}", len(s.held)) as bar:
             tell = partial(judge_of.show_progress, bar)
-            summary, _ = judge_of.evaluate(
+            summary, trajectories = judge_of.evaluate(
                 s.engine, s.tok, s.held, search, s.limits, s.words, temperature, address, tell
             )
-        out[suffix] = {
-            k: v for k, v in summary.items() if k in ("f1", "em", "cover_em", "searches", "n", "by_hop")
-        }
+        out[suffix] = {k: summary[k] for k in ("f1", "em", "cover_em", "searches", "n", "by_hop")}
+        if a.toy:
+            out[suffix]["skips"] = toy.skipping(
+                trajectories
+            )  # does the policy live off the simulator's leak?
     return out
 
 
@@ -576,6 +578,8 @@ def main(argv: list[str] | None = None) -> None:
         row |= {"seconds_act": t1 - t0, "seconds_learn": t2 - t1}
         row |= {"tokens_per_second": s.engine.stats.decoded / (t1 - t0)}
         row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)}
+        if a.toy:
+            row["skips"] = toy.skipping(trajectories)
         tell(a, s, step, row, trajectories)
         facts |= {"step": step + 1, "seconds": time.monotonic() - began}
         if not a.toy:  # no audit: what this step's documents held

@@ -9,7 +9,7 @@ import torch
 import model as models
 import simulator
 import toy
-from rollout import Documents, Query, Question, observation, prompt
+from rollout import Documents, Query, Question, Trajectory, observation, prompt
 from tokenizer import Tokenizer
 
 
@@ -180,3 +180,17 @@ def test_the_shipped_body_reads_and_guesses():
     body, tok = models.load("tiny"), Tokenizer.load(models.resolve("tiny"))
     assert toy.reading_accuracy(body, tok, 24, seed=1) > 0.95
     assert body.config.family == "qwen2" and replace(body.config).tied
+
+
+def test_a_search_that_skips_a_hop_is_seen():
+    """If RL lived off the simulator's leak, this figure would have to show it."""
+    question = Question("mayor home Kalan?", ("Niham",), hops=2)
+    first = ("home Kalan", "Doc 1: home Kalan Lowick\nDoc 2: home Tulan Merford")
+    proper = Query("mayor Lowick", question, earlier=(first,))
+    assert not toy.skips(proper) and not toy.skips(Query("home Kalan", question))
+    assert toy.skips(Query("mayor Kalan", question)) and toy.skips(Query("mayor Lowick", question))
+    assert toy.skips(Query("mayor Merford", question, earlier=(first,)))
+    t = Trajectory(
+        question, searches=[(proper, Documents("")), (Query("mayor Kalan", question), Documents(""))]
+    )
+    assert toy.skipping([t]) == 0.5 and toy.skipping([]) == 0

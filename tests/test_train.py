@@ -113,7 +113,7 @@ def test_bad_flags_are_one_line(tiny, tmp_path, capsys):
         (["--steps", "many"], "invalid int"),
         (["--steps", "0"], "at least 1"),
         (["--algorithm", "magic"], "invalid choice"),
-        (["--policy", "4b"], "presets"),
+        (["--policy", "4b"], "preset"),
         (["--prompt-tokens", "190"], "no room"),
         (["--seat-tokens", "100"], "cannot hold an episode"),
         (["--eval-data", "x.jsonl"], "go together"),
