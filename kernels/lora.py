@@ -90,16 +90,18 @@ def _block(n: int, most: int, least: int = 16) -> int:
     return min(most, max(least, triton.next_power_of_2(n)))
 
 
-def config(n: int, i: int, o: int, R: int, k: int, t: Target) -> tuple[dict, dict]:
+def config(n: int, i: int, o: int, R: int, k: int, bits: int, t: Target) -> tuple[dict, dict]:
     """For shrink and expand. The sum over i is split because few rows alone would leave processors idle."""
     rows, columns = {"BLOCK_N": _block(n, 64)}, {"BLOCK_C": _block(R * k, 64)}
     blocks = triton.cdiv(n, rows["BLOCK_N"]) * triton.cdiv(R * k, columns["BLOCK_C"])
     splits = max(1, min(8, i // 512, t.processors // 2 // blocks))
-    BLOCK_I = _block(i, 64 if t.hip else 128)
+    BLOCK_I = _block(i, 1024 // bits)
     span = triton.cdiv(triton.cdiv(i, splits), BLOCK_I) * BLOCK_I
-    shrink = rows | columns | {"BLOCK_I": BLOCK_I, "SPAN": span, "num_warps": 4, "num_stages": 3}
-    expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o // 96, 128, 32)}
-    return shrink, rows | expand | {"num_warps": 4, "num_stages": 2}
+    shrink = (
+        rows | columns | {"BLOCK_I": BLOCK_I, "SPAN": span, "num_warps": 4, "num_stages": 2 if t.hip else 4}
+    )
+    expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o // 96, 64, 32)}
+    return shrink, rows | expand | {"num_warps": 8, "num_stages": 1}  # 4 warps, or 2 stages, spill
 
 
 def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale:
     check(y.dtype == x.dtype == A.dtype == B.dtype, "y, x, A and B must have one type")
     check(y.is_contiguous() and A.is_contiguous() and B.is_contiguous(), "y, A and B must be contiguous")
     n, C = b * T, R * k
-    shrink, expand = config(n, i, o, R, k, target())
+    shrink, expand = config(n, i, o, R, k, 8 * x.element_size(), target())
     splits, blocks = expand["SPLITS"], triton.cdiv(n, shrink["BLOCK_N"])
     middle = x.new_empty(splits, n, C, dtype=torch.float32)
     _shrink_kernel[(blocks, triton.cdiv(C, shrink["BLOCK_C"]), splits)](
