@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -436,6 +437,7 @@ def prepare(s: Setting, a: argparse.Namespace) -> dict:
     if a.sft_steps and not a.sim_adapter:
         tune_simulator(s, a)
         models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, Path(a.out) / "simulator", a.sim)
+    preview(s)
     if a.toy:
         facts["simulator"] = toy.audit(partial(write, s), seed=a.seed)
         print("simulator: ", *(f"{k} {v:.3f} " for k, v in facts["simulator"].items()), flush=True)
@@ -458,6 +460,15 @@ def write(s: Setting, queries: list[Query], noisy: bool) -> list[str]:
     """What the simulator writes for queries, all useful or all noisy."""
     simulator = replace(s.simulator, p_noise=float(noisy))
     return [documents.text for documents in s.engine.run(simulator(query) for query in queries)]
+
+
+def preview(s: Setting) -> None:
+    """Print what the simulator writes, useful and noisy, when the first question itself is the query."""
+    query = Query(s.questions[0].text, s.questions[0])
+    useful, noisy = (write(s, [query], quality)[0] for quality in (False, True))
+    print(f"the simulator's documents for {query.text!r} (golden: {query.question.answers[0]})")
+    width = shutil.get_terminal_size().columns
+    print(simulators.side_by_side(f"USEFUL\n{useful}", f"NOISY\n{noisy}", width) + "\n", flush=True)
 
 
 def tune_simulator(s: Setting, a: argparse.Namespace) -> None:
