@@ -363,7 +363,7 @@ def open_engine(args: argparse.Namespace, tok: Tokenizer | None = None) -> Searc
         return open_search(args.search, args.documents)
     own = args.sim_adapter or args.sim_prompt or args.data != "toy"
     words = words_for(args.sim_adapter, args.sim_prompt) if own else toy.SIM_WORDS
-    simulator = Simulator(tok, words, args.noise)
+    simulator = Simulator(tok, words, args.noise, limit=600 if own else 40)
     return simulator if own else toy.shuffled(simulator)
 
 

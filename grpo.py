@@ -160,7 +160,7 @@ def learn(
         sums["loss"] = sums.get("loss", 0.0) + value.item()
     norm = torch.nn.utils.clip_grad_norm_([model.adapter(POLICY)], o.grad_clip)
     if not torch.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite: lower --lr, or use --dtype bf16 or fp32")
+        raise ValueError("the gradient is not finite: lower --lr, or use --dtype bf16 or fp32")
     optimizer.step()
     padded = sum(b.ids.numel() for b in batches)
     waste = 1 - sum(int(b.lengths.sum()) for b in batches) / padded

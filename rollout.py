@@ -560,13 +560,14 @@ class Engine:
         self, bodies: dict[int, tuple[Model, object]], seats: int, capacity: int, prefill: int = 8192
     ):
         self.stats = Stats()
-        sizes = (seats, capacity, prefill, max(1, seats // 4) if len(bodies) > 1 else 0)
-        if seats < 2 and len(bodies) > 1:
-            raise ValueError("two roles need at least 2 seats: one to wait in, one to write documents in")
         pools: dict[int, Pool] = {}
         for model, tok in bodies.values():
+            shared = sum(other is model for other, _ in bodies.values()) > 1
+            if shared and seats < 2:
+                raise ValueError("two roles need at least 2 seats: one to wait in, one to write documents in")
             if id(model) not in pools:
-                pools[id(model)] = Pool(model, tok, *sizes)
+                reserve = max(1, seats // 4) if shared else 0
+                pools[id(model)] = Pool(model, tok, seats, capacity, prefill, reserve)
         self.pools = {role: pools[id(model)] for role, (model, _) in bodies.items()}
 
     @torch.inference_mode()

@@ -537,7 +537,8 @@ def command_write(args: argparse.Namespace) -> None:
     useful = Simulator(tok, words, 0.0, limit=args.limit, temperature=args.temperature)
     noisy = replace(useful, p_noise=1.0)
     longest = max(len(prompt(tok, words, query, n)) for n in (False, True))
-    engine = Engine({SIMULATOR: (body, tok)}, seats=2, capacity=longest + args.limit + 1)
+    capacity = min(longest + args.limit + 1, len(body.cos))
+    engine = Engine({SIMULATOR: (body, tok)}, seats=2, capacity=capacity)
     left, right = engine.run([useful(query), noisy(query)])
     width = shutil.get_terminal_size().columns
     print(side_by_side(f"USEFUL\n{left.text}", f"NOISY\n{right.text}", width))

@@ -160,7 +160,8 @@ class Tokenizer:
             return re.sub(f"{mark}([0-9]+){mark}", lambda match: names[int(match[1])], text)
 
         hidden = [m | {"content": self._special.pattern.sub(hide, m["content"])} for m in messages]
-        text = self._hf.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True)
+        day = {"date_string": "26 Jul 2024"}  # Llama 3 would put in today, and no run could be repeated
+        text = self._hf.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True, **day)
         if mark not in text:  # whole: SentencePiece may treat the first stretch of a text in its own way
             return self.encode(text, special=True)
         pieces = self._special.split(text, special=True)

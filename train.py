@@ -13,12 +13,14 @@ What this is not: a framework. There are no callbacks and no configuration files
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +36,7 @@ import model as models
 import simulator as simulators
 import toy
 from model import POLICY, SIMULATOR, Model
-from rollout import WORDS, Engine, Limits, Query, Question, Search, Trajectory, Words, episode, show
+from rollout import WORDS, Engine, Limits, Query, Question, Search, Trajectory, Words, episode, prompt, show
 from search import open_search
 from simulator import Simulator, SimWords
 from tokenizer import Tokenizer
@@ -164,9 +166,14 @@ def check(a: argparse.Namespace) -> None:
     """Raise ValueError for values that cannot work, before anything is loaded or written."""
     if a.group < 2:
         raise ValueError("--group 1 has no siblings to be compared with: use 2 or more")
-    for name in ("steps", "questions", "rank", "micro_tokens", "updates", "save_every", "show_every"):
-        if getattr(a, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(a, name)}")
+    least = dict.fromkeys(("seed", "turns", "seats", "eval_questions", "sft_steps"), 0)
+    for f in FLAGS:
+        if isinstance(f, Flag) and f.kind in (int, float):
+            value, low = getattr(a, f.name.replace("-", "_")), least.get(f.name.replace("-", "_"), 1)
+            if f.kind is int and value < low:
+                raise ValueError(f"--{f.name} must be at least {low}, not {value}")
+            if f.kind is float and not 0 <= value < math.inf:
+                raise ValueError(f"--{f.name} must be a number from 0 on, not {value}")
     for name in ("noise_start", "noise_end"):
         if not 0 <= getattr(a, name) <= 1:
             raise ValueError(
@@ -178,6 +185,10 @@ def check(a: argparse.Namespace) -> None:
         )
     if a.prompt_tokens + 2 * min(a.turn_tokens, 64) > a.episode_tokens:
         raise ValueError("--episode-tokens leaves no room behind a prompt of --prompt-tokens: raise it")
+    if a.toy and (a.eval_data or a.eval_search):
+        raise ValueError("the toy world brings its own held-out questions: --eval-data needs --data")
+    if a.sft_steps and not a.toy:
+        raise ValueError("--sft-steps is for the toy world: use simulator.py sft, then --sim-adapter")
     if bool(a.eval_data) != bool(a.eval_search):
         raise ValueError(
             "--eval-data and --eval-search go together: questions, and the engine that answers them"
@@ -221,9 +232,9 @@ def load_setting(a: argparse.Namespace) -> Setting:
     words = judge_of.load_words(a.policy_prompt) if a.policy_prompt else toy.WORDS if a.toy else WORDS
     sim_words = load_sim_words(a)
     dtype = models.DTYPES[a.dtype]
-    loaded = {
-        home: (models.load(home, dtype, a.device), Tokenizer.load(home)) for home in set(homes.values())
-    }
+    toks = {home: Tokenizer.load(home) for home in set(homes.values())}
+    check_prompts(questions + held, toks[homes[POLICY]], words, limits.prompt)
+    loaded = {home: (models.load(home, dtype, a.device), tok) for home, tok in toks.items()}
     bodies = {role: loaded[home] for role, home in homes.items()}
     body = bodies[POLICY][0]
     if a.adapter:
@@ -240,12 +251,23 @@ def load_setting(a: argparse.Namespace) -> Setting:
     return Setting(bodies, questions, held, engine_of_held, words, limits, simulator, engine)
 
 
+def check_prompts(questions: list[Question], tok: Tokenizer, words: Words, limit: int) -> None:
+    """Raise ValueError for a question whose prompt is too long: at the start, not when it is drawn."""
+    frame = len(prompt(Question("", ()), tok, words))
+    for q in questions:
+        if frame + len(q.text.encode()) + 1 > limit and (n := len(prompt(q, tok, words))) > limit:
+            raise ValueError(
+                f"the prompt of {q.text[:60]!r} has {n} tokens, over {limit}: raise --prompt-tokens"
+            )
+
+
 def fitting_seats(a: argparse.Namespace, bodies: list[Model]) -> int:
     """Seats for all of a step's episodes and their simulators, or as many as fill 40 % of the free memory."""
     if a.device == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 2**20  # macOS
+        free = pages * os.sysconf("SC_PAGE_SIZE")
     seat = sum(cache_bytes(body) for body in bodies) * a.seat_tokens
     fit, useful = int(0.4 * free / seat), a.questions * a.group * 4 // 3 + 2
     if fit < 2:
@@ -285,11 +307,19 @@ def load_sim_words(a: argparse.Namespace) -> SimWords:
 
 
 def ask(s: Setting, a: argparse.Namespace, step: int) -> list[tuple[int, Question]]:
-    """The step's questions with their numbers: all of them once before any comes again, in a seeded order."""
-    n, out = len(s.questions), []
-    for i in range(step * a.questions, (step + 1) * a.questions):
-        order = random.Random(f"{a.seed} {i // n}").sample(range(n), n)
-        out.append((order[i % n], s.questions[order[i % n]]))
+    """The step's questions with their numbers: all of them once before any comes again, in a seeded order.
+
+    A question that comes twice in one step has another number, else its groups would be copies of each other.
+    """
+    n, out, drawn = len(s.questions), [], Counter()
+    draws = range(step * a.questions, (step + 1) * a.questions)
+    orders = {
+        epoch: random.Random(f"{a.seed} {epoch}").sample(range(n), n) for epoch in {i // n for i in draws}
+    }
+    for i in draws:
+        number = orders[i // n][i % n]
+        out.append((number + n * drawn[number], s.questions[number]))
+        drawn[number] += 1
     return out
 
 
@@ -436,7 +466,9 @@ def prepare(s: Setting, a: argparse.Namespace) -> dict:
         print(table_of(before=facts["before"]), flush=True)
     if a.sft_steps and not a.sim_adapter:
         tune_simulator(s, a)
-        models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, Path(a.out) / "simulator", a.sim)
+        home = Path(a.out) / "simulator"
+        models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
+        simulators.save_words(s.simulator.words, home / simulators.WORDS_FILE)
     preview(s)
     if a.toy:
         facts["simulator"] = toy.audit(partial(write, s), seed=a.seed)
@@ -500,11 +532,11 @@ def open_run(given: dict[str, object]) -> tuple[argparse.Namespace, bool]:
         raise ValueError("--resume needs the --out of the run to go on with")
     old = models.read_json(Path(given["out"]) / "args.json", "the directory of a run")
     free = ("out", "resume", "save-every", "show-every")
-    unlike = [k for k, v in given.items() if k not in free and v != old["given"].get(k)]
+    unlike = [k for k, v in given.items() if k not in free and v != old["settled"].get(k.replace("-", "_"))]
     if unlike:
         was = ", ".join(f"--{k} {old['settled'].get(k.replace('-', '_'))}" for k in unlike)
         raise ValueError(f"--resume with other arguments: the run in {given['out']} was begun with {was}")
-    return settle(old["given"] | given), True
+    return settle(old["given"] | {"seats": old["settled"]["seats"]} | given), True
 
 
 def save_state(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, facts: dict) -> None:
@@ -571,12 +603,13 @@ def main(argv: list[str] | None = None) -> None:
     print(*(f"--{k.replace('_', '-')} {v}" for k, v in vars(a).items() if v not in ("", False)), flush=True)
     optimizer = torch.optim.AdamW([s.body.adapter(POLICY)], lr=a.lr, weight_decay=a.weight_decay)
     facts = load_state(a, s, optimizer) if resumed else {}
-    began, pause = time.monotonic() - facts.get("seconds", 0.0), Pause()
+    began = time.monotonic() - facts.get("seconds", 0.0)
 
     if not facts:
         facts = prepare(s, a) | {"step": 0, "seconds": time.monotonic() - began}
         save_state(a, s, optimizer, facts)
 
+    pause = Pause()
     for step in range(facts["step"], a.steps):
         t0 = time.monotonic()
         asked = ask(s, a, step)
@@ -593,7 +626,7 @@ def main(argv: list[str] | None = None) -> None:
             row["skips"] = toy.skipping(trajectories)
         tell(a, s, step, row, trajectories)
         facts |= {"step": step + 1, "seconds": time.monotonic() - began}
-        if not a.toy:  # no audit: what this step's documents held
+        if not a.toy:  # no audit: what the last step's documents held
             facts["simulator"] = {k: row.get(k) for k in ("useful_hit", "noisy_hit")} | {"leak": None}
         if pause.asked or (step + 1) % a.save_every == 0 or step + 1 == a.steps:
             save_state(a, s, optimizer, facts)
@@ -601,6 +634,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"saved; go on with: python train.py --out {a.out} --resume")
             sys.exit(130)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     finish(s, a, facts, began)
 
 

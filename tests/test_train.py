@@ -116,9 +116,13 @@ def test_bad_flags_are_one_line(tiny, tmp_path, capsys):
         (["--policy", "4b"], "preset"),
         (["--prompt-tokens", "190"], "no room"),
         (["--seat-tokens", "100"], "cannot hold an episode"),
-        (["--eval-data", "x.jsonl"], "go together"),
+        (["--eval-data", "x.jsonl"], "--eval-data needs --data"),
         (["--policy-prompt", "nowhere.json"], "nowhere.json"),
         (["--prompt-tokens", "3"], "tokens, over 3"),
+        (["--turns", "-1"], "--turns must be at least 0"),
+        (["--sim-tokens", "0"], "--sim-tokens must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--lr", "nan"], "--lr must be a number"),
         (["--resume"], "needs the --out"),
     ]:
         extra = [] if argv == ["--resume"] else ["--out", out, "--eval-questions", "0", "--sft-steps", "0"]
@@ -154,6 +158,16 @@ def test_every_question_once_before_any_comes_again(tiny):
     for epoch in range(7):
         assert sorted(seen[30 * epoch : 30 * (epoch + 1)]) == list(range(30))
     assert seen[:30] != seen[30:60]
+
+
+def test_a_question_that_comes_twice_in_a_step_has_two_addresses(tiny):
+    """With one address its two groups would be copies of each other, token for token."""
+    a = train.settle({"questions": 7})
+    s = type("S", (), {"questions": ["a", "b", "c"]})
+    for step in range(5):
+        asked = train.ask(s, a, step)
+        assert len({number for number, _ in asked}) == 7
+        assert all(question == "abc"[number % 3] for number, question in asked)
 
 
 def test_the_learning_rate_is_whole_at_once_and_falls_to_the_end(tiny, monkeypatch):
