@@ -100,7 +100,7 @@ def config(n: int, i: int, o: int, R: int, k: int, bits: int, t: Target) -> tupl
     shrink = (
         rows | columns | {"BLOCK_I": BLOCK_I, "SPAN": span, "num_warps": 4, "num_stages": 2 if t.hip else 4}
     )
-    expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o // 96, 64, 32)}
+    expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o, 64)}
     return shrink, rows | expand | {"num_warps": 8, "num_stages": 1}  # 4 warps, or 2 stages, spill
 
 
