@@ -101,7 +101,8 @@ def config(n: int, i: int, o: int, R: int, k: int, bits: int, t: Target) -> tupl
         rows | columns | {"BLOCK_I": BLOCK_I, "SPAN": span, "num_warps": 4, "num_stages": 2 if t.hip else 4}
     )
     expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o, 64)}
-    return shrink, rows | expand | {"num_warps": 8, "num_stages": 1}  # 4 warps, or 2 stages, spill
+    warps = 4 if t.arch == 100 else 8  # the other choice spills, and so do two stages
+    return shrink, rows | expand | {"num_warps": warps, "num_stages": 1}
 
 
 def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale: Tensor) -> Tensor:
