@@ -23,7 +23,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import model as models
@@ -328,9 +327,8 @@ def load_sets(args: argparse.Namespace) -> dict[str, list[Question]]:
 
 def load_bodies(args: argparse.Namespace, homes: dict[int, Path]) -> dict[int, Model]:
     """role -> its body with its adapter. Roles of one checkpoint share one body."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = models.DTYPES[args.dtype or ("fp32" if device == "cpu" else "bf16")]
-    loaded = {home: models.load(home, dtype, device) for home in dict.fromkeys(homes.values())}
+    device, dtype = models.machine(args.device, args.dtype)
+    loaded = {home: models.load(home, models.DTYPES[dtype], device) for home in dict.fromkeys(homes.values())}
     for role, adapter in ((POLICY, args.adapter), (SIMULATOR, args.sim_adapter)):
         if adapter:
             models.load_adapter(loaded[homes[role]], role, adapter)

@@ -563,6 +563,12 @@ def resolve(name: str | Path) -> Path:
         ) from None
 
 
+def machine(device: str | None, dtype: str | None) -> tuple[str, str]:
+    """Names of device and type (a key of DTYPES): by default a GPU in bf16, else the CPU in fp32."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, dtype or ("fp32" if device == "cpu" else "bf16")
+
+
 def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
     """Load a body from a Hugging Face directory, strictly: every tensor must be there, fit, and be expected.
 

@@ -1,5 +1,4 @@
-"""Time: tokens that appear one after another. Seats, sampling, and the think / search / read / answer
-episode.
+"""Time: tokens that appear one after another. Seats, sampling, the think / search / read / answer episode.
 
 An episode is a generator. It yields a `Turn` when it wants tokens and is sent back what was sampled; a search
 inside it may yield turns of its own (in the simulator's role) or a future (of a real engine). The engine
@@ -89,8 +88,7 @@ Episode = Generator[Turn | Future, object, object]
 
 @dataclass(frozen=True)
 class Limits:
-    """In tokens, but for `turns`: searches (or invalid turns) before the last generation, which can only
-    answer."""
+    """In tokens, but for `turns`: searches or invalid turns before the last generation, an answer."""
 
     prompt: int = 2048
     episode: int = 4096
@@ -170,8 +168,7 @@ STOPS = ("</search>", "</answer>")
 
 
 def action(text: str) -> tuple[str, str] | None:
-    """The first whole search or answer block of one sampled turn: its kind and its text, None if there is
-    none."""
+    """Kind and text of the first whole search or answer block of one sampled turn, or None."""
     found = ACTION.search(text)
     if found is None or (found[1] == "search" and not found[2].strip()):
         return None
@@ -230,9 +227,8 @@ def episode(
         room = limits.episode - len(t.ids)
         spare = room - answer_room - max(frame, len(notice))  # for this turn, if another is to follow
         last = call == limits.turns or spare < answer_room
-        given, fed = t.ids[fed:], len(t.ids)
         sampled = yield Turn(
-            given,
+            t.ids[fed:],
             POLICY,
             limit=min(limits.turn, room if last else spare),
             temperature=temperature,
@@ -322,13 +318,8 @@ class Pool:
             raise ValueError(
                 f"seats of {capacity} tokens are longer than the {model.cos.size(0)} this body can read"
             )
-        self.model, self.tok, self.capacity, self.prefill, self.reserve = (
-            model,
-            tok,
-            capacity,
-            prefill,
-            reserve,
-        )
+        self.model, self.tok = model, tok
+        self.capacity, self.prefill, self.reserve = capacity, prefill, reserve
         self.cache = Cache(model.config, seats, capacity, model.dtype, model.device)
         self.clear()
         self.stops: dict[tuple[str, ...], int] = {}
@@ -405,20 +396,20 @@ class Pool:
     # feeding
 
     def feed(self, seats: list[Seat], stats: Stats) -> None:
-        """Bring the taken seats to the point where their last token is due: prompts once, siblings by
-        copy."""
+        """Bring the taken seats to where their last token is due: prompts once, siblings by copy."""
         leaders, followers = [], []
         for seat in seats:
             seat.pending = seat.pending + seat.turn.ids
             new = len(seat.pending)
             if seat.fed + new >= self.capacity:
                 raise ValueError(f"{seat.fed + new} tokens do not fit in a seat of {self.capacity}")
-            key = (seat.role, tuple(seat.pending)) if seat.fed == 0 and new > 1 else None
-            if key is None or key not in self.prompts:
-                leaders.append(seat)
-            else:
+            key = (seat.role, tuple(seat.pending))
+            fresh = seat.fed == 0 and new > 1
+            if fresh and key in self.prompts:
                 followers.append((seat, self.prompts[key]))
-            if key is not None and key not in self.prompts:
+                continue
+            leaders.append(seat)
+            if fresh:
                 self.prompts[key], seat.shared = seat, key
         first = self.busy
         for seat in sorted(leaders, key=lambda s: len(s.pending)):
@@ -439,8 +430,7 @@ class Pool:
         self.busy += 1
 
     def batches(self, first: int) -> Iterable[slice]:
-        """Cut the busy rows from `first` on, sorted by what is to be fed, into batches under the token
-        budget."""
+        """Cut the busy rows from `first` on, sorted by length, into batches under the token budget."""
         row = first
         while row < self.busy:
             end = row + 1
@@ -461,16 +451,16 @@ class Pool:
         start = torch.tensor([s.fed for s in seats], device=device)
         lens = torch.tensor([len(f) for f in feeds], device=device)
         window = self.cache.window(rows, max(s.fed for s in seats) + longest, start, lens)
-        role = self.roles(rows, {s.role for s in seats}, torch.tensor([s.role for s in seats], device=device))
+        role = self.one_or_each(seats, torch.tensor([s.role for s in seats], device=device))
         self.model(block, role, window=window, lora=self.stack.rows(role))
         for s, f in zip(seats, feeds):
             s.fed += len(f)
             stats.prefilled += len(f)
 
     @staticmethod
-    def roles(rows: slice, distinct: set[int], column: torch.Tensor) -> int | torch.Tensor:
-        """One role where all rows have the same (cheaper), else the column."""
-        return distinct.pop() if len(distinct) == 1 else column
+    def one_or_each(seats: list[Seat], column: torch.Tensor) -> int | torch.Tensor:
+        """The seats' role where all have the same (cheaper), else the column (B,) of their roles."""
+        return seats[0].role if len({s.role for s in seats}) == 1 else column
 
     def begin(self, seat: Seat) -> None:
         """Write a turn into its row's columns."""
@@ -502,7 +492,7 @@ class Pool:
         seats = self.rows[busy]
         start = self.length[busy]
         window = self.cache.window(busy, max(s.fed for s in seats) + 1, start, torch.ones_like(start))
-        role = self.roles(busy, {s.role for s in seats}, self.role[busy])
+        role = self.one_or_each(seats, self.role[busy])
         h = self.model(self.last[busy, None], role, window=window, lora=self.stack.rows(role))
         count = self.count[busy]
         u = self.u[busy].gather(1, count[:, None])[:, 0]

@@ -463,9 +463,8 @@ def words_for(adapter: str | None, named: str | None) -> SimWords:
 def load_body(args: argparse.Namespace) -> tuple[Model, Tokenizer]:
     """The body and its tokenizer, where and as the flags say."""
     where = models.resolve(args.sim)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = models.DTYPES[args.dtype or ("fp32" if device == "cpu" else "bf16")]
-    return models.load(where, dtype, device), Tokenizer.load(where)
+    device, dtype = models.machine(args.device, args.dtype)
+    return models.load(where, models.DTYPES[dtype], device), Tokenizer.load(where)
 
 
 def save_run(out: Path, model: Model, words: SimWords, state: dict, base: str) -> None:

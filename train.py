@@ -147,7 +147,7 @@ def parse_arguments(argv: list[str] | None = None) -> dict[str, object]:
 
 def settle(given: dict[str, object]) -> argparse.Namespace:
     """Every flag with its value: what was given, else its default. Raises ValueError for nonsense."""
-    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = models.machine(given.get("device"), given.get("dtype"))
     in_toy = given.get("policy", "tiny") == "tiny" and not given.get("data")
     column = "toy" if in_toy else "cpu" if device == "cpu" else "default"
     a = argparse.Namespace(toy=in_toy)
@@ -155,9 +155,8 @@ def settle(given: dict[str, object]) -> argparse.Namespace:
         if isinstance(f, Flag):
             default = getattr(f, column)
             setattr(a, f.name.replace("-", "_"), given.get(f.name, f.default if default is None else default))
-    a.device, a.sim = device, a.sim or a.policy
+    a.device, a.dtype, a.sim = device, dtype, a.sim or a.policy
     a.data = a.data or ("toy" if in_toy else "nq,hotpotqa")
-    a.dtype = a.dtype or ("fp32" if device == "cpu" else "bf16")
     check(a)
     return a
 
