@@ -1,9 +1,5 @@
 """The truth: questions with golden answers, the scores, and a policy measured with any search engine.
 
-"EM" here is strict: the normalised answer *is* a golden answer. The paper's code calls "EM" what is
-`cover_em` here, a golden answer anywhere in the answer. Both are reported, and F1, which is also the reward
-of training.
-
 It deliberately is not: a judge, a sampler of favourites (greedy, unless told otherwise), a filter. Every
 question counts, an episode without an answer too: as 0.
 
@@ -13,14 +9,11 @@ question counts, an episode without an answer too: as 0.
 
 import argparse
 import json
-import re
-import string
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,124 +21,11 @@ from tqdm import tqdm
 import model as models
 import toy
 from model import POLICY, SIMULATOR, Model
+from questions import cover_em, exact_match, f1, load_questions
 from rollout import WORDS, Engine, Limits, Question, Search, Stats, Trajectory, Words, episode
-from search import BM25, open_bm25, open_search, read_lines
+from search import BM25, open_bm25, open_search
 from simulator import Simulator, words_for
 from tokenizer import Tokenizer
-
-# ----------------------------------------------------------------------------------------------------- scores
-
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalise(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles a / an / the, single spaces: as SQuAD and HotpotQA do.
-
-    Punctuation goes first and leaves no space: "U.S." -> us, "well-known" -> wellknown. The rest of unicode
-    stays as it is.
-    """
-    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
-
-
-def f1(answer: str | None, golds: Iterable[str]) -> float:
-    """Token F1 within 0..1, 2 * common / (tokens of the answer + tokens of the gold): the best over golds.
-
-    Tokens are the words of the normalised texts, with multiplicity. yes, no and noanswer are words like any
-    other: "yes, it is" gets .5 against "yes", as in the paper's reward, and not 0, as in HotpotQA's script.
-    """
-    return _best(_f1, answer, golds)
-
-
-def exact_match(answer: str | None, golds: Iterable[str]) -> float:
-    """1.0 where the normalised answer equals a normalised golden answer, else 0.0."""
-    return _best(str.__eq__, answer, golds)
-
-
-def cover_em(answer: str | None, golds: Iterable[str]) -> float:
-    """1.0 where a normalised golden answer is a substring of the normalised answer, else 0.0.
-
-    Characters, not whole words, so that figures compare with the paper's "EM" column, whose code does so.
-    Hence "no" is found in "nothing", and a long enough answer is always right: read it beside the other two.
-    """
-    return _best(lambda answer, gold: gold != "" and gold in answer, answer, golds)
-
-
-def _best(measure: Callable[[str, str], float], answer: str | None, golds: Iterable[str]) -> float:
-    """The best over golds, all normalised. No answer (None, or nothing left of it) is 0 in every score."""
-    said = normalise(answer or "")
-    return max((float(measure(said, normalise(gold))) for gold in golds), default=0.0) if said else 0.0
-
-
-def _f1(answer: str, gold: str) -> float:
-    a, g = Counter(answer.split()), Counter(gold.split())
-    return 2 * (a & g).total() / (a.total() + g.total())
-
-
-# -------------------------------------------------------------------------------------------------- questions
-
-
-def parse_question(row: dict) -> Question:
-    """A row {"question", "golden_answers" | "answers" | "answer", and optionally "id", "hops"} -> Question.
-
-    The answers are one text or a list of them. Raises ValueError where a row has no question or no answer.
-    """
-    text, hops = row.get("question"), row.get("hops", 0)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError('has no text under "question"')
-    answers = next((row[k] for k in ("golden_answers", "answers", "answer") if k in row), [])
-    answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise ValueError('must have a text or a list of texts under "golden_answers"')
-    answers = tuple(a for a in answers if a.strip())
-    if not answers:
-        raise ValueError('has no answer under "golden_answers"')
-    if not isinstance(hops, int):
-        raise ValueError(f'has {hops!r} under "hops", which is a number of searches')
-    return Question(text, answers, str(row.get("id", "")), hops)
-
-
-HUB = "RUC-NLPIR/FlashRAG_datasets"  # on the Hugging Face hub, one configuration a set
-SETS = {  # name -> its split to train on, its split to evaluate on
-    "nq": ("train", "test"),
-    "triviaqa": ("train", "test"),
-    "popqa": (None, "test"),
-    "hotpotqa": ("train", "dev"),
-    "2wikimultihopqa": ("train", "dev"),
-    "musique": ("train", "dev"),
-    "bamboogle": (None, "test"),
-}
-
-
-def load_questions(source: str | Path, limit: int | None = None, train: bool = False) -> list[Question]:
-    """The first `limit` questions (None: all) of a JSON lines file, plain or gzip, or of a set of `SETS`.
-
-    Raises ValueError, with the line's number where one is broken or has no answer; OSError where there is no
-    file.
-    """
-    if str(source) in SETS and not Path(source).exists():
-        rows = map(parse_question, download(str(source), train))
-    else:
-        rows = read_lines(source, parse_question)
-    questions = list(islice(rows, limit))
-    if not questions:
-        raise ValueError(f"{source} holds no questions")
-    return questions
-
-
-def download(name: str, train: bool) -> Iterable[dict]:
-    """The rows of a set of `SETS`, from the hub or its cache. Raises ValueError where it cannot be had."""
-    from datasets import load_dataset  # not on every machine, and slow to import
-
-    split = SETS[name][0 if train else 1]
-    if split is None:
-        raise ValueError(f"{name} has no questions to train on: it is a test set")
-    try:
-        return load_dataset(HUB, name, split=split)
-    except Exception as e:  # the hub's client raises dozens of types, all of them "could not be had"
-        reason = (str(e).strip() or repr(e)).splitlines()[0]
-        raise ValueError(f"could not download {name} from {HUB}: {reason}. Give a question file") from None
-
 
 # ------------------------------------------------------------------------------------------------- evaluating
 

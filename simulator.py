@@ -17,24 +17,21 @@ Source: ZeroSearch, arXiv 2505.04588 (simulator, curriculum). The words are our 
 import argparse
 import json
 import math
-import random
 import shutil
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import model as models
-from kernels import linear_logp
 from model import SIMULATOR, Model
 from rollout import DOCUMENTS, Documents, Engine, Query, Question, Turn, coin, fill
 from search import read_lines
+from sft import Example, Progress, adamw, fine_tune
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------ words
@@ -297,14 +294,6 @@ def row_query(row: dict) -> Query:
     return Query(row["query"], Question(row["question"], (row["answer"],)), (), earlier)
 
 
-@dataclass(frozen=True)
-class Example:
-    """A row as ids: the prompt, and from `start` on the documents with the end of the turn."""
-
-    ids: list[int]
-    start: int
-
-
 def end_of_turn(tok: Tokenizer) -> int:
     """The id that ends an assistant's turn in the chat template; without one, the lowest that ends a text."""
     turns = tok.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
@@ -317,135 +306,13 @@ def example(tok: Tokenizer, words: SimWords, end: int, row: dict) -> Example:
     return Example(asked + tok.encode(row["documents"]) + [end], len(asked))
 
 
-def steps_of(
-    rows: list[dict], encode: Callable[[dict], Example], tokens: int, seed: int
-) -> Iterator[list[Example]]:
-    """An endless stream of steps: rows in a new seeded order each time round, as many as `tokens` hold.
-
-    Rows are encoded when their turn comes, so that a large set costs nothing at the start. A row longer than
-    `tokens` is a step of its own.
-    """
-    order, step, size = random.Random(seed), [], 0
-    while True:
-        for row in order.sample(rows, len(rows)):
-            new = encode(row)
-            if step and size + len(new.ids) > tokens:
-                yield step
-                step, size = [], 0
-            step, size = [*step, new], size + len(new.ids)
-
-
-def batches(examples: list[Example], tokens: int) -> list[list[Example]]:
-    """Examples cut into batches of like length, each of at most `tokens` with its padding (or of one row).
-
-    Unsorted, half of a batch is padding in the toy world, whose rows have 31 to 108 tokens; so cut, 7 %.
-    """
-    out = [[]]
-    for e in sorted(examples, key=lambda e: len(e.ids)):
-        if out[-1] and len(e.ids) * (len(out[-1]) + 1) > tokens:
-            out.append([])
-        out[-1].append(e)
-    return out
-
-
-def document_logps(model: Model, batch: list[Example]) -> Tensor:
-    """Log-probabilities (N,) of a batch's document tokens, fp32, differentiable in its adapter."""
-    T = max(len(e.ids) for e in batch)
-    if model.config.context < T:
-        raise ValueError(
-            f"a row has {T} tokens, this body reads {model.config.context}: shorten its documents"
-        )
-    ids = torch.tensor([e.ids + [0] * (T - len(e.ids)) for e in batch], device=model.device)  # (B, T)
-    lengths = torch.tensor([len(e.ids) for e in batch], device=model.device)  # (B,)
-    starts = torch.tensor([e.start for e in batch], device=model.device)  # (B,)
-    at = torch.arange(T, device=model.device)
-    mask = (at >= starts[:, None]) & (at < lengths[:, None])  # (B, T)
-    h = model(ids, SIMULATOR, lengths)[:, :-1][mask[:, 1:]]  # (N, d)
-    return linear_logp(h, model.head, ids[:, 1:][mask[:, 1:]])[0]
-
-
-@torch.no_grad()
-def held_out_loss(model: Model, examples: list[Example], tokens: int) -> float:
-    """Mean negative log-probability of the document tokens of all examples, in nats."""
-    logps = [document_logps(model, batch) for batch in batches(examples, tokens)]
-    return -torch.cat(logps).mean().item()
-
-
-def backward(model: Model, step: list[Example], tokens: int) -> float:
-    """Add the gradient of a step's mean loss, batch by batch (the same for any `tokens`). The loss."""
-    n, loss = sum(len(e.ids) - e.start for e in step), 0.0
-    for batch in batches(step, tokens):
-        part = -document_logps(model, batch).sum() / n
-        part.backward()
-        loss += part.item()
-    return loss
-
-
-@dataclass(frozen=True)
-class Progress:
-    """After `step` of `steps`: losses in nats a document token, rate in tokens a second, seconds left."""
-
-    step: int
-    steps: int
-    loss: float
-    held: float | None  # of the held-out rows, at the steps at which it was measured
-    rate: float
-    left: float
-
-    def __str__(self):
-        held = "" if self.held is None else f"   held-out {self.held:.3f}"
-        pace = f"{self.rate:,.0f} tokens/s   {self.left:.0f} s left"
-        return f"sft {self.step:4d}/{self.steps}   loss {self.loss:.3f}{held}   {pace}"
-
-
-def adamw(model: Model) -> torch.optim.AdamW:
-    """The optimiser of the simulator's adapter. No weight decay: the adapter starts at the base, B = 0."""
-    return torch.optim.AdamW([model.adapter(SIMULATOR)], weight_decay=0.0)
-
-
 def sft(
-    model: Model,
-    tok: Tokenizer,
-    words: SimWords,
-    rows: list[dict],
-    steps: int,
-    lr: float,
-    tokens: int = 4096,
-    held: int = 64,
-    every: int = 50,
-    seed: int = 0,
-    micro: int = 1024,
-    optimizer: torch.optim.Optimizer | None = None,
-    done: int = 0,
+    model: Model, tok: Tokenizer, words: SimWords, rows: list[dict], steps: int, lr: float, **options
 ) -> Iterator[Progress]:
-    """Fine-tune the simulator's adapter on rows: a generator of one Progress a step (iterate to run it).
-
-    AdamW on `model.adapter(SIMULATOR)` alone, lr falling linearly to 0, about `tokens` tokens a step and at
-    most `micro`, with padding, a pass, loss on the documents and the end of the turn. At most `held` rows,
-    and at most a tenth, are held out; their loss is measured after the first step, every `every` steps and at
-    the end. All order comes from `seed`: with the adapter and `optimizer` as they were after `done` steps, a
-    run goes on as if it had never stopped. Raises ValueError for a row longer than the body can read.
-    """
-    rows = random.Random(seed).sample(rows, len(rows))
-    held = min(held, len(rows) // 10)
-    encode = partial(example, tok, words, end_of_turn(tok))
-    exam = [encode(row) for row in rows[:held]]
-    optimizer = optimizer or adamw(model)
-    began, seen = time.monotonic(), 0
-    for step, drawn in zip(range(1, steps + 1), steps_of(rows[held:], encode, tokens, seed)):
-        if step <= done:
-            continue
-        optimizer.param_groups[0]["lr"] = lr * (1 - (step - 1) / steps)
-        loss = backward(model, drawn, micro)
-        torch.nn.utils.clip_grad_norm_(model.adapter(SIMULATOR), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        seen += sum(len(e.ids) for e in drawn)
-        measured = exam and (step in (1, steps) or step % every == 0)
-        exam_loss = held_out_loss(model, exam, micro) if measured else None
-        spent = time.monotonic() - began
-        left = spent / (step - done) * (steps - step)
-        yield Progress(step, steps, loss, exam_loss, seen / spent, left)
+    """Fine-tune the simulator's adapter on rows (`read_rows`); options are those of `sft.fine_tune`."""
+    return fine_tune(
+        model, SIMULATOR, rows, partial(example, tok, words, end_of_turn(tok)), steps, lr, **options
+    )
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -499,14 +366,14 @@ def command_sft(args: argparse.Namespace) -> None:
     state = load_state(out, flags, args.resume)
     body, tok = load_body(args)
     body.add_role(SIMULATOR, args.rank, args.alpha, args.seed)
-    optimizer = adamw(body)
+    optimizer = adamw(body, SIMULATOR)
     if state:
         body.adapter(SIMULATOR).data.copy_(state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
     print(f"{len(rows)} rows, {body.adapter(SIMULATOR).numel():,} parameters to train, {body.device}")
     run = sft(
-        body, tok, words, rows, args.steps, args.lr, args.tokens, args.held, args.every, args.seed,
-        args.micro, optimizer, state["step"] if state else 0,
+        body, tok, words, rows, args.steps, args.lr, tokens=args.tokens, held=args.held, every=args.every,
+        seed=args.seed, micro=args.micro, optimizer=optimizer, done=state["step"] if state else 0,
     )  # fmt: skip
     for p in run:
         if p.step % 10 == 0 or p.held is not None:

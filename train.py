@@ -36,6 +36,7 @@ import model as models
 import simulator as simulators
 import toy
 from model import POLICY, SIMULATOR, Model
+from questions import cover_em, exact_match, f1, load_questions
 from rollout import WORDS, Engine, Limits, Query, Question, Search, Trajectory, Words, episode, prompt, show
 from search import open_search
 from simulator import Simulator, SimWords
@@ -227,7 +228,7 @@ def load_setting(a: argparse.Namespace) -> Setting:
     """Files first (cheap), then bodies; two roles of one checkpoint share one body."""
     limits = Limits(a.prompt_tokens, a.episode_tokens, a.turn_tokens, a.observation_tokens, a.turns)
     homes = {POLICY: models.resolve(a.policy), SIMULATOR: models.resolve(a.sim)}
-    questions, held, engine_of_held = load_questions(a)
+    questions, held, engine_of_held = questions_and_engine(a)
     words = judge_of.load_words(a.policy_prompt) if a.policy_prompt else toy.WORDS if a.toy else WORDS
     sim_words = load_sim_words(a)
     dtype = models.DTYPES[a.dtype]
@@ -283,15 +284,15 @@ def cache_bytes(body: Model) -> int:
     return 2 * c.layers * c.kv_heads * c.head_dim * body.embed.element_size()
 
 
-def load_questions(a: argparse.Namespace) -> tuple[list[Question], list[Question], Search | None]:
+def questions_and_engine(a: argparse.Namespace) -> tuple[list[Question], list[Question], Search | None]:
     """Training questions, held-out questions, and the real engine for the latter."""
     if a.toy:
         world, other = toy.World(2 * a.seed), toy.World(2 * a.seed + 1)  # facts of one are false in the other
         return world.questions(1000), other.questions(a.eval_questions), other.lookup
-    questions = [q for name in a.data.split(",") for q in judge_of.load_questions(name, train=True)]
+    questions = [q for name in a.data.split(",") for q in load_questions(name, train=True)]
     if not a.eval_data:
         return questions, [], None
-    held = [q for name in a.eval_data.split(",") for q in judge_of.load_questions(name)]
+    held = [q for name in a.eval_data.split(",") for q in load_questions(name)]
     held = random.Random(0).sample(held, min(a.eval_questions, len(held)))
     return questions, held, open_search(a.eval_search)
 
@@ -346,7 +347,7 @@ def progress(label: str, total: int) -> tqdm:
 
 def judge(trajectories: list[Trajectory], a: argparse.Namespace) -> torch.Tensor:
     """Rewards (Q, G): the metric itself, of the sampled answer against the golden ones."""
-    score = judge_of.f1 if a.reward == "f1" else judge_of.exact_match
+    score = f1 if a.reward == "f1" else exact_match
     return torch.tensor([score(t.answer, t.question.answers) for t in trajectories]).view(-1, a.group)
 
 
@@ -382,7 +383,7 @@ def figures_of(trajectories: list[Trajectory], rewards: torch.Tensor) -> dict:
     summary = judge_of.summarise(trajectories)
     written = [(d, q.question.answers) for t in trajectories for q, d in t.searches]
     held = {
-        kind: [judge_of.cover_em(d.text, golds) for d, golds in written if d.noisy is noisy]
+        kind: [cover_em(d.text, golds) for d, golds in written if d.noisy is noisy]
         for kind, noisy in (("useful_hit", False), ("noisy_hit", True))
     }
     return {

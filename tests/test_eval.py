@@ -12,7 +12,8 @@ import pytest
 import eval as evaluation
 import model as models
 import toy
-from eval import cover_em, evaluate, exact_match, f1, load_questions, normalise, report, retrieval, summarise
+from eval import evaluate, report, retrieval, summarise
+from questions import cover_em, exact_match, f1, load_questions, normalise
 from rollout import Documents, Limits, Question, Sampled, Stats, Words
 from search import BM25
 

@@ -12,11 +12,13 @@ FLOORS = {
     "rollout": 2,
     "search": 3,
     "grpo": 3,
-    "simulator": 4,
-    "toy": 5,
-    "eval": 6,
-    "train": 7,
-    "bench": 7,
+    "sft": 3,
+    "questions": 4,
+    "simulator": 5,
+    "toy": 6,
+    "eval": 7,
+    "train": 8,
+    "bench": 8,
 }
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import model as models
+import sft
 import simulator
 from model import REFERENCE, SIMULATOR
 from rollout import DOCUMENTS, Documents, Query, Question, Sampled, coin
-from simulator import PROMPTED_WORDS, SFT_WORDS, Simulator, SimWords, clean, p_noise, prompt, read_rows, sft
+from simulator import PROMPTED_WORDS, SFT_WORDS, Simulator, SimWords, clean, p_noise, prompt, read_rows
 
 END = 1  # the id that ends a turn
 
@@ -305,7 +306,7 @@ def test_fine_tuning_teaches_the_switch():
     body, tok = tiny_body(), Letters()
     before = body(torch.tensor([[5, 6, 7]]), REFERENCE)
     frozen = {k: v.clone() for k, v in body.named_parameters()}
-    run = list(sft(body, tok, SHORT, rows(), steps=40, lr=0.02, tokens=256, every=20))
+    run = list(simulator.sft(body, tok, SHORT, rows(), steps=40, lr=0.02, tokens=256, every=20))
     assert run[-1].held < 0.05 and run[-1].loss < 0.05 and run[0].held > 2  # ignoring the switch costs .126
     assert [p.step for p in run if p.held is not None] == [1, 20, 40]
     assert torch.equal(before, body(torch.tensor([[5, 6, 7]]), REFERENCE))
@@ -320,7 +321,7 @@ def test_only_document_tokens_are_trained():
     assert tok.decode(e.ids[e.start :]) == "ab<end>" and e.ids[: e.start] == prompt(
         tok, SHORT, ask("zzz"), True
     )
-    logps = simulator.document_logps(body, [e, simulator.Example([9, 8, 7], 2)])
+    logps = sft.completion_logps(body, SIMULATOR, [e, sft.Example([9, 8, 7], 2)])
     ids = torch.tensor([e.ids])
     alone = body.logits(body(ids, SIMULATOR)).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
     assert len(logps) == 3 + 1  # a, b, the end of the turn; one token of the shorter row; no padding
@@ -336,21 +337,23 @@ def test_a_turn_ends_as_the_template_ends_it():
 def test_a_row_longer_than_the_body_reads_is_refused():
     """One line, instead of an index error in the middle of the rotary table."""
     with pytest.raises(ValueError, match="600 tokens"):
-        simulator.document_logps(tiny_body(), [simulator.Example([5] * 600, 9)])
+        sft.completion_logps(tiny_body(), SIMULATOR, [sft.Example([5] * 600, 9)])
 
 
 def test_fine_tuning_is_seeded_and_goes_on_where_it_stopped():
     """A run that was cut and resumed must end in the same adapter, or its figures belong to no flags."""
 
     def run(body, optimizer, steps, done=0, upto=None):
-        walk = sft(body, Letters(), SHORT, rows(), steps, 0.01, 256, optimizer=optimizer, done=done)
+        walk = simulator.sft(
+            body, Letters(), SHORT, rows(), steps, 0.01, tokens=256, optimizer=optimizer, done=done
+        )
         for p in walk:
             if p.step == upto:
                 break
 
     whole, parts = tiny_body(), tiny_body()
-    run(whole, simulator.adamw(whole), 8)
-    optimizer = simulator.adamw(parts)
+    run(whole, sft.adamw(whole, SIMULATOR), 8)
+    optimizer = sft.adamw(parts, SIMULATOR)
     run(parts, optimizer, 8, upto=5)
     run(parts, optimizer, 8, done=5)
     assert torch.equal(whole.adapter(SIMULATOR), parts.adapter(SIMULATOR))
@@ -358,19 +361,19 @@ def test_fine_tuning_is_seeded_and_goes_on_where_it_stopped():
 
 def test_steps_fill_their_budget_and_visit_every_row():
     """Half the tokens a step is another learning rate; a row that is never drawn is never learnt."""
-    stream = simulator.steps_of(list(range(1, 30)), lambda n: simulator.Example([9] * n, 0), 60, seed=3)
+    stream = sft.steps_of(list(range(1, 30)), lambda n: sft.Example([9] * n, 0), 60, seed=3)
     seen, steps = [], []
     while len(seen) < 29:
         steps.append([len(e.ids) for e in next(stream)])
         seen += steps[-1]
     assert sorted(seen[:29]) == list(range(1, 30)) and seen[:29] != sorted(seen[:29])
     assert all(30 < sum(step) <= 60 for step in steps)
-    assert len(next(simulator.steps_of([0], lambda n: simulator.Example([9] * 99, 0), 60, 0))) == 1
+    assert len(next(sft.steps_of([0], lambda n: sft.Example([9] * 99, 0), 60, 0))) == 1
 
 
 def test_batches_hold_their_padding_within_the_budget():
     """Memory is rows times the longest row; a row too long for any batch still gets its turn."""
-    cut = simulator.batches([simulator.Example([9] * n, 0) for n in (9, 2, 50, 3, 2, 8)], 18)
+    cut = sft.batches([sft.Example([9] * n, 0) for n in (9, 2, 50, 3, 2, 8)], 18)
     assert [[len(e.ids) for e in batch] for batch in cut] == [[2, 2, 3], [8, 9], [50]]
 
 
@@ -382,8 +385,8 @@ def test_any_split_gives_the_same_gradient(tokens):
     whole, parts = tiny_body(), tiny_body()
     for body in (whole, parts):
         body.adapter(SIMULATOR).data.add_(0.01)  # B = 0 would leave A without a gradient
-    (-simulator.document_logps(whole, step).mean()).backward()
-    simulator.backward(parts, step, tokens)
+    (-sft.completion_logps(whole, SIMULATOR, step).mean()).backward()
+    sft.backward(parts, SIMULATOR, step, tokens)
     want, got = whole.adapter(SIMULATOR).grad, parts.adapter(SIMULATOR).grad
     assert torch.allclose(want, got, atol=1e-4 * want.abs().max())
 

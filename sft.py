@@ -1,0 +1,162 @@
+"""Supervised fine-tuning of one role's adapter on examples: a prompt, and what should follow it.
+
+The simulator's lightweight fine-tuning (ZeroSearch, arXiv 2505.04588). Only the completion is trained,
+batches hold rows of like length, and all order comes from a seed, so that an interrupted run goes on as if it
+had never stopped.
+
+What this is not: a Trainer. `fine_tune` is a generator of progress; what a row is, and where results are
+saved, is its caller's affair (simulator.py).
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import linear_logp
+from model import Model
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as ids: the prompt, and from `start` on what is to be learnt."""
+
+    ids: list[int]
+    start: int
+
+
+def steps_of(
+    rows: list[dict], encode: Callable[[dict], Example], tokens: int, seed: int
+) -> Iterator[list[Example]]:
+    """An endless stream of steps: rows in a new seeded order each time round, as many as `tokens` hold.
+
+    Rows are encoded when their turn comes, so that a large set costs nothing at the start. A row longer than
+    `tokens` is a step of its own.
+    """
+    order, step, size = random.Random(seed), [], 0
+    while True:
+        for row in order.sample(rows, len(rows)):
+            new = encode(row)
+            if step and size + len(new.ids) > tokens:
+                yield step
+                step, size = [], 0
+            step, size = [*step, new], size + len(new.ids)
+
+
+def batches(examples: list[Example], tokens: int) -> list[list[Example]]:
+    """Examples cut into batches of like length, each of at most `tokens` with its padding (or of one row).
+
+    Unsorted, half of a batch is padding in the toy world, whose rows have 31 to 108 tokens; so cut, 7 %.
+    """
+    out = [[]]
+    for e in sorted(examples, key=lambda e: len(e.ids)):
+        if out[-1] and len(e.ids) * (len(out[-1]) + 1) > tokens:
+            out.append([])
+        out[-1].append(e)
+    return out
+
+
+def completion_logps(model: Model, role: int, batch: list[Example]) -> Tensor:
+    """Log-probabilities (N,) of a batch's completion tokens, fp32, differentiable in the role's adapter."""
+    T = max(len(e.ids) for e in batch)
+    if model.config.context < T:
+        raise ValueError(f"a row has {T} tokens, this body reads {model.config.context}: shorten it")
+    ids = torch.tensor([e.ids + [0] * (T - len(e.ids)) for e in batch], device=model.device)  # (B, T)
+    lengths = torch.tensor([len(e.ids) for e in batch], device=model.device)  # (B,)
+    starts = torch.tensor([e.start for e in batch], device=model.device)  # (B,)
+    at = torch.arange(T, device=model.device)
+    mask = (at >= starts[:, None]) & (at < lengths[:, None])  # (B, T)
+    h = model(ids, role, lengths)[:, :-1][mask[:, 1:]]  # (N, d)
+    return linear_logp(h, model.head, ids[:, 1:][mask[:, 1:]])[0]
+
+
+@torch.no_grad()
+def held_out_loss(model: Model, role: int, examples: list[Example], tokens: int) -> float:
+    """Mean negative log-probability of the completion tokens of all examples, in nats."""
+    logps = [completion_logps(model, role, batch) for batch in batches(examples, tokens)]
+    return -torch.cat(logps).mean().item()
+
+
+def backward(model: Model, role: int, step: list[Example], tokens: int) -> float:
+    """Add the gradient of a step's mean loss, batch by batch (the same for any `tokens`). The loss."""
+    n, loss = sum(len(e.ids) - e.start for e in step), 0.0
+    for batch in batches(step, tokens):
+        part = -completion_logps(model, role, batch).sum() / n
+        part.backward()
+        loss += part.item()
+    return loss
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After `step` of `steps`: losses in nats a completion token, rate in tokens a second, seconds left."""
+
+    step: int
+    steps: int
+    loss: float
+    held: float | None  # of the held-out rows, at the steps at which it was measured
+    rate: float
+    left: float
+
+    def __str__(self):
+        held = "" if self.held is None else f"   held-out {self.held:.3f}"
+        pace = f"{self.rate:,.0f} tokens/s   {self.left:.0f} s left"
+        return f"sft {self.step:4d}/{self.steps}   loss {self.loss:.3f}{held}   {pace}"
+
+
+def adamw(model: Model, role: int) -> torch.optim.AdamW:
+    """The optimiser of a role's adapter. No weight decay: the adapter starts at the base, B = 0."""
+    return torch.optim.AdamW([model.adapter(role)], weight_decay=0.0)
+
+
+def split(rows: list[dict], held: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """(rows held out, rows to train on) in a seeded order: at most `held`, and at most a tenth, are held."""
+    rows = random.Random(seed).sample(rows, len(rows))
+    held = min(held, len(rows) // 10)
+    return rows[:held], rows[held:]
+
+
+def fine_tune(
+    model: Model,
+    role: int,
+    rows: list[dict],
+    encode: Callable[[dict], Example],
+    steps: int,
+    lr: float,
+    tokens: int = 4096,
+    held: int = 64,
+    every: int = 50,
+    seed: int = 0,
+    micro: int = 1024,
+    optimizer: torch.optim.Optimizer | None = None,
+    done: int = 0,
+) -> Iterator[Progress]:
+    """Fine-tune a role's adapter on rows: a generator of one Progress a step (iterate to run it).
+
+    AdamW on `model.adapter(role)` alone, lr falling linearly to 0, about `tokens` tokens a step and at most
+    `micro`, with padding, a pass; the loss is on the completions. At most `held` rows, and at most a tenth,
+    are held out (`split`); their loss is measured after the first step, every `every` steps and at the end.
+    With the adapter and `optimizer` as they were after `done` steps, a run goes on as if it had never
+    stopped. Raises ValueError for a row longer than the body can read.
+    """
+    exam_rows, rows = split(rows, held, seed)
+    exam = [encode(row) for row in exam_rows]
+    optimizer = optimizer or adamw(model, role)
+    began, seen = time.monotonic(), 0
+    for step, drawn in zip(range(1, steps + 1), steps_of(rows, encode, tokens, seed)):
+        if step <= done:
+            continue
+        optimizer.param_groups[0]["lr"] = lr * (1 - (step - 1) / steps)
+        loss = backward(model, role, drawn, micro)
+        torch.nn.utils.clip_grad_norm_(model.adapter(role), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += sum(len(e.ids) for e in drawn)
+        measured = exam and (step in (1, steps) or step % every == 0)
+        exam_loss = held_out_loss(model, role, exam, micro) if measured else None
+        spent = time.monotonic() - began
+        left = spent / (step - done) * (steps - step)
+        yield Progress(step, steps, loss, exam_loss, seen / spent, left)
