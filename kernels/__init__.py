@@ -16,9 +16,11 @@ import warnings
 from .attention import attention
 from .cached_attention import cached_attention
 from .linear_logp import linear_logp
-from .lora import lora, lora_linear
+from .lora import lora
+from .lora_linear import lora_linear
 from .rms_norm import rms_norm
-from .rope import rope, rope_cache
+from .rope import rope
+from .rope_cache import rope_cache
 from .sample import sample
 from .swiglu import swiglu
 

@@ -1,17 +1,13 @@
-"""LoRA (arXiv 2106.09685): one role a row in decoding, one role a call in training.
+"""LoRA (arXiv 2106.09685) in decoding: one role a row, policy and simulator in the same batch.
 
     y[b] += scale[r] (x[b] A[r]^T) B[r]^T        r = role[b]; role 0 is the reference and adds nothing
 
-Policy and simulator rows sit in the same batch. All rows meet all adapters and the thin middle is masked:
-that costs little, has no shape that depends on data, and needs no sorting. On a GPU it is two small launches:
-shrink (x A^T for all roles, its long sum split over processors) and expand (add the splits, mask, times B,
-onto y). In one, every program would read all of x and A: 1.7 MB for 64 rows of a 3B model's down projection.
+All rows meet all adapters and the thin middle is masked: that costs little, has no shape that depends on
+data, and needs no sorting. On a GPU it is two small launches: shrink (x A^T for all roles, its long sum split
+over processors) and expand (add the splits, mask, times B, onto y). In one, every program would read all of x
+and A: 1.7 MB for 64 rows of a 3B model's down projection. Training is in lora_linear.py.
 
-Training is a matter of memory, not of fusion: the two thin matmuls are cuBLAS's, added in place, and the
-middle x A^T is computed again in the backward pass: a layer keeps only x (all else exists anyway).
-
-    y = x W^T + bias + s (x A^T) B^T
-    dx = dy W + s (dy B) A        dA = s (dy B)^T x        dB = s dy^T (x A^T)
+    python -m kernels.lora        the benchmark
 """
 
 from collections.abc import Iterator
@@ -131,59 +127,23 @@ def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale:
 lora = choose(lora_torch, lora_triton)
 
 
-def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, n) @ b (n, p), in fp32 where cuBLAS can: the gradients of a step's micro-batches are summed."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
-
-
-class _LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, W, bias, A, B, scale):
-        y = F.linear(x, W, bias)  # (N, o)
-        y.addmm_(x @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=scale)
-        ctx.save_for_backward(x, W, A, B)
-        ctx.scale = scale
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, W, A, B = ctx.saved_tensors
-        a, b = A.to(x.dtype), B.to(x.dtype)
-        dmiddle = dy @ b  # (N, k)
-        dx = (dy @ W).addmm_(dmiddle, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
-        dA = _wide_mm(dmiddle.T, x).to(A.dtype).mul_(ctx.scale)
-        dB = _wide_mm(dy.T, x @ a.T).to(B.dtype).mul_(ctx.scale)
-        return dx, None, None, dA, dB, None
-
-
-def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """x (..., i), W (o, i), bias (o,), A (k, i), B (o, k) -> (..., o): a frozen linear layer and its adapter.
-
-    x, W and bias share a type; A and B may be wider (fp32 master copies) and get gradients of their own type.
-    Raises ValueError if the shapes disagree or if the base asks for a gradient, which it would not get.
-    """
-    (o, i), k = W.shape, A.size(0)
-    if x.size(-1) != i or A.shape != (k, i) or B.shape != (o, k):
-        raise ValueError(f"x {tuple(x.shape)}, W {(o, i)}, A {tuple(A.shape)}, B {tuple(B.shape)} do not fit")
-    if torch.is_grad_enabled() and (W.requires_grad or (bias is not None and bias.requires_grad)):
-        raise ValueError("the base is frozen under an adapter: W and bias must not require gradients")
-    y = _LoraLinear.apply(x.flatten(0, -2), W, bias, A, B, float(scale))
-    return y.unflatten(0, x.shape[:-1])
+def layers(m: measure.Model) -> Iterator[tuple[str, int, int, int]]:
+    """The four fused linear layers: name, inputs, outputs, rank of all their adapters together."""
+    q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    yield "qkv", m.d, q + 2 * kv, 3 * m.rank
+    yield "out", q, m.d, m.rank
+    yield "gate_up", m.d, 2 * m.ffn, 2 * m.rank
+    yield "down", m.ffn, m.d, m.rank
 
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
-    """The four fused layers: one row, all seats, a prefill of 128 tokens a seat; then training."""
-    q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    layers = {"qkv": (m.d, q + 2 * kv, 3), "out": (q, m.d, 1), "gate_up": (m.d, 2 * m.ffn, 2)}
-    for name, (i, o, parts) in (layers | {"down": (m.ffn, m.d, 1)}).items():
+    """One row, all seats, and a prefill of 128 tokens a seat, through each of the four layers."""
+    for name, i, o, k in layers(m):
         for b, T in ((1, 1), (m.seats, 1), (m.seats, 128 if m.seats > 3 else 3)):
-            yield _decoding_case(name, b, T, i, o, parts * m.rank, m.dtype, device)
-        yield _training_case(name, m.batch * m.length, i, o, parts * m.rank, m.dtype, device)
+            yield _case(name, b, T, i, o, k, m.dtype, device)
 
 
-def _decoding_case(name: str, b: int, T: int, i: int, o: int, k: int, dtype, device) -> measure.Case:
+def _case(name: str, b: int, T: int, i: int, o: int, k: int, dtype, device) -> measure.Case:
     x, W = torch.randn(b, T, i, dtype=dtype, device=device), torch.randn(o, i, dtype=dtype, device=device)
     A, B = torch.randn(2, k, i, dtype=dtype, device=device), torch.randn(2, o, k, dtype=dtype, device=device)
     role, scale = torch.arange(b, device=device) % 2 + 1, torch.ones(2, device=device)
@@ -195,26 +155,6 @@ def _decoding_case(name: str, b: int, T: int, i: int, o: int, k: int, dtype, dev
             "base alone": lambda: F.linear(x, W),
         },
         bytes=(x.numel() + W.numel() + A.numel() + B.numel() + b * T * o) * x.element_size(),
-    )
-
-
-def _training_case(name: str, n: int, i: int, o: int, k: int, dtype, device) -> measure.Case:
-    x, dy = (torch.randn(n, d, dtype=dtype, device=device) for d in (i, o))
-    W, A = torch.randn(o, i, dtype=dtype, device=device), torch.randn(k, i, device=device)
-    B = torch.randn(o, k, device=device)
-    inputs = x.requires_grad_(), A.requires_grad_(), B.requires_grad_()
-
-    def plain(x, W, bias, A, B, scale):
-        return F.linear(x, W) + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * scale
-
-    def both(f):
-        return lambda: torch.autograd.grad(f(x, W, None, A, B, 1.0), inputs, dy)
-
-    return measure.Case(
-        f"{name} training {n}, {i} to {o}, + {k}",
-        both(lora_linear),
-        {"torch": both(plain)},
-        flops=4 * n * i * o + 6 * n * k * (i + o),
     )
 
 

@@ -24,8 +24,10 @@ FILES = (
     "cached_attention",
     "linear_logp",
     "lora",
+    "lora_linear",
     "rms_norm",
     "rope",
+    "rope_cache",
     "sample",
     "swiglu",
 )

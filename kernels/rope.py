@@ -1,10 +1,13 @@
-"""Rotary position embedding (arXiv 2104.09864), in halves as Llama and Qwen; alone, or with the cache write.
+"""Rotary position embedding (arXiv 2104.09864) of whole rows, in halves as Llama and Qwen; for training.
 
     [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]        x1, x2 = halves of a head
 
 The gradient is rotated back: the same with -sin. Rounding as in Llama: cos and sin (position x frequency) are
-cast to the type of x, and so is every product. One program takes a token with all its heads, q and k; with a
-cache it puts k and v there. q, k and v may be views of one matrix: only a head's columns must be neighbours.
+cast to the type of x, and so is every product. One program takes a token with all its heads, q and k, which
+may be views of one matrix: only a head's columns must be neighbours. Decoding, which also fills the cache, is
+in rope_cache.py.
+
+    python -m kernels.rope        the benchmark
 """
 
 from collections.abc import Iterator
@@ -29,41 +32,8 @@ def rope_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
     return rotate(q, cos[:T], sin[:T]), rotate(k, cos[:T], sin[:T])
 
 
-def rope_cache_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: Tensor,
-    lens: Tensor,
-) -> Tensor:
-    """The reference: row b's token t stands at position start[b] + t; k, v are written there for t < lens[b].
-
-    q (B, T, H, D), k and v (B, T, KV, D), caches (B, KV, L, D) written in place, start, lens (B,) -> q.
-    A decoded token (T = 1) is always real.
-    """
-    B, T = q.shape[:2]
-    t = torch.arange(T, device=q.device)
-    at = start[:, None] + t  # (B, T)
-    safe = at.clamp(max=cos.size(0) - 1)  # padding may point past the table
-    q, k = rotate(q, cos[safe], sin[safe]), rotate(k, cos[safe], sin[safe])
-    b = torch.arange(B, device=q.device)
-    if T == 1:
-        k_cache[b, :, start] = k[:, 0]
-        v_cache[b, :, start] = v[:, 0]
-        return q
-    real = t < lens[:, None]  # (B, T)
-    rows, cols = b[:, None].expand(B, T)[real], at[real]
-    k_cache[rows, :, cols] = k[real]
-    v_cache[rows, :, cols] = v[real]
-    return q
-
-
 @triton.jit
-def _turn(
+def turn(
     p_x, s_x, p_y, s_y, cos, sin, on,
     N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -93,32 +63,8 @@ def _rope(
     cos = tl.load(p_cos + i_t * (D // 2) + i_col, mask=i_col < D // 2, other=0.0)
     sin = tl.load(p_sin + i_t * (D // 2) + i_col, mask=i_col < D // 2, other=0.0) * SIGN
     q, k, i_token = p_q + i_b * s_qb + i_t * s_qt, p_k + i_b * s_kb + i_t * s_kt, i_b * n_t + i_t
-    _turn(q, s_qh, p_q_out + i_token * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
-    _turn(k, s_kh, p_k_out + i_token * KV * D, D, cos, sin, True, KV, D, K_HEADS, HALF)
-
-
-@triton.jit
-def _rope_cache(
-    p_q, p_k, p_v, p_q_out, p_k_cache, p_v_cache, p_cos, p_sin, p_start, p_lens,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_cb, s_ch, n_t, n_cache, n_positions,
-    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    position = tl.load(p_start + i_b) + i_t
-    real = (i_t < tl.load(p_lens + i_b)) & (position < n_cache)
-    i_col = tl.arange(0, HALF)[None, :]
-    at = tl.minimum(position, n_positions - 1) * (D // 2) + i_col
-    cos = tl.load(p_cos + at, mask=i_col < D // 2, other=0.0)
-    sin = tl.load(p_sin + at, mask=i_col < D // 2, other=0.0)
-    q, k = p_q + i_b * s_qb + i_t * s_qt, p_k + i_b * s_kb + i_t * s_kt
-    to = i_b * s_cb + position * D
-    _turn(q, s_qh, p_q_out + (i_b * n_t + i_t) * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
-    _turn(k, s_kh, p_k_cache + to, s_ch, cos, sin, real, KV, D, K_HEADS, HALF)
-    i_head, i_col = tl.arange(0, K_HEADS)[:, None], tl.arange(0, 2 * HALF)[None, :]
-    m = (i_head < KV) & (i_col < D) & real  # (K_HEADS, 2 HALF)
-    v = tl.load(p_v + i_b * s_vb + i_t * s_vt + i_head * s_vh + i_col, mask=m, other=0.0)
-    tl.store(p_v_cache + to + i_head * s_ch + i_col, v, mask=m)
+    turn(q, s_qh, p_q_out + i_token * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
+    turn(k, s_kh, p_k_out + i_token * KV * D, D, cos, sin, True, KV, D, K_HEADS, HALF)
 
 
 def config(heads: int, kv_heads: int, head_dim: int, t: Target) -> dict:
@@ -128,14 +74,15 @@ def config(heads: int, kv_heads: int, head_dim: int, t: Target) -> dict:
     return {"H": heads, "KV": kv_heads, "D": head_dim} | blocks | {"num_warps": 4}
 
 
-def _fit(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check_fit(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """ValueError unless the shapes of q and k agree, and the table suits their heads."""
     B, T, _, D = q.shape
     check(k.shape[:2] == (B, T) and k.size(3) == D, f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit")
     check(cos.shape == sin.shape and cos.size(1) == D // 2, f"cos {tuple(cos.shape)} for heads of {D}")
     check(cos.is_contiguous() and sin.is_contiguous(), "cos and sin must be contiguous")
 
 
-def _rows(x: Tensor) -> Tensor:
+def contiguous_columns(x: Tensor) -> Tensor:
     """x with neighbouring columns, copied only if it must be: views of a packed q, k, v are not."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -152,7 +99,7 @@ class _Rope(torch.autograd.Function):
 
 
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    q, k = _rows(q), _rows(k)
+    q, k = contiguous_columns(q), contiguous_columns(k)
     (B, T, H, D), KV = q.shape, k.size(2)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     strides = (*q.stride()[:3], *k.stride()[:3])
@@ -162,57 +109,15 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[
 
 def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The same on a GPU. ValueError if the shapes do not fit or the table is shorter than the rows."""
-    _fit(q, k, cos, sin)
+    check_fit(q, k, cos, sin)
     check(q.size(1) <= cos.size(0), f"{q.size(1)} tokens, but a table of {cos.size(0)} positions")
     return _Rope.apply(q, k, cos, sin)
 
 
-def rope_cache_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: Tensor,
-    lens: Tensor,
-) -> Tensor:
-    """The same on a GPU, in one launch. ValueError if shapes or the caches' strides do not fit."""
-    _fit(q, k, cos, sin)
-    (B, T, H, D), KV, L = q.shape, k.size(2), k_cache.size(2)
-    check(v.shape == k.shape, f"k {tuple(k.shape)} and v {tuple(v.shape)} differ")
-    check(
-        k_cache.shape == v_cache.shape == (B, KV, L, D),
-        f"cache {tuple(k_cache.shape)} for k {tuple(k.shape)}",
-    )
-    check(k_cache.stride() == v_cache.stride(), "the caches of k and v must be laid out alike")
-    check(k_cache.stride()[2:] == (D, 1), "the tokens of a head must be neighbours in the cache")
-    check(
-        start.shape == lens.shape == (B,), f"start {tuple(start.shape)}, lens {tuple(lens.shape)}: not ({B},)"
-    )
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    q_out = q.new_empty(q.shape)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:2])
-    _rope_cache[(T, B)](
-        q, k, v, q_out, k_cache, v_cache, cos, sin, start, lens, *strides, T, L, cos.size(0),
-        **config(H, KV, D, target()),
-    )  # fmt: skip
-    return q_out
-
-
 rope = choose(rope_torch, rope_triton)
-rope_cache = choose(rope_cache_torch, rope_cache_triton)
 
 
-def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
-    """Training, forward and backward; decoding, a single row, and the prefill of a prompt."""
-    yield from _training_cases(m, device)
-    for rows, n in ((m.seats, 1), (1, 1), (m.batch, m.length // 2)):
-        yield _cache_case(rows, n, m, device)
-
-
-def _inputs(rows: int, n: int, m: measure.Model, device: str) -> tuple[Tensor, ...]:
+def inputs(rows: int, n: int, m: measure.Model, device: str) -> tuple[Tensor, ...]:
     """q, k, v as the model has them, views of one matrix (rows, n, heads, D); cos and sin."""
     sizes = [m.heads, m.kv_heads, m.kv_heads]
     qkv = torch.randn(rows, n, sum(sizes), m.head_dim, dtype=m.dtype, device=device)
@@ -220,8 +125,9 @@ def _inputs(rows: int, n: int, m: measure.Model, device: str) -> tuple[Tensor, .
     return *qkv.split(sizes, 2), angle.cos(), angle.sin()
 
 
-def _training_cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
-    q, k, _, cos, sin = _inputs(m.batch, m.length, m, device)
+def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
+    """Training, forward and backward."""
+    q, k, _, cos, sin = inputs(m.batch, m.length, m, device)
     dq, dk = torch.randn_like(q), torch.randn_like(k)
     moved = 2 * (q.numel() + k.numel()) * q.element_size()
     rivals = {"torch": rope_torch} | measure.compiled(rope_torch, device)
@@ -235,19 +141,6 @@ def _training_cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
 
     runs = {name: of(f) for name, f in rivals.items()}
     yield measure.Case(f"backward {name}", of(rope_triton), runs, bytes=moved)
-
-
-def _cache_case(rows: int, n: int, m: measure.Model, device: str) -> measure.Case:
-    q, k, v, cos, sin = _inputs(rows, n, m, device)
-    cache = torch.zeros(2, rows, m.kv_heads, 2 * m.context, m.head_dim, dtype=m.dtype, device=device)
-    start = torch.full((rows,), m.context // 2, device=device)
-    args = (q, k, v, cos, sin, *cache, start, torch.full_like(start, n))
-    return measure.Case(
-        f"cache {rows} x {n} x ({m.heads} + 2 x {m.kv_heads}) x {m.head_dim}",
-        lambda: rope_cache_triton(*args),
-        {"torch": lambda: rope_cache_torch(*args)},
-        bytes=2 * (q.numel() + 2 * k.numel()) * q.element_size(),
-    )
 
 
 if __name__ == "__main__":

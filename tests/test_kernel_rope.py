@@ -1,10 +1,10 @@
-"""RoPE's kernels against fp64, alone with their gradient, and with the cache write."""
+"""RoPE's kernel and its gradient, against fp64."""
 
 import pytest
 import torch
 
 from kernels.measure import relative_rms
-from kernels.rope import rope_cache_torch, rope_cache_triton, rope_torch, rope_triton
+from kernels.rope import rope_torch, rope_triton
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 pytestmark = pytest.mark.usefixtures("filled_with_nan")
@@ -52,40 +52,21 @@ def test_equals_the_reference_to_the_bit(device):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("T", [1, 5])
-def test_the_cache_write_equals_the_reference(device, program_order, T, dtype):
-    """Tokens stand at their row's positions, padding is not written, the rest of the seat is left alone."""
-    B, H, KV, D, L = 3, 4, 2, 32, 12
-    q, k, v = packed(B, T, H, KV, D, dtype, device)
-    cos, sin = table(9, D, device)  # the padding of the last row points past the table
-    start = torch.tensor([0, 3, 7], device=device)
-    lens = torch.tensor([1, 1, 1] if T == 1 else [5, 3, 2], device=device)
-    whole = torch.randn(2, B, KV, 2 * L, D, device=device).to(dtype)
-    mine, theirs = whole.clone(), whole.clone()
-    q_mine = rope_cache_triton(q, k, v, cos, sin, *mine[:, :, :, :L], start, lens)
-    q_theirs = rope_cache_torch(q, k, v, cos, sin, *theirs[:, :, :, :L], start, lens)
-    real = torch.arange(T, device=device) < lens[:, None]
-    assert torch.equal(q_mine[real], q_theirs[real])
-    assert torch.equal(mine, theirs) and not torch.equal(mine, whole)
-
-
-def test_a_full_seat_does_not_spill_into_the_next(device):
-    """A token beyond the last position of its seat would overwrite the first key of the next head."""
-    q, k, v = packed(2, 3, 2, 1, 32, torch.float32, device)
-    cos, sin = table(16, 32, device)
-    cache = torch.zeros(2, 2, 1, 4, 32, device=device)
-    start, lens = torch.tensor([3, 0], device=device), torch.tensor([3, 0], device=device)
-    rope_cache_triton(q, k, v, cos, sin, *cache, start, lens)
-    assert (cache[:, 0, 0, 3] != 0).all() and (cache[:, 0, 0, :3] == 0).all() and (cache[:, 1] == 0).all()
+def test_another_token_changes_nothing(device):
+    """Each token is a program's own: what another holds, even NaN, must not reach it."""
+    q, k, _ = packed(2, 4, 2, 1, 32, torch.float32, device)
+    cos, sin = table(4, 32, device)
+    before = rope_triton(q, k, cos, sin)
+    q, k = q.clone(), k.clone()
+    q[0, 1], k[1] = torch.nan, torch.nan
+    after = rope_triton(q, k, cos, sin)
+    assert torch.equal(before[0][1], after[0][1]) and torch.equal(before[0][0, 2:], after[0][0, 2:])
+    assert torch.equal(before[1][0], after[1][0]) and after[1][1].isnan().all()
 
 
 def test_what_does_not_fit_is_refused(device):
-    """A table shorter than the row, or a cache of other heads, would be read or written beyond its end."""
-    q, k, v = packed(1, 4, 2, 1, 32, torch.float32, device)
-    cos, sin = table(3, 32, device)
-    with pytest.raises(ValueError):
-        rope_triton(q, k, cos, sin)
-    with pytest.raises(ValueError):
-        cache = torch.zeros(2, 1, 2, 8, 32, device=device)
-        rope_cache_triton(q, k, v, cos, sin, *cache, *torch.zeros(2, 1, dtype=torch.int64, device=device))
+    """A table shorter than the row, or of other heads, would be read beyond its end."""
+    q, k, _ = packed(1, 4, 2, 1, 32, torch.float32, device)
+    for positions, D in ((3, 32), (4, 64)):
+        with pytest.raises(ValueError):
+            rope_triton(q, k, *table(positions, D, device))
