@@ -4,8 +4,8 @@
     dx = dy W + s (dy B) A        dA = s (dy B)^T x        dB = s dy^T (x A^T)
 
 One role a call. A matter of memory, not of fusion: the two thin matmuls are cuBLAS's, added in place, so
-there is no kernel; and the middle x A^T is computed again in the backward pass: a layer keeps only x (all else
-exists anyway). Decoding, with a role a row, is in lora.py.
+there is no kernel; and the middle x A^T is computed again in the backward pass: a layer keeps only x (all
+else exists anyway). Decoding, with a role a row, is in lora.py.
 
     python -m kernels.lora_linear        the benchmark
 """
