@@ -1,12 +1,21 @@
 """Real search engines behind the call that the simulator answers too: `search(query)` -> Documents.
 
-`none` answers every query with nothing: the honest baseline, an empty information block. `bm25:PATH` ranks
-the passages of a JSON lines corpus {"id", "title", "contents"} (plain or gzip), in memory, with numpy alone.
+none                     nothing for every query: the honest baseline, an empty information block
+bm25:PATH                the passages of a JSON lines corpus {"id", "title", "contents"} (plain or gzip),
+                         ranked in memory, with numpy alone
+http://HOST:PORT[/PATH]  a retriever that runs elsewhere and speaks Search-R1's protocol, at /retrieve if no
+                         path is given
+serpapi                  the web, as Google ranks it, through serpapi.com: titles and snippets of the first
+                         page. The key stands in SERPAPI_API_KEY, another address in SERPAPI_BASE_URL
 
-It deliberately is not: an engine for the whole of Wikipedia (a million passages are its measure), a stemmer,
-a reranker, a cache on disk. Indexing again takes seconds.
+What comes over the network is data: one line a document, whatever it holds. What fails there is an error (see
+servers.py), and never a document. Those queries are cut after 500 characters.
 
-    python search.py corpus.jsonl.gz "who founded The Comics Journal"
+It deliberately is not: an engine for the whole of Wikipedia (for BM25, a million passages are the measure), a
+stemmer, a reranker, a cache on disk. Indexing again takes seconds.
+
+    python search.py bm25:corpus.jsonl.gz "who founded The Comics Journal"
+    python search.py http://127.0.0.1:8000 "who founded The Comics Journal"
 
 Words are lower-cased runs of letters and digits without their accents; title and text count once each. What
 else is usual was measured and left out. Share of questions with a golden answer in the top 10, 32,504
@@ -18,6 +27,7 @@ corpus and questions.
 
 import gzip
 import json
+import os
 import re
 import time
 import unicodedata
@@ -27,12 +37,14 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlencode
 
 import numpy as np
 from tqdm import tqdm
 
 from model import OneLine, command_line
-from rollout import Documents, Query, Search
+from rollout import Documents, Query, Question, Search
+from servers import Server, environment_key, one_line
 
 Row = TypeVar("Row")
 WORD = re.compile(r"[^\W_]+")
@@ -158,11 +170,108 @@ class BM25:
 
     def documents(self, query: str, count: int) -> str:
         """The best `count` passages as lines "Doc 1: (Title: X) text"; "" where the corpus knows no word."""
-        best = (self.passages[i] for i in self.top(query, count))
-        return "\n".join(f"Doc {n}: (Title: {title}) {text}" for n, (title, text) in enumerate(best, 1))
+        return render(self.passages[i] for i in self.top(query, count))
 
 
-# ---------------------------------------------------------------------------------------------------- engines
+def render(passages: Iterable[tuple[str, str]]) -> str:
+    """(title, text) as lines "Doc 1: (Title: X) text": one a passage, whatever stands in it."""
+    lines = (f"(Title: {one_line(title)}) {one_line(text)}" for title, text in passages)
+    return "\n".join(f"Doc {n}: {line}".rstrip() for n, line in enumerate(lines, 1))
+
+
+# ------------------------------------------------------------------------------------- engines on the network
+
+QUERY = 500  # characters; what is longer is no query, and too long for an address
+
+
+def retrieved(answer: object) -> list[tuple[str, str]]:
+    """The passages that a /retrieve server returned for one query. Raises ValueError for another shape.
+
+    {"result": [[passage, ...]]}, each as it is or, if scores were asked for, {"document": passage, "score"}.
+    """
+    match answer:
+        case {"result": [[*items]]}:
+            return [_retrieved(item) for item in items]
+    raise ValueError('no {"result": [[passage, ...]]} for the one query')
+
+
+def _retrieved(item: object) -> tuple[str, str]:
+    """(title, text). The first line of "contents" is the title, as in wiki-18, unless there is another."""
+    match item:
+        case {"document": passage} | passage:
+            match passage:
+                case {"title": str(title), "text": str(text)}:
+                    return title, text
+                case {"contents": str(contents), "title": str(title)}:
+                    first, _, rest = contents.partition("\n")
+                    return title, rest if first.strip('"') == title else contents
+                case {"contents": str(contents)} | str(contents):
+                    first, _, rest = contents.partition("\n")
+                    return first.strip('"'), rest
+    raise ValueError('a passage without "contents"')
+
+
+def retriever(address: str, count: int, limit: float = 60.0) -> Search:
+    """Search-R1's protocol: POST {"queries": [query], "topk": count, "return_scores": true}."""
+    server = Server(address, "a /retrieve server", limit=limit)
+    path = "" if server.path else "/retrieve"
+
+    def find(text: str) -> str:
+        body = {"queries": [text], "topk": count, "return_scores": True}
+        return render(server.ask(retrieved, path, body)[:count])
+
+    return elsewhere(server, find)
+
+
+def organic(answer: object) -> list[tuple[str, str]]:
+    """Title and snippet of SerpApi's results. Raises ValueError where it failed, or for another shape.
+
+    A search that found nothing has the status Success, and no "organic_results".
+    """
+    match answer:
+        case {"organic_results": [*results]}:
+            return [_organic(result) for result in results]
+        case {"search_metadata": {"status": "Success"}}:
+            return []
+        case {"error": str(words)}:
+            raise ValueError(f"an error, {words!r}")
+    raise ValueError('no "organic_results"')
+
+
+def _organic(result: object) -> tuple[str, str]:
+    match result:
+        case {"title": str(title), "snippet": str(snippet)}:
+            return title, snippet
+        case {"title": str(title)}:
+            return title, ""
+    raise ValueError("a result without a title")
+
+
+def serpapi(count: int, limit: float = 60.0) -> Search:
+    """Google's first page, about ten results. Raises ValueError where there is no key."""
+    key = environment_key("SERPAPI_API_KEY")
+    if not key:
+        raise ValueError("serpapi needs a key: put it into SERPAPI_API_KEY in the environment")
+    server = Server(os.environ.get("SERPAPI_BASE_URL") or "https://serpapi.com", "SerpApi", key, limit=limit)
+
+    def find(text: str) -> str:
+        path = "/search.json?" + urlencode({"engine": "google", "q": text, "api_key": key})
+        return render(server.ask(organic, path)[:count])
+
+    return elsewhere(server, find)
+
+
+def elsewhere(server: Server, find: Callable[[str], str]) -> Search:
+    """A search that waits for a server while other rows decode: `find` maps a query's text to documents."""
+
+    def search(query: Query) -> Generator:
+        text = one_line(query.text, QUERY)
+        return Documents((yield server.submit(find, text)) if text else "")
+
+    return search
+
+
+# ------------------------------------------------------------------------------------------------ all engines
 
 
 def at_once(find: Callable[[str], str]) -> Search:
@@ -181,10 +290,11 @@ def open_bm25(path: str | Path) -> BM25:
     return BM25(tqdm(passages, f"indexing {Path(path).name}", unit=" passages", delay=2, mininterval=1))
 
 
-def open_search(spec: str, count: int = 5) -> Search:
-    """The search that `spec` names: `none`, or `bm25:PATH` with `count` documents a query.
+def open_search(spec: str, count: int = 5, limit: float = 60.0) -> Search:
+    """The search that `spec` names (see above), with `count` documents a query, at most.
 
-    Raises ValueError for any other, and for a file that is not a corpus.
+    limit: seconds of a query to a server, tries and all. Raises ValueError for any other spec, and for a file
+    that is not a corpus. A search of a server raises ServerError, an OSError, when it fails.
     """
     kind, _, path = spec.partition(":")
     if count < 1:
@@ -194,22 +304,37 @@ def open_search(spec: str, count: int = 5) -> Search:
     if kind == "bm25" and path:
         index = open_bm25(path)
         return at_once(lambda text: index.documents(text, count))
-    raise ValueError(f"unknown search engine {spec!r}: choose none or bm25:CORPUS")
+    if kind in ("http", "https"):
+        return retriever(spec, count, limit)
+    if spec == "serpapi":
+        return serpapi(count, limit)
+    raise ValueError(f"unknown search engine {spec!r}: choose none, bm25:CORPUS, http://HOST:PORT or serpapi")
+
+
+def ask(search: Search, text: str) -> str:
+    """The documents that a real engine has for a text, waited for."""
+    waiting, sent = search(Query(text, Question("", ()))), None
+    while True:
+        try:
+            sent = waiting.send(sent).result()
+        except StopIteration as end:
+            return end.value.text
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Show what an index answers, and how fast."""
+    """Show what an engine answers, and how fast."""
     flag = OneLine(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    flag.add_argument("corpus", help='JSON lines {"id", "title", "contents"}, plain or gzip')
+    flag.add_argument(
+        "engine", help="bm25:CORPUS (or the file alone), http://HOST:PORT[/PATH], serpapi or none"
+    )
     flag.add_argument("query", nargs="+", help="what to search for")
     args = flag.parse_args(arguments)
     began = time.perf_counter()
-    index = open_bm25(args.corpus)
-    built = time.perf_counter()
-    print(index.documents(" ".join(args.query), 5) or "no passage holds a word of the query")
+    search = open_search(f"bm25:{args.engine}" if Path(args.engine).is_file() else args.engine)
+    opened = time.perf_counter()
+    print(ask(search, " ".join(args.query)) or "nothing found")
     found = time.perf_counter()
-    print(f"{len(index.passages):,} passages in {built - began:.1f} s")
-    print(f"the query in {1e3 * (found - built):.1f} ms")
+    print(f"engine ready in {opened - began:.1f} s, the query in {1e3 * (found - opened):.1f} ms")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ FLOORS = {
     "model": 1,
     "tokenizer": 1,
     "rollout": 2,
+    "servers": 2,
     "search": 3,
     "grpo": 3,
     "sft": 3,
