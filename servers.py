@@ -74,7 +74,7 @@ class Server:
     ):
         self.scheme, self.host, self.port, self.path = _parts(address)
         self.address, self.kind, self.limit = address.rstrip("/"), kind, limit
-        self.secrets = {key, quote(key), quote_plus(key)} - {""}
+        self.secrets = {key, quote(key), quote_plus(key), key.replace("/", "\\/")} - {""}
         self.headers = {"Content-Type": "application/json", "Connection": "close"} | (headers or {})
         self.proxy = None if _is_here(self.host) or proxy_bypass(self.host) else getproxies().get(self.scheme)
         self.slots = threading.BoundedSemaphore(parallel)
