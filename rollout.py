@@ -187,10 +187,10 @@ def ask(text: str) -> str:
     return text if text.endswith("?") else text + "?"
 
 
-def prompt(question: Question, tok, words: Words) -> list[int]:
-    """The ids that an episode starts from."""
+def prompt(question: Question, tok, words: Words, **more: str) -> list[int]:
+    """The ids that an episode starts from. more: what goes to other {places} of the words' prompt."""
     messages = [{"role": "system", "content": words.system}] if words.system is not None else []
-    content = fill(words.prompt, question=ask(question.text))
+    content = fill(words.prompt, question=ask(question.text), **more)
     return tok.chat([*messages, {"role": "user", "content": content}])
 
 
