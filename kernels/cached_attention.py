@@ -109,15 +109,14 @@ def config(rows: int, D: int, wide: bool, t: Target) -> dict:
         BM, BN = 16 if D > 32 or rows <= 16 else 64, 32 if D <= 32 else 16
         return {"BM": BM, "BN": BN, "num_warps": 4, "num_stages": 2}
     stages, roomy = 1 if t.hip else 3, t.shared > 150000
-    if (
-        rows <= 16
-    ):  # decoding: 32 KB a stage is in flight; where a processor has 100 KB, two programs share it
+    mma = not t.hip and t.arch not in (90, 100)  # holds keys in registers: 64 at a time spill at D = 128
+    if rows <= 16:  # decoding: 32 KB a stage is in flight; in 100 KB two programs share a processor
         BN = 128 if D <= 64 and t.arch >= 90 and roomy else 64
         stages = stages if roomy or D <= 64 else min(stages, 2)
         return {"BM": 16, "BN": BN, "num_warps": 4, "num_stages": stages}
     if rows <= 64:
         return {"BM": 64, "BN": 64 if t.arch in (90, 100) else 32, "num_warps": 4, "num_stages": stages}
-    return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": stages}
+    return {"BM": 128, "BN": 32 if mma and D > 64 else 64, "num_warps": 8, "num_stages": stages}
 
 
 def chunks(programs: int, decoding: bool, L: int, t: Target) -> int:

@@ -34,26 +34,26 @@ def lora_torch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale: 
 
 @triton.jit
 def _shrink_kernel(
-    p_x, p_a, p_middle, n_rows, D_IN: tl.constexpr, C: tl.constexpr, SPAN: tl.constexpr,
+    p_x, p_a, p_middle, n_rows, d_in, n_columns, span,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # of all roles' middles, side by side
-    m_n, m_c, split = (i_n < n_rows)[:, None], (i_c < C)[None, :], tl.program_id(2)
+    m_n, m_c, split = (i_n < n_rows)[:, None], (i_c < n_columns)[None, :], tl.program_id(2)
     middle = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for start in range(0, SPAN, BLOCK_I):
-        i_i = split * SPAN + start + tl.arange(0, BLOCK_I)
-        m_i = i_i < D_IN
-        x = tl.load(p_x + i_n.to(tl.int64)[:, None] * D_IN + i_i[None, :], m_n & m_i[None, :], other=0.0)
-        a = tl.load(p_a + i_c[None, :] * D_IN + i_i[:, None], m_c & m_i[:, None], other=0.0)
+    for start in range(0, span, BLOCK_I):
+        i_i = split * span + start + tl.arange(0, BLOCK_I)
+        m_i = i_i < d_in
+        x = tl.load(p_x + i_n.to(tl.int64)[:, None] * d_in + i_i[None, :], m_n & m_i[None, :], other=0.0)
+        a = tl.load(p_a + i_c[None, :] * d_in + i_i[:, None], m_c & m_i[:, None], other=0.0)
         middle = tl.dot(x, a, middle, input_precision="ieee")
-    i_out = (split * n_rows + i_n).to(tl.int64)[:, None] * C + i_c[None, :]
+    i_out = (split * n_rows + i_n).to(tl.int64)[:, None] * n_columns + i_c[None, :]
     tl.store(p_middle + i_out, middle, m_n & m_c)
 
 
 @triton.jit
 def _expand_kernel(
-    p_y, p_middle, p_b, p_role, p_scale, n_rows, T, d_out, K: tl.constexpr, R: tl.constexpr,
+    p_y, p_middle, p_b, p_role, p_scale, n_rows, T, d_out, k, R: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -62,18 +62,18 @@ def _expand_kernel(
     role = tl.load(p_role + i_n // T, m_n, other=0)
     scale = tl.load(p_scale + role - 1, role > 0, other=0.0).to(tl.float32)
     dy = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(0, k, BLOCK_K):
         i_k = start + tl.arange(0, BLOCK_K)
-        m_k = i_k < K
-        i = (i_n * (R * K) + (role - 1) * K)[:, None] + i_k[None, :]  # a row's own middle
+        m_k = i_k < k
+        i = (i_n * (R * k) + (role - 1) * k)[:, None] + i_k[None, :]  # a row's own middle
         middle = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for split in tl.static_range(SPLITS):
             middle += tl.load(
-                p_middle + split * n_rows * (R * K) + i, (role > 0)[:, None] & m_k[None, :], other=0.0
+                p_middle + split * n_rows * (R * k) + i, (role > 0)[:, None] & m_k[None, :], other=0.0
             )
         middle *= scale[:, None]
         for r in tl.static_range(R):
-            i = (r * d_out + i_o)[None, :] * K + i_k[:, None]
+            i = (r * d_out + i_o)[None, :] * k + i_k[:, None]
             b = tl.load(p_b + i, m_k[:, None] & m_o[None, :], other=0.0)
             mine = tl.where((role == r + 1)[:, None], middle, 0.0).to(b.dtype)
             dy = tl.dot(mine, b, dy, input_precision="ieee")
@@ -87,18 +87,17 @@ def _block(n: int, most: int, least: int = 16) -> int:
 
 
 def config(n: int, i: int, o: int, R: int, k: int, bits: int, t: Target) -> tuple[dict, dict]:
-    """For shrink and expand. The sum over i is split because few rows alone would leave processors idle."""
+    """For shrink and expand. The sum over i is split because few rows alone would leave processors idle.
+
+    Powers of two, and all sizes but blocks at run time: few kernels to compile serve every layer.
+    """
     rows, columns = {"BLOCK_N": _block(n, 64)}, {"BLOCK_C": _block(R * k, 64)}
     blocks = triton.cdiv(n, rows["BLOCK_N"]) * triton.cdiv(R * k, columns["BLOCK_C"])
-    splits = max(1, min(8, i // 512, t.processors // 2 // blocks))
-    BLOCK_I = _block(i, 1024 // bits)
-    span = triton.cdiv(triton.cdiv(i, splits), BLOCK_I) * BLOCK_I
-    shrink = (
-        rows | columns | {"BLOCK_I": BLOCK_I, "SPAN": span, "num_warps": 4, "num_stages": 2 if t.hip else 4}
-    )
-    expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o, 64)}
+    splits = triton.next_power_of_2(max(1, min(8, i // 512, t.processors // 2 // blocks)))
+    depth = {"BLOCK_I": _block(i, 1024 // bits), "num_warps": 4, "num_stages": 2 if t.hip else 4}
     warps = 4 if t.arch == 100 else 8  # the other choice spills, and so do two stages
-    return shrink, rows | expand | {"num_warps": warps, "num_stages": 1}
+    expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o, 64), "num_warps": warps}
+    return rows | columns | depth, rows | expand | {"num_stages": 1}
 
 
 def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale: Tensor) -> Tensor:
@@ -114,12 +113,13 @@ def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale:
     n, C = b * T, R * k
     shrink, expand = config(n, i, o, R, k, 8 * x.element_size(), target())
     splits, blocks = expand["SPLITS"], triton.cdiv(n, shrink["BLOCK_N"])
+    span = triton.cdiv(triton.cdiv(i, splits), shrink["BLOCK_I"]) * shrink["BLOCK_I"]
     middle = x.new_empty(splits, n, C, dtype=torch.float32)
     _shrink_kernel[(blocks, triton.cdiv(C, shrink["BLOCK_C"]), splits)](
-        x.contiguous(), A, middle, n, D_IN=i, C=C, **shrink
+        x.contiguous(), A, middle, n, i, C, span, **shrink
     )
     _expand_kernel[(blocks, triton.cdiv(o, expand["BLOCK_O"]))](
-        y, middle, B, role.contiguous(), scale, n, T, o, K=k, R=R, **expand
+        y, middle, B, role.contiguous(), scale, n, T, o, k, R=R, **expand
     )
     return y
 
