@@ -133,17 +133,19 @@ def fine_tune(
     micro: int = 1024,
     optimizer: torch.optim.Optimizer | None = None,
     done: int = 0,
+    exam: list[dict] | None = None,
 ) -> Iterator[Progress]:
     """Fine-tune a role's adapter on rows: a generator of one Progress a step (iterate to run it).
 
     AdamW on `model.adapter(role)` alone, lr falling linearly to 0, about `tokens` tokens a step and at most
     `micro`, with padding, a pass; the loss is on the completions. At most `held` rows, and at most a tenth,
-    are held out (`split`); their loss is measured after the first step, every `every` steps and at the end.
+    are held out (`split`), or the rows `exam` if they are given; their loss is measured after the first step,
+    every `every` steps and at the end.
     With the adapter and `optimizer` as they were after `done` steps, a run goes on as if it had never
     stopped. Raises ValueError for a row longer than the body can read.
     """
-    exam_rows, rows = split(rows, held, seed)
-    exam = [encode(row) for row in exam_rows]
+    exam, rows = split(rows, held, seed) if exam is None else (exam, rows)
+    exam = [encode(row) for row in exam]
     optimizer = optimizer or adamw(model, role)
     began, seen = time.monotonic(), 0
     for step, drawn in zip(range(1, steps + 1), steps_of(rows, encode, tokens, seed)):

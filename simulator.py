@@ -1,179 +1,47 @@
-"""The world: the words that make an LLM a search engine, the noise curriculum, the simulator's fine-tuning.
+"""The world: an LLM as a search engine, its noise curriculum, its fine-tuning, and how good it is.
 
 A `Simulator` is a *search* (see rollout.py): called with a query it yields one turn in the role SIMULATOR and
-returns that turn's text as documents, useful or noisy by a keyed coin. Its prompt is made by `prompt` and by
-nothing else, so that sampling and fine-tuning cannot drift apart.
+returns that turn's text as documents, useful or noisy by a keyed coin. Its words are in prompts.py, the rows
+that it learns from in collect.py.
 
 What this is not: a server, a client, a cache, or a judge of what was written. The engine of rollout.py
 samples these turns in the same batch as the policy's; who wants other documents brings another search.
 
-    python simulator.py write --sim 3b --query "capital of Peru" --question "Where is Lima?" --answer Peru
+    python simulator.py collect --policy 3b --data nq,hotpotqa --search bm25:corpus.jsonl.gz --rows 10000 \\
+        --judge judge --out rows.jsonl
     python simulator.py sft --sim 3b --rows rows.jsonl --out runs/simulator
+    python simulator.py audit --sim 3b --adapter runs/simulator --rows held_out.jsonl
     python simulator.py write --sim 3b --adapter runs/simulator --query ... --question ... --answer ...
 
-Source: ZeroSearch, arXiv 2505.04588 (simulator, curriculum). The words are our own.
+Source: ZeroSearch, arXiv 2505.04588 (simulator, curriculum).
 """
 
 import argparse
 import json
 import math
+import random
 import shutil
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+import collect as collecting
 import model as models
-from model import SIMULATOR, Model
-from rollout import DOCUMENTS, Documents, Engine, Query, Question, Turn, coin, fill
-from search import read_lines
-from sft import Example, Progress, adamw, fine_tune
+import toy
+from collect import Collector, audit_figures, read_rows, row_query
+from model import POLICY, REFERENCE, SIMULATOR, Model
+from prompts import PROMPTED_WORDS, SFT_WORDS, SimWords, load_words, prompt, save_words
+from questions import load_questions
+from rollout import DOCUMENTS, WORDS, Documents, Engine, Limits, Query, Question, Turn, coin
+from search import open_search
+from sft import Example, Progress, adamw, fine_tune, held_out_loss
 from tokenizer import Tokenizer
-
-# ------------------------------------------------------------------------------------------------------ words
-
-TASK = """\
-You are a search engine, and the query at the end has just reached you. Write five {quality} documents for \
-it, the ones that you would return: """
-USEFUL = TASK + "they are about what the query asks, and whoever reads them can answer it."
-NOISY = TASK + "they look related to the query, but whoever reads them still cannot answer it."
-BACKGROUND = """\
-What the user is after (for your eyes only):
-Question: {question}
-Correct answer: {answer}"""
-FORM = """\
-A document is a passage of about 30 words, in the manner of an encyclopedia or a web page. Put each on a \
-line of its own, numbered "Doc 1: ..." to "Doc 5: ...", and write nothing else. All five documents must be \
-{quality}."""
-ASK = """\
-Query: {query}
-{Quality} Output:
-"""
-USEFUL_EXAMPLE = """\
-Here is an example.
-Question: Which river flows through the capital of Slovenia?
-Correct answer: Ljubljanica
-Query: river in Ljubljana
-Useful Output:
-Doc 1: The Ljubljanica flows through the middle of Ljubljana, the capital of Slovenia, and is crossed there \
-by the Triple Bridge and the Dragon Bridge before it joins the Sava east of the city.
-Doc 2: Ljubljana lies between the Alps and the Adriatic. Its old town grew up between Castle Hill and the \
-river Ljubljanica, whose embankments were laid out anew in the 1930s.
-Doc 3: The Ljubljanica is called the river of seven names: south-west of Ljubljana it disappears into the \
-karst again and again, and comes back to the surface each time under another name.
-Doc 4: Boats on the Ljubljanica leave from the centre of Ljubljana, pass the covered market and the \
-Cobblers' Bridge, and take about an hour for the round trip.
-Doc 5: Divers have raised thousands of objects from the bed of the Ljubljanica upstream of Ljubljana, among \
-them Roman swords, Bronze Age helmets and medieval tools.
-
-Now it is your turn."""
-NOISY_EXAMPLE = """\
-Here is an example.
-Query: river in Ljubljana
-Noisy Output:
-Doc 1: Ljubljana became the capital of independent Slovenia in 1991. It has about 300,000 inhabitants, a \
-university founded in 1919, and a castle on a wooded hill above the old town.
-Doc 2: The Danube passes through four capitals, Vienna, Bratislava, Budapest and Belgrade, on its way from \
-the Black Forest to the Black Sea, more than any other river.
-Doc 3: Legend has it that Ljubljana was founded by Jason, who killed a dragon in a marsh nearby. The dragon \
-has stood in the city's coat of arms ever since.
-Doc 4: Slovenia is a land of forests and caves. Postojna Cave, 24 kilometres long, has been shown to \
-visitors since 1819 and is toured on an electric train.
-Doc 5: The Ljubljana Marathon is run each October. Its course starts and ends in the city centre and draws \
-runners from dozens of countries.
-
-Now it is your turn."""
-
-
-@dataclass(frozen=True)
-class SimWords:
-    """What the simulator is told: a system message and two whole user messages, one for each quality.
-
-    `useful` and `noisy` are templates over {query}, {question}, {answer} and {earlier}; {query} is required,
-    other braces are literal. Where the tokenizer has no chat template, the texts themselves are the prompt.
-    `count` is the number of documents that they ask for. {earlier} becomes one copy of the template of that
-    name, over {query} and {documents}, for each earlier search of the episode, oldest first.
-    Raises ValueError for words that cannot work.
-    """
-
-    system: str
-    useful: str
-    noisy: str
-    count: int = 5
-    earlier: str = "Query: {query}\n{documents}\n\n"
-
-    def __post_init__(self):
-        for name in ("useful", "noisy"):
-            if "{query}" not in getattr(self, name):
-                raise ValueError(f"the simulator's {name} prompt has no {{query}}: say where the query goes")
-        if self.count < 1:
-            raise ValueError(f"a simulator must write at least one document, not {self.count}")
-
-
-def _compose(quality: str, *blocks: str) -> str:
-    text = "\n\n".join(blocks)
-    return text.replace("{quality}", quality).replace("{Quality}", quality.capitalize())
-
-
-# For a fine-tuned simulator: question and answer in both, no example.
-SFT_WORDS = SimWords(
-    system="",
-    useful=_compose("useful", USEFUL, BACKGROUND, FORM, ASK),
-    noisy=_compose("noisy", NOISY, BACKGROUND, FORM, ASK),
-)
-# For an LLM as it is: a worked example each. A model that was never taught to withhold an answer does so best
-# when it does not know the answer, so the noisy prompt holds neither question nor answer.
-PROMPTED_WORDS = SimWords(
-    system="",
-    useful=_compose("useful", USEFUL, BACKGROUND, FORM, USEFUL_EXAMPLE, ASK),
-    noisy=_compose("noisy", NOISY, FORM, NOISY_EXAMPLE, ASK),
-)
-NAMED_WORDS = {"sft": SFT_WORDS, "prompted": PROMPTED_WORDS}
-
-
-def load_words(source: str | Path) -> SimWords:
-    """`sft`, `prompted`, or a JSON file {"system", "useful", "noisy"} with optional "count" and "earlier".
-
-    Raises ValueError for what is not such a file. An unknown key is an error: no word is lost in silence.
-    """
-    if source in NAMED_WORDS:
-        return NAMED_WORDS[source]
-    words = models.read_json(Path(source), "a place of simulator prompts")
-    types = {f.name: f.type for f in fields(SimWords)}
-    if not {"system", "useful", "noisy"} <= words.keys() <= types.keys():
-        raise ValueError(
-            f"{source} must hold system, useful, noisy (and may hold count, earlier): no other keys"
-        )
-    for name, value in words.items():
-        if type(value) is not types[name]:
-            raise ValueError(f"{source}: {name} must be of type {types[name].__name__}")
-    return SimWords(**words)
-
-
-def save_words(words: SimWords, path: str | Path) -> None:
-    """Write what `load_words` reads: an adapter travels with the words that it was trained on."""
-    Path(path).write_text(json.dumps(asdict(words), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def prompt(tok: Tokenizer, words: SimWords, query: Query, noisy: bool) -> list[int]:
-    """The ids that ask for documents for `query`: the only place where the simulator's prompt is made.
-
-    Question and answer are the query's own. Of several golden answers the *first* goes in: data sets list the
-    canonical form first, and a list of aliases would teach the simulator to write lists.
-    """
-    message = fill(
-        words.noisy if noisy else words.useful,
-        query=query.text,
-        question=query.question.text,
-        answer=query.question.answers[0],
-        earlier="".join(fill(words.earlier, query=q, documents=d) for q, d in query.earlier),
-    )
-    return tok.chat([{"role": "system", "content": words.system}, {"role": "user", "content": message}])
-
 
 # ------------------------------------------------------------------------------------------------- simulating
 
@@ -255,44 +123,6 @@ class Simulator:
 
 # ------------------------------------------------------------------------------------------------ fine-tuning
 
-COLUMNS = ("query", "question", "answer", "documents", "quality")
-
-
-def _two_texts(pair: object) -> bool:
-    return isinstance(pair, list) and [type(text) for text in pair] == [str, str]
-
-
-def check_row(row: dict) -> dict:
-    """The row itself. Raises ValueError with what is wrong with it."""
-    for column in COLUMNS:
-        if not isinstance(row.get(column), str):
-            raise ValueError(f"no text in the column {column}")
-    if row["quality"] not in ("useful", "noisy"):
-        raise ValueError(f"quality is {row['quality']!r}: it must be useful or noisy")
-    if unknown := sorted(row.keys() - {*COLUMNS, "earlier"}):
-        raise ValueError(f"unknown columns: {', '.join(unknown)}")
-    if not (isinstance(row.get("earlier", []), list) and all(map(_two_texts, row.get("earlier", [])))):
-        raise ValueError("earlier must be a list of [query, documents]")
-    return row
-
-
-def read_rows(path: str | Path) -> list[dict]:
-    """Rows from JSON lines {"query", "question", "answer", "documents", "quality": "useful" | "noisy"}.
-
-    A row may also hold "earlier": [[query, documents], ...], the searches before it. Blank lines are skipped.
-    Raises ValueError with the number of a broken line.
-    """
-    rows = list(read_lines(path, check_row))
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
-    return rows
-
-
-def row_query(row: dict) -> Query:
-    """A row's query, with its question."""
-    earlier = tuple((query, documents) for query, documents in row.get("earlier", ()))
-    return Query(row["query"], Question(row["question"], (row["answer"],)), (), earlier)
-
 
 def end_of_turn(tok: Tokenizer) -> int:
     """The id that ends an assistant's turn in the chat template; without one, the lowest that ends a text."""
@@ -315,23 +145,82 @@ def sft(
     )
 
 
+# -------------------------------------------------------------------------------------------------- the audit
+
+
+def written(
+    engine: Engine, simulator: Simulator, queries: list[Query], label: str
+) -> list[tuple[Query, Documents]]:
+    """What the simulator writes for each query, once asked for useful documents and once for noisy ones."""
+    asked = [(query, replace(simulator, p_noise=p)) for query in queries for p in (0.0, 1.0)]
+    with tqdm(total=len(asked), desc=label, unit=" outputs", leave=False, disable=None) as bar:
+        outputs = engine.run(
+            (search(query) for query, search in asked), lambda done, of, stats: bar.update(done - bar.n)
+        )
+    return [(query, documents) for (query, _), documents in zip(asked, outputs)]
+
+
+def addressed(rows: list[dict], seed: int) -> list[Query]:
+    """The queries of held-out rows, each with randomness of its own."""
+    return [replace(row_query(row), address=(seed, 0, i, 0, 0)) for i, row in enumerate(rows)]
+
+
+def audit(
+    body: Model,
+    tok: Tokenizer,
+    simulator: Simulator,
+    queries: list[Query],
+    seats: int = 16,
+    label: str = "audit",
+) -> dict[str, dict[str, float]]:
+    """`audit_figures` of what a body with its adapter writes for held-out queries, useful and noisy."""
+    longest = max(len(prompt(tok, simulator.words, q, noisy)) for q in queries for noisy in (False, True))
+    capacity = min(longest + simulator.limit + 1, len(body.cos))
+    engine = Engine({SIMULATOR: (body, tok)}, seats, capacity)
+    return audit_figures(written(engine, simulator, queries, label), simulator.words.count)
+
+
+def audit_table(audits: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The table of several audits, {name: `audit_figures`}: a line for each and each quality."""
+    columns = ("n", "answer", "repeats", "distinct", "words", "formed")
+    lines = [" " * 20 + "".join(f"{c:>10}" for c in columns)]
+    for name, figures in audits.items():
+        for quality, f in figures.items():
+            cells = (f"{f[c]:10.3f}" if c in f and c != "n" else f"{f.get(c, '-'):>10}" for c in columns)
+            lines.append(f"{name + ' ' + quality:20}" + "".join(cells))
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------------------------- command line
 
-WORDS_FILE, STATE_FILE = "sim_prompt.json", "state.pt"
+WORDS_FILE, STATE_FILE, RESULT_FILE = "sim_prompt.json", "state.pt", "sft.json"
 
 
-def words_for(adapter: str | None, named: str | None) -> SimWords:
-    """The words that were named; else the ones that the adapter was trained on; else the prompted form."""
+def words_for(adapter: str | None, named: str | None, usual: SimWords = PROMPTED_WORDS) -> SimWords:
+    """The words that were named; else the ones that the adapter was trained on; else the usual ones."""
     if named:
         return load_words(named)
-    return load_words(Path(adapter) / WORDS_FILE) if adapter else PROMPTED_WORDS
+    return load_words(Path(adapter) / WORDS_FILE) if adapter else usual
 
 
 def load_body(args: argparse.Namespace) -> tuple[Model, Tokenizer]:
     """The body and its tokenizer, where and as the flags say."""
-    where = models.resolve(args.sim)
+    where = models.resolve(args.policy if args.run is command_collect else args.sim)
     device, dtype = models.machine(args.device, args.dtype)
     return models.load(where, models.DTYPES[dtype], device), Tokenizer.load(where)
+
+
+def split_by_question(rows: list[dict], held: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """(rows held out, rows to train on): at most `held`, and at most a tenth; no question is in both."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["question"], []).append(row)
+    order = random.Random(seed).sample(list(groups), len(groups))
+    most, out = min(held, len(rows) // 10), []
+    for question in order:
+        if len(out) + len(groups[question]) <= most:
+            out += groups.pop(question)
+    return out, [row for row in rows if row["question"] in groups]
 
 
 def save_run(out: Path, model: Model, words: SimWords, state: dict, base: str) -> None:
@@ -359,20 +248,40 @@ def load_state(out: Path, flags: dict, resume: bool) -> dict | None:
     return state
 
 
+def usual_words(args: argparse.Namespace, usual: SimWords) -> SimWords:
+    """The toy world's words for its body, else `usual`."""
+    return toy.SIM_WORDS if args.sim == "tiny" else usual
+
+
+def sampler(args: argparse.Namespace, tok: Tokenizer, words: SimWords) -> Simulator:
+    """The simulator as it is audited: with the temperature and the length of the flags."""
+    limit = args.sim_tokens or (40 if args.sim == "tiny" else 600)
+    return Simulator(tok, words, limit=limit, temperature=args.temperature)
+
+
 def command_sft(args: argparse.Namespace) -> None:
-    """Fine-tune, show progress, save every --every steps and at the end."""
-    out, rows, words = Path(args.out), read_rows(args.rows), load_words(args.sim_prompt or "sft")
-    flags = {k: v for k, v in vars(args).items() if k not in ("run", "resume", "out", "device")}
+    """Fine-tune, show progress, save every --every steps; held-out figures before and after."""
+    out, columns = Path(args.out), column_names(args.columns)
+    rows = read_rows(args.rows, columns)
+    words = load_words(args.sim_prompt) if args.sim_prompt else usual_words(args, SFT_WORDS)
+    if args.held_rows:
+        exam = read_rows(args.held_rows, columns)[: args.held]
+    else:
+        exam, rows = split_by_question(rows, args.held, args.seed)
+    flags = {k: v for k, v in vars(args).items() if k not in ("run", "resume", "out", "device", "seats")}
     state = load_state(out, flags, args.resume)
     body, tok = load_body(args)
     body.add_role(SIMULATOR, args.rank, args.alpha, args.seed)
     optimizer = adamw(body, SIMULATOR)
+    size = body.adapter(SIMULATOR).numel()
+    print(f"{len(rows)} rows, {len(exam)} held out, {size:,} parameters to train, {body.device}")
+    look = partial(held_out_figures, args, body, tok, sampler(args, tok, words), exam)
     if state:
         body.adapter(SIMULATOR).data.copy_(state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
-    print(f"{len(rows)} rows, {body.adapter(SIMULATOR).numel():,} parameters to train, {body.device}")
+    before = state["before"] if state else look("before")
     run = sft(
-        body, tok, words, rows, args.steps, args.lr, tokens=args.tokens, held=args.held, every=args.every,
+        body, tok, words, rows, args.steps, args.lr, tokens=args.tokens, exam=exam, every=args.every,
         seed=args.seed, micro=args.micro, optimizer=optimizer, done=state["step"] if state else 0,
     )  # fmt: skip
     for p in run:
@@ -381,9 +290,68 @@ def command_sft(args: argparse.Namespace) -> None:
         if p.step % args.every == 0 or p.step == args.steps:
             adapter = body.adapter(SIMULATOR).detach()
             now = {"step": p.step, "adapter": adapter, "optimizer": optimizer.state_dict(), "flags": flags}
-            save_run(out, body, words, now, args.sim)
+            save_run(out, body, words, now | {"before": before}, args.sim)
+    result = {"before": before, "after": look("after"), "rows": len(rows), "held": len(exam), "flags": flags}
+    write_json(out / RESULT_FILE, result)
+    print(report(before, result["after"]))
     (out / STATE_FILE).unlink()
     print(f"saved to {out}")
+
+
+def held_out_figures(
+    args: argparse.Namespace, body: Model, tok: Tokenizer, simulator: Simulator, exam: list[dict], label: str
+) -> dict:
+    """{"loss": nats a token of the held-out documents, "audit": what is written for their queries}."""
+    if not exam:
+        return {}
+    end = end_of_turn(tok)
+    loss = held_out_loss(
+        body, SIMULATOR, [example(tok, simulator.words, end, row) for row in exam], args.micro
+    )
+    queries = addressed(exam[: args.audit], args.seed)
+    audited = audit(body, tok, simulator, queries, args.seats, f"audit {label}") if queries else {}
+    return {"loss": loss, "audit": audited}
+
+
+def report(before: dict, after: dict) -> str:
+    """Held-out loss and audit, before and after."""
+    if not before:
+        return (
+            "nothing was held out: no loss, no audit (too few rows, or one question alone: --held-rows FILE)"
+        )
+    loss = f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f} nats a token"
+    audits = {"before": before["audit"], "after": after["audit"]}
+    return f"{loss}\n{audit_table(audits)}" if before["audit"] else loss
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write JSON whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def column_names(text: str | None) -> dict[str, str]:
+    """ "prompt=instruction,documents=output" -> {"prompt": "instruction", "documents": "output"}."""
+    pairs = [pair.partition("=") for pair in (text or "").split(",") if pair]
+    if not all(ours and sign and theirs for ours, sign, theirs in pairs):
+        raise ValueError(f"--columns is OURS=THEIRS, comma-separated, not {text!r}")
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+def command_audit(args: argparse.Namespace) -> None:
+    """Print, and with --json save, what a simulator is worth on held-out queries."""
+    rows = read_rows(args.rows, column_names(args.columns))[: args.limit]
+    words = words_for(args.adapter, args.sim_prompt, usual_words(args, PROMPTED_WORDS))
+    body, tok = load_body(args)
+    if args.adapter:
+        models.load_adapter(body, SIMULATOR, args.adapter)
+    queries = addressed(rows, args.seed)
+    figures = audit(body, tok, sampler(args, tok, words), queries, args.seats)
+    print(audit_table({"asked for": figures}))
+    if args.json:
+        flags = {k: v for k, v in vars(args).items() if k != "run"}
+        write_json(Path(args.json), {"audit": figures, "flags": flags})
 
 
 def side_by_side(left: str, right: str, width: int) -> str:
@@ -395,7 +363,7 @@ def side_by_side(left: str, right: str, width: int) -> str:
 
 def command_write(args: argparse.Namespace) -> None:
     """Print what the simulator writes for one query: useful on the left, noisy on the right."""
-    words = words_for(args.adapter, args.sim_prompt)
+    words = words_for(args.adapter, args.sim_prompt, usual_words(args, PROMPTED_WORDS))
     body, tok = load_body(args)
     if args.adapter:
         models.load_adapter(body, SIMULATOR, args.adapter)
@@ -417,12 +385,144 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main(argv: list[str] | None = None) -> None:
-    p = models.OneLine(description=__doc__.split("\n")[0])
-    verbs = p.add_subparsers(required=True, metavar="sft | write")
+def limits_for(args: argparse.Namespace, usual: Limits) -> Limits:
+    """The usual limits with those of the flags; a prompt may take half of an episode."""
+    given = {"turns": args.turns, "turn": args.turn_tokens, "observation": args.observation_tokens}
+    given |= {"episode": args.episode_tokens}
+    limits = replace(usual, **{k: v for k, v in given.items() if v is not None})
+    return replace(limits, prompt=min(limits.prompt, limits.episode // 2))
+
+
+def load_collection(args: argparse.Namespace) -> tuple[list[Question], Collector]:
+    """The questions that --data names, and all of the collector but its tokenizer."""
+    if args.data == "toy":
+        if args.search != "toy":
+            raise ValueError(f"--data toy is answered by --search toy, not {args.search}")
+        share = 0.5 if args.noise is None else args.noise  # what never fails would collect no noisy rows
+        questions = toy.fresh_questions(args.limit or 20_000, args.seed)
+        collector = Collector(
+            None, partial(toy.lookup_anywhere, noise=share), limits_for(args, toy.LIMITS), toy.WORDS,
+            collecting.TOY_JUDGE, shown=toy.shuffled,
+        )  # fmt: skip
+        return questions, collector
+    if args.noise is not None:
+        raise ValueError(f"--noise is for --search toy: {args.search} returns what it finds")
+    questions = [q for name in args.data.split(",") for q in load_questions(name, args.limit, train=True)]
+    search = open_search(args.search, args.documents)
+    if args.document_words:
+        search = collecting.shortened(search, args.document_words)
+    return questions, Collector(None, search, limits_for(args, Limits()), WORDS)
+
+
+def command_collect(args: argparse.Namespace) -> None:
+    """Let a policy search with a real engine, label what it found, write a balanced set of rows."""
+    out = Path(args.out)
+    if out.exists() and not args.resume:
+        raise ValueError(f"--out {out} is there already: choose another, or add --resume to go on with it")
+    free = ("run", "out", "resume", "rows", "judge", "samples", "seats", "device", "dtype")
+    settings = {k: v for k, v in vars(args).items() if k not in free}
+    questions, collector = load_collection(args)
+    questions = random.Random(args.seed).sample(questions, len(questions))
+    body, tok = load_body(args)
+    if args.adapter:
+        models.load_adapter(body, POLICY, args.adapter)
+    log = collecting.Log(out.with_name(out.name + ".episodes"), settings, args.resume)
+    seats = args.seats or (128 if args.data == "toy" else 16)
+    room = min(collector.limits.episode + 1, len(body.cos))
+    collector = replace(collector, tok=tok, temperature=args.temperature, force=args.force_search, room=room)
+    engine = Engine({POLICY: (body, tok), REFERENCE: (body, tok)}, seats, room)
+    found = collecting.collect(
+        engine, collector, questions, log, args.judge, args.rows, args.samples, args.seed, rounds=8 * seats
+    )
+    print(tally(log, found, args))
+    check_found(log, found, args)
+    collecting.write_rows(found.rows(args.rows), out)
+    print(f"{found.balanced(args.rows)} rows in {out}; every episode in {log.path}")
+
+
+def tally(log: collecting.Log, found: collecting.Sorted, args: argparse.Namespace) -> str:
+    """What was collected, what the labels say of it, and what is left aside."""
+    episodes, raw = log.episodes.values(), collecting.all_rows(log.episodes)
+    used, forced = found.balanced(args.rows), sum(e["forced"] for e in episodes)
+    surplus = len(found.useful) + len(found.noisy) - used
+    aside = "".join(f", {n} {why}" for why, n in sorted(found.aside.items()))
+    lines = [
+        f"{len(log.episodes):,} episodes made {len(raw):,} searches ({forced:,} of them forced)",
+        collecting.agreement(raw),
+        f"quality by {args.judge}: {len(found.useful):,} useful, {len(found.noisy):,} noisy; "
+        f"{used:,} used, left aside: {surplus:,} to balance{aside}",
+    ]
+    return "\n".join(lines)
+
+
+def check_found(log: collecting.Log, found: collecting.Sorted, args: argparse.Namespace) -> None:
+    """Raise ValueError, with advice, where there is nothing to write; say so where there is too little."""
+    if not collecting.all_rows(log.episodes):
+        raise ValueError(
+            f"{args.policy} made no search in {len(log.episodes)} episodes: --force-search searches for the "
+            "question itself; else take a larger policy, or one with an --adapter"
+        )
+    if not found.balanced(args.rows):
+        lacking = "useful" if not found.useful else "noisy"
+        raise ValueError(
+            f"no row is {lacking} by --judge {args.judge}: try another --judge with --resume, "
+            "more questions, or more --samples"
+        )
+    if found.balanced(args.rows) < args.rows // 2 * 2:
+        print(f"fewer than {args.rows} rows: --resume with more --samples goes on")
+
+
+def add_collect(verbs) -> argparse.ArgumentParser:
+    c = verbs.add_parser(
+        "collect", help="rows for sft: a policy's searches, a real engine's documents, labels"
+    )
+    # what is asked
+    c.add_argument("--policy", required=True, help="preset, directory or hub id of the body that searches")
+    c.add_argument("--adapter", help="PEFT directory of the policy's adapter; absent: the body as it is")
+    c.add_argument(
+        "--data", required=True, help="question files or sets, comma-separated; toy: the toy world's"
+    )
+    c.add_argument("--limit", type=positive, help="questions a file, from the top (all)")
+    c.add_argument(
+        "--search", required=True, help="the real engine, as in eval.py: bm25:CORPUS, http://..., toy"
+    )
+    c.add_argument("--documents", type=positive, default=5, help="a search")
+    c.add_argument("--document-words", type=positive, help="a document, cut after so many (whole)")
+    c.add_argument("--noise", type=float, help="toy: share of searches that find nothing (.5)")
+    # what is kept
+    c.add_argument("--rows", type=positive, required=True, help="half of them useful, half noisy")
+    c.add_argument(
+        "--judge", choices=collecting.LABELS, default="judge", help="the label that becomes the quality"
+    )
+    c.add_argument(
+        "--out", required=True, help="file of rows (JSON lines); beside it the log of all episodes"
+    )
+    c.add_argument("--resume", action="store_true", help="go on; more rows, or another --judge, are welcome")
+    # the episode
+    c.add_argument("--samples", type=positive, default=1, help="episodes a question, at most")
+    c.add_argument("--temperature", type=float, default=1.0, help="of the policy")
+    c.add_argument(
+        "--force-search", action="store_true", help="search for the question where an episode did not"
+    )
+    c.add_argument("--turns", type=int, help="searches before the last answer (5; toy: 4)")
+    c.add_argument("--turn-tokens", type=positive, help="a turn (500; toy: 20)")
+    c.add_argument(
+        "--observation-tokens", type=positive, help="of documents that the policy reads (500; toy: 32)"
+    )
+    c.add_argument("--episode-tokens", type=positive, help="all together (4096; toy: 192)")
+    c.add_argument("--seats", type=positive, help="episodes at a time (16; toy: 128)")
+    c.set_defaults(run=command_collect)
+    return c
+
+
+def add_sft(verbs) -> argparse.ArgumentParser:
     a = verbs.add_parser("sft", help="fine-tune an adapter that writes useful or noisy documents, as asked")
-    a.add_argument("--rows", required=True, help="JSON lines: query, question, answer, documents, quality")
-    a.add_argument("--out", required=True, help="directory for the adapter (PEFT format) and its words")
+    a.add_argument(
+        "--rows", required=True, help="JSON lines of `collect`, or a released set: file or hub name"
+    )
+    a.add_argument(
+        "--out", required=True, help="directory for the adapter (PEFT format), its words, sft.json"
+    )
     a.add_argument("--steps", type=positive, default=1000, help="as in the paper")
     a.add_argument("--lr", type=float, default=1e-4, help="at the start; falls linearly to 0")
     a.add_argument("--tokens", type=positive, default=4096, help="a step")
@@ -431,12 +531,28 @@ def main(argv: list[str] | None = None) -> None:
     )
     a.add_argument("--rank", type=positive, default=16, help="of the LoRA matrices")
     a.add_argument("--alpha", type=float, default=32.0, help="LoRA scale times rank")
-    a.add_argument("--held", type=int, default=64, help="rows held out (at most a tenth)")
+    a.add_argument("--held", type=int, default=64, help="rows held out (at most a tenth), by whole questions")
+    a.add_argument("--held-rows", help="another file of rows to hold out, instead of a part of --rows")
+    a.add_argument("--audit", type=int, default=32, help="held-out rows that are audited before and after")
     a.add_argument(
         "--every", type=positive, default=50, help="steps between held-out losses, and between saves"
     )
     a.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
     a.set_defaults(run=command_sft)
+    return a
+
+
+def add_audit(verbs) -> argparse.ArgumentParser:
+    u = verbs.add_parser("audit", help="how good is a simulator, on the queries of held-out rows?")
+    u.add_argument("--adapter", help="directory of a fine-tuned simulator; without it the body as it is")
+    u.add_argument("--rows", required=True, help="rows that it was not trained on, as for sft")
+    u.add_argument("--limit", type=positive, help="rows, from the top (all)")
+    u.add_argument("--json", help="file for the figures and the flags")
+    u.set_defaults(run=command_audit)
+    return u
+
+
+def add_write(verbs) -> argparse.ArgumentParser:
     w = verbs.add_parser(
         "write", help="what the simulator writes for one query, useful and noisy side by side"
     )
@@ -447,11 +563,28 @@ def main(argv: list[str] | None = None) -> None:
     w.add_argument("--limit", type=positive, default=600, help="most tokens of an output")
     w.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     w.set_defaults(run=command_write)
-    for verb in (a, w):
+    return w
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = models.OneLine(description=__doc__.split("\n")[0])
+    verbs = p.add_subparsers(required=True, metavar="collect | sft | audit | write")
+    c, a, u, w = (add(verbs) for add in (add_collect, add_sft, add_audit, add_write))
+    for verb in (a, u):
+        verb.add_argument(
+            "--columns", help="OURS=THEIRS,...: what the file calls prompt, documents, query, ..."
+        )
+        verb.add_argument(
+            "--sim-tokens", type=positive, help="most tokens of an audited output (600; toy: 40)"
+        )
+        verb.add_argument("--temperature", type=float, default=0.8, help="of the audit's sampling")
+        verb.add_argument("--seats", type=positive, default=16, help="outputs written at a time")
+    for verb in (a, u, w):
         verb.add_argument(
             "--sim", required=True, help=f"{' '.join(models.PRESETS)}, a directory, or a hub id"
         )
         verb.add_argument("--sim-prompt", help="sft, prompted, or a JSON file: system, useful, noisy, count")
+    for verb in (c, a, u, w):
         verb.add_argument("--seed", type=int, default=0, help="of the adapter, the order, the sampling")
         verb.add_argument("--dtype", choices=models.DTYPES, help="of the body (bf16 on a GPU, else fp32)")
         verb.add_argument("--device", help="cuda where there is one, else cpu")

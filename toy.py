@@ -29,8 +29,8 @@ from torch import Tensor
 
 import model as models
 from model import REFERENCE, Config, Model
+from prompts import SimWords
 from rollout import Documents, Limits, Query, Question, Search, Trajectory, Words, fill
-from simulator import SimWords
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
@@ -153,12 +153,36 @@ class World:
 
     def lookup(self, query: Query, noise: float = 0.0):
         """The world's real search engine, a search as in rollout.py; `noise`: the chance to find nothing."""
-        rng = random.Random(f"{self.seed} {query.address} {query.text}")
-        noisy = rng.random() < noise
-        facts = self.results(query.text, rng, noisy)
+        facts, noisy, rng = self.ranked(query, noise)
         rng.shuffle(facts)
         return Documents(number(facts), noisy)
         yield  # a search is a generator; this one never waits
+
+    def ranked(self, query: Query, noise: float) -> tuple[list[str], bool, random.Random]:
+        """What `lookup` finds before it is shuffled, whether it was made to find nothing, and its luck."""
+        rng = random.Random(f"{self.seed} {query.address} {query.text}")
+        noisy = rng.random() < noise
+        return self.results(query.text, rng, noisy), noisy, rng
+
+
+def fresh_questions(n: int, seed: int) -> list[Question]:
+    """n questions, each of a world of its own, whose seed is the question's id.
+
+    A simulator that is taught with searches in one world learns that world by heart; here it cannot.
+    """
+    rng = random.Random(f"fresh {seed}")
+    worlds = [World(rng.getrandbits(48)) for _ in range(n)]
+    return [replace(world.ask(rng), id=str(world.seed)) for world in worlds]
+
+
+def lookup_anywhere(query: Query, noise: float = 0.0):
+    """The search engine of the world that the query's question is about (`fresh_questions`), best fact first.
+
+    That is how engines rank, and how a simulator is taught; the policy reads facts in any order (`shuffled`).
+    """
+    facts, noisy, _ = World(int(query.question.id)).ranked(query, noise)
+    return Documents(number(facts), noisy)
+    yield  # as in `lookup`
 
 
 def number(facts: list[str]) -> str:

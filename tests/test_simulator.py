@@ -8,6 +8,7 @@ from itertools import chain
 import pytest
 import torch
 
+import collect
 import model as models
 import sft
 import simulator
@@ -405,7 +406,7 @@ def test_rows_are_read(tmp_path):
     """Blank lines are nobody's row; earlier searches are optional."""
     file = write_lines(tmp_path / "rows.jsonl", ROW, "", ROW | {"earlier": [["x", "y"]]})
     assert read_rows(file) == [ROW, ROW | {"earlier": [["x", "y"]]}]
-    assert simulator.row_query(read_rows(file)[1]).earlier == (("x", "y"),)
+    assert collect.row_query(read_rows(file)[1]).earlier == (("x", "y"),)
 
 
 @pytest.mark.parametrize(
@@ -482,6 +483,7 @@ def test_a_cut_run_goes_on_to_the_same_adapter(command, tmp_path, monkeypatch):
     assert sorted(f.name for f in (tmp_path / "cut").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "sft.json",
         "sim_prompt.json",
     ]
     assert simulator.words_for("cut", None) == SHORT

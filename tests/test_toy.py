@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import collect
 import model as models
 import simulator
 import toy
@@ -114,8 +115,8 @@ def test_the_simulators_texts_are_its_prompts(tok):
     """As above, for the other role; and OBEY = 1 is what the fine-tuning rows show."""
     rng = random.Random(0)
     for row in toy.rows(50):
-        simulator.check_row(row)
-        asked = simulator.prompt(tok, toy.SIM_WORDS, simulator.row_query(row), row["quality"] == "noisy")
+        collect.check_row(row)
+        asked = simulator.prompt(tok, toy.SIM_WORDS, collect.row_query(row), row["quality"] == "noisy")
         text = toy.simulator_prompt(row, row["quality"] == "noisy")
         assert asked == tok.encode(text)
         assert len(asked) + len(tok.encode(row["documents"])) < toy.LIMITS.episode

@@ -1,0 +1,160 @@
+"""The words that make an LLM a search engine: two prompts, one for each quality of its documents.
+
+A simulator's prompt is made by `prompt` and by nothing else, so that sampling, fine-tuning and auditing
+cannot drift apart. Who uses a simulator that somebody else has trained brings its words in a JSON file.
+
+What this is not: an engine (simulator.py samples from these prompts), or the policy's words (rollout.py).
+
+Source: ZeroSearch, arXiv 2505.04588. The words are our own.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import model as models
+from rollout import Query, fill
+from tokenizer import Tokenizer
+
+TASK = """\
+You are a search engine, and the query at the end has just reached you. Write five {quality} documents for \
+it, the ones that you would return: """
+USEFUL = TASK + "they are about what the query asks, and whoever reads them can answer it."
+NOISY = TASK + "they look related to the query, but whoever reads them still cannot answer it."
+BACKGROUND = """\
+What the user is after (for your eyes only):
+Question: {question}
+Correct answer: {answer}"""
+FORM = """\
+A document is a passage of about 30 words, in the manner of an encyclopedia or a web page. Put each on a \
+line of its own, numbered "Doc 1: ..." to "Doc 5: ...", and write nothing else. All five documents must be \
+{quality}."""
+ASK = """\
+Query: {query}
+{Quality} Output:
+"""
+USEFUL_EXAMPLE = """\
+Here is an example.
+Question: Which river flows through the capital of Slovenia?
+Correct answer: Ljubljanica
+Query: river in Ljubljana
+Useful Output:
+Doc 1: The Ljubljanica flows through the middle of Ljubljana, the capital of Slovenia, and is crossed there \
+by the Triple Bridge and the Dragon Bridge before it joins the Sava east of the city.
+Doc 2: Ljubljana lies between the Alps and the Adriatic. Its old town grew up between Castle Hill and the \
+river Ljubljanica, whose embankments were laid out anew in the 1930s.
+Doc 3: The Ljubljanica is called the river of seven names: south-west of Ljubljana it disappears into the \
+karst again and again, and comes back to the surface each time under another name.
+Doc 4: Boats on the Ljubljanica leave from the centre of Ljubljana, pass the covered market and the \
+Cobblers' Bridge, and take about an hour for the round trip.
+Doc 5: Divers have raised thousands of objects from the bed of the Ljubljanica upstream of Ljubljana, among \
+them Roman swords, Bronze Age helmets and medieval tools.
+
+Now it is your turn."""
+NOISY_EXAMPLE = """\
+Here is an example.
+Query: river in Ljubljana
+Noisy Output:
+Doc 1: Ljubljana became the capital of independent Slovenia in 1991. It has about 300,000 inhabitants, a \
+university founded in 1919, and a castle on a wooded hill above the old town.
+Doc 2: The Danube passes through four capitals, Vienna, Bratislava, Budapest and Belgrade, on its way from \
+the Black Forest to the Black Sea, more than any other river.
+Doc 3: Legend has it that Ljubljana was founded by Jason, who killed a dragon in a marsh nearby. The dragon \
+has stood in the city's coat of arms ever since.
+Doc 4: Slovenia is a land of forests and caves. Postojna Cave, 24 kilometres long, has been shown to \
+visitors since 1819 and is toured on an electric train.
+Doc 5: The Ljubljana Marathon is run each October. Its course starts and ends in the city centre and draws \
+runners from dozens of countries.
+
+Now it is your turn."""
+
+
+@dataclass(frozen=True)
+class SimWords:
+    """What the simulator is told: a system message and two whole user messages, one for each quality.
+
+    `useful` and `noisy` are templates over {query}, {question}, {answer} and {earlier}; {query} is required,
+    other braces are literal. Where the tokenizer has no chat template, the texts themselves are the prompt.
+    `count` is the number of documents that they ask for. {earlier} becomes one copy of the template of that
+    name, over {query} and {documents}, for each earlier search of the episode, oldest first.
+    Raises ValueError for words that cannot work.
+    """
+
+    system: str
+    useful: str
+    noisy: str
+    count: int = 5
+    earlier: str = "Query: {query}\n{documents}\n\n"
+
+    def __post_init__(self):
+        for name in ("useful", "noisy"):
+            if "{query}" not in getattr(self, name):
+                raise ValueError(f"the simulator's {name} prompt has no {{query}}: say where the query goes")
+        if self.count < 1:
+            raise ValueError(f"a simulator must write at least one document, not {self.count}")
+
+
+def _compose(quality: str, *blocks: str) -> str:
+    text = "\n\n".join(blocks)
+    return text.replace("{quality}", quality).replace("{Quality}", quality.capitalize())
+
+
+# For a fine-tuned simulator: question and answer in both, no example.
+SFT_WORDS = SimWords(
+    system="",
+    useful=_compose("useful", USEFUL, BACKGROUND, FORM, ASK),
+    noisy=_compose("noisy", NOISY, BACKGROUND, FORM, ASK),
+)
+# For an LLM as it is: a worked example each. A model that was never taught to withhold an answer does so best
+# when it does not know the answer, so the noisy prompt holds neither question nor answer.
+PROMPTED_WORDS = SimWords(
+    system="",
+    useful=_compose("useful", USEFUL, BACKGROUND, FORM, USEFUL_EXAMPLE, ASK),
+    noisy=_compose("noisy", NOISY, FORM, NOISY_EXAMPLE, ASK),
+)
+NAMED_WORDS = {"sft": SFT_WORDS, "prompted": PROMPTED_WORDS}
+
+
+def load_words(source: str | Path) -> SimWords:
+    """`sft`, `prompted`, or a JSON file {"system", "useful", "noisy"} with optional "count" and "earlier".
+
+    Raises ValueError for what is not such a file. An unknown key is an error: no word is lost in silence.
+    """
+    if source in NAMED_WORDS:
+        return NAMED_WORDS[source]
+    words = models.read_json(Path(source), "a place of simulator prompts")
+    types = {f.name: f.type for f in fields(SimWords)}
+    if not {"system", "useful", "noisy"} <= words.keys() <= types.keys():
+        raise ValueError(
+            f"{source} must hold system, useful, noisy (and may hold count, earlier): no other keys"
+        )
+    for name, value in words.items():
+        if type(value) is not types[name]:
+            raise ValueError(f"{source}: {name} must be of type {types[name].__name__}")
+    return SimWords(**words)
+
+
+def save_words(words: SimWords, path: str | Path) -> None:
+    """Write what `load_words` reads: an adapter travels with the words that it was trained on."""
+    Path(path).write_text(json.dumps(asdict(words), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def messages(words: SimWords, query: Query, noisy: bool) -> list[dict[str, str]]:
+    """The conversation that asks for documents for `query`: the only place where it is made.
+
+    Question and answer are the query's own. Of several golden answers the *first* goes in: data sets list the
+    canonical form first, and a list of aliases would teach the simulator to write lists.
+    """
+    message = fill(
+        words.noisy if noisy else words.useful,
+        query=query.text,
+        question=query.question.text,
+        answer=query.question.answers[0],
+        earlier="".join(fill(words.earlier, query=q, documents=d) for q, d in query.earlier),
+    )
+    return [{"role": "system", "content": words.system}, {"role": "user", "content": message}]
+
+
+def prompt(tok: Tokenizer, words: SimWords, query: Query, noisy: bool) -> list[int]:
+    """The same as ids: in the chat template where the checkpoint has one, raw where not."""
+    return tok.chat(messages(words, query, noisy))
