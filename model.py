@@ -19,6 +19,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -212,8 +214,7 @@ class Update:
 class Window:
     """Some neighbouring rows of the cache, and what a forward pass is to do with them."""
 
-    k: Tensor  # (layers, B, KV, L, D)
-    v: Tensor  # (layers, B, KV, L, D)
+    layers: list[tuple[Tensor, Tensor]]  # of each layer: k and v (B, KV, L, D)
     start: Tensor  # (B,) tokens that each row already holds
     lens: Tensor  # (B,) new tokens of each row
 
@@ -228,7 +229,8 @@ class Cache:
 
     def window(self, rows: slice, upto: int, start: Tensor, lens: Tensor) -> Window:
         """A view of neighbouring rows, cut after `upto` positions."""
-        return Window(self.k[:, rows, :, :upto], self.v[:, rows, :, :upto], start, lens)
+        k, v = self.k[:, rows, :, :upto], self.v[:, rows, :, :upto]
+        return Window(list(zip(k.unbind(), v.unbind())), start, lens)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give the target seat the first `length` tokens of the source."""
@@ -329,26 +331,35 @@ class Model(nn.Module):
         there. recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
         """
         updates = lora if lora is not None else self.updates(role)
+        attends = self._alone(lengths) if window is None else self._cached(window, ids.size(1))
         x, delta = F.embedding(ids, self.embed), None  # (B, T, d)
-        for i, layer in enumerate(self.layers):
+        for i, (layer, attend) in enumerate(zip(self.layers, attends)):
             mine = updates[4 * i : 4 * i + 4]
-            attend = self._attend(i, lengths, window)
             if recompute and torch.is_grad_enabled():
                 x, delta = checkpoint(layer, x, delta, attend, mine, use_reentrant=False)
             else:
                 x, delta = layer(x, delta, attend, mine)
         return kernels.rms_norm(delta, self.norm, self.config.eps, residual=x)[0]
 
-    def _attend(self, i: int, lengths: Tensor | None, w: Window | None) -> Callable:
-        def alone(q, k, v):
+    def _alone(self, lengths: Tensor | None) -> Iterator[Callable]:
+        """For every layer: attention among the rows' own tokens."""
+
+        def attend(q, k, v):
             q, k = kernels.rope(q, k, self.cos, self.sin)
             return kernels.attention(q, k, v, lengths)
 
-        def cached(q, k, v):
-            q = kernels.rope_cache(q, k, v, self.cos, self.sin, w.k[i], w.v[i], w.start, w.lens)
-            return kernels.cached_attention(q, w.k[i], w.v[i], w.start)
+        return repeat(attend)
 
-        return alone if w is None else cached
+    def _cached(self, w: Window, T: int) -> Iterator[Callable]:
+        """For each layer: attention that first writes its T new keys and values into the layer's cache."""
+        L = w.layers[0][0].size(2)
+        place = kernels.Place(w.start, T, L, w.lens, self.cos, self.sin, self.dtype)
+
+        def attend(k_cache, v_cache, q, k, v):
+            q = kernels.rope_cache(q, k, v, k_cache, v_cache, place)
+            return kernels.cached_attention(q, k_cache, v_cache, place)
+
+        return (partial(attend, *layer) for layer in w.layers)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., d) -> (..., V)."""

@@ -18,6 +18,7 @@ from .cached_attention import cached_attention
 from .linear_logp import linear_logp
 from .lora import lora
 from .lora_linear import lora_linear
+from .place import Place
 from .rms_norm import rms_norm
 from .rope import rope
 from .rope_cache import rope_cache
@@ -28,6 +29,7 @@ from .swiglu import swiglu
 warnings.filterwarnings("ignore", "'kernels\\..* found in sys.modules", RuntimeWarning)
 
 __all__ = [
+    "Place",
     "attention",
     "cached_attention",
     "linear_logp",

@@ -28,20 +28,18 @@ from . import measure
 from .attention import check_heads
 from .launch import Target, check, choose, target, tl, triton
 from .online_softmax import LOG2E, attend, load_rows, store_rows
+from .place import Place
 
 
-def cached_attention_torch(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
-    """The reference: q (B, T, H, D), k and v (B, KV, L, D), start (B,) -> o (B, T, H, D)."""
+def cached_attention_torch(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
+    """The reference: q (B, T, H, D), k and v (B, KV, L, D) -> o (B, T, H, D)."""
     B, T, H, D = q.shape
-    KV, L = k.size(1), k.size(2)
-    at = start[:, None] + torch.arange(T, device=q.device)  # (B, T) the position of each query
-    seen = torch.arange(L, device=q.device) <= at[:, :, None]  # (B, T, L)
+    KV = k.size(1)
     if T > 1:
-        o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, seen[:, None], enable_gqa=H != KV)
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, place.seen, enable_gqa=H != KV)
         return o.transpose(1, 2)
     grouped = q.view(B, KV, H // KV, D)  # a group's heads are the rows of one matrix: no key is read twice
-    seen = seen.view(B, 1, 1, L).expand(B, KV, H // KV, L)
-    return F.scaled_dot_product_attention(grouped, k, v, seen).reshape(B, 1, H, D)
+    return F.scaled_dot_product_attention(grouped, k, v, place.seen).reshape(B, 1, H, D)
 
 
 @triton.jit
@@ -128,9 +126,9 @@ def chunks(programs: int, decoding: bool, L: int, t: Target) -> int:
     return max(1, min(wanted // programs, L // 256, 64))
 
 
-def cached_attention_triton(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
+def cached_attention_triton(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
     """The same on a GPU. ValueError if shapes or types disagree, or if head_dim does not suit."""
-    (B, T, H, D), (KV, L) = q.shape, k.shape[1:3]
+    (B, T, H, D), (KV, L), start = q.shape, k.shape[1:3], place.start
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     check(k.shape == v.shape == (B, KV, L, D), f"{shapes} do not fit")
     check(H % KV == 0, f"{H} query heads are not a multiple of {KV} key heads")
@@ -175,14 +173,15 @@ def _case(m: measure.Model, device: str, B: int, T: int, name: str) -> measure.C
     k, v = torch.randn(2, B, KV, L, D, dtype=m.dtype, device=device)
     least = L // 16 if name.endswith("unequal") else L - T
     start = torch.linspace(least, L - T, B, device=device).long()  # (B,)
+    place = Place(start, T, L)
     n_keys = (least + L + T) // 2  # the mean row's, after its last token
     work = {"bytes": (2 * B * KV * n_keys + 2 * B * T * m.heads) * D * q.element_size()}
     if T > 1:
         work = {"flops": 4 * B * m.heads * D * T * (L - T + T // 2)}
     return measure.Case(
         f"{name} {B} x {T} at {L}",
-        lambda: cached_attention_triton(q, k, v, start),
-        {"torch": lambda: cached_attention_torch(q, k, v, start)},
+        lambda: cached_attention_triton(q, k, v, place),
+        {"torch": lambda: cached_attention_torch(q, k, v, place)},
         **work,
     )
 

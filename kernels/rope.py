@@ -19,17 +19,21 @@ from . import measure
 from .launch import Target, check, choose, target, tl, triton
 
 
+def wide(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin (..., T, D/2) -> for `rotate` (..., T, 1, D): [cos, cos] and [-sin, sin], in x's type."""
+    cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, heads, D), cos and sin (T, D/2) or (B, T, D/2) -> x rotated, all in x's type."""
-    cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)  # (..., T, 1, D/2)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    """x (B, T, heads, D), `wide` cos and sin -> x rotated: [x1, x2] cos + [x2, x1] sin."""
+    return (x * cos).add_(torch.roll(x, x.size(-1) // 2, -1).mul_(sin))
 
 
 def rope_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The reference: q (B, T, H, D), k (B, T, KV, D) at positions 0..T-1; cos, sin (P, D/2) -> q, k."""
-    T = q.size(1)
-    return rotate(q, cos[:T], sin[:T]), rotate(k, cos[:T], sin[:T])
+    angles = wide(cos[: q.size(1)], sin[: q.size(1)], q.dtype)
+    return rotate(q, *angles), rotate(k, *angles)
 
 
 @triton.jit

@@ -17,39 +17,28 @@ from torch import Tensor
 
 from . import measure
 from .launch import check, choose, target, tl, triton
+from .place import Place
 from .rope import check_fit, config, contiguous_columns, inputs, rotate, turn
 
 
 def rope_cache_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: Tensor,
-    lens: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place
 ) -> Tensor:
-    """The reference: row b's token t stands at position start[b] + t; k, v are written there for t < lens[b].
+    """The reference: k and v are written where the tokens stand; padding is not.
 
-    q (B, T, H, D), k and v (B, T, KV, D), caches (B, KV, L, D) written in place, start, lens (B,) -> q.
-    A decoded token (T = 1) is always real.
+    q (B, T, H, D), k and v (B, T, KV, D), caches (B, KV, L, D) written in place -> q. A decoded token (T = 1)
+    is always real.
     """
-    B, T = q.shape[:2]
-    t = torch.arange(T, device=q.device)
-    at = start[:, None] + t  # (B, T)
-    safe = at.clamp(max=cos.size(0) - 1)  # padding may point past the table
-    q, k = rotate(q, cos[safe], sin[safe]), rotate(k, cos[safe], sin[safe])
-    b = torch.arange(B, device=q.device)
-    if T == 1:
-        k_cache[b, :, start] = k[:, 0]
-        v_cache[b, :, start] = v[:, 0]
+    angles = place.angles
+    q, k = rotate(q, *angles), rotate(k, *angles)
+    if place.T == 1:
+        b = place.rows
+        k_cache[b, :, place.start] = k[:, 0]
+        v_cache[b, :, place.start] = v[:, 0]
         return q
-    real = t < lens[:, None]  # (B, T)
-    rows, cols = b[:, None].expand(B, T)[real], at[real]
-    k_cache[rows, :, cols] = k[real]
-    v_cache[rows, :, cols] = v[real]
+    rows, tokens, at = place.real
+    k_cache[rows, :, at] = k[rows, tokens]
+    v_cache[rows, :, at] = v[rows, tokens]
     return q
 
 
@@ -78,17 +67,10 @@ def _rope_cache(
 
 
 def rope_cache_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: Tensor,
-    lens: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place
 ) -> Tensor:
     """The same on a GPU, in one launch. ValueError if shapes or the caches' strides do not fit."""
+    start, lens, cos, sin = place.start, place.lens, place.cos, place.sin
     check_fit(q, k, cos, sin)
     (B, T, H, D), KV, L = q.shape, k.size(2), k_cache.size(2)
     check(v.shape == k.shape, f"k {tuple(k.shape)} and v {tuple(v.shape)} differ")
@@ -124,7 +106,8 @@ def _case(rows: int, n: int, m: measure.Model, device: str) -> measure.Case:
     q, k, v, cos, sin = inputs(rows, n, m, device)
     cache = torch.zeros(2, rows, m.kv_heads, 2 * m.context, m.head_dim, dtype=m.dtype, device=device)
     start = torch.full((rows,), m.context // 2, device=device)
-    args = (q, k, v, cos, sin, *cache, start, torch.full_like(start, n))
+    place = Place(start, n, cache.size(3), torch.full_like(start, n), cos, sin, m.dtype)
+    args = (q, k, v, *cache, place)
     return measure.Case(
         f"cache {rows} x {n} x ({m.heads} + 2 x {m.kv_heads}) x {m.head_dim}",
         lambda: rope_cache_triton(*args),

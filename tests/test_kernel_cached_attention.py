@@ -5,9 +5,11 @@ import importlib
 import pytest
 import torch
 
-from kernels.cached_attention import cached_attention_torch, cached_attention_triton, chunks, config
+from kernels.cached_attention import cached_attention_torch, chunks, config
+from kernels.cached_attention import cached_attention_triton as cached_attention_at
 from kernels.launch import TARGETS, pretend
 from kernels.measure import relative_rms
+from kernels.place import Place
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 pytestmark = pytest.mark.usefixtures("filled_with_nan")
@@ -20,8 +22,16 @@ def seats(B, T, H, KV, D, L, dtype, device):
     return torch.randn(B, T, H, D, device=device).to(dtype), *cache[:, 1 : B + 1]
 
 
+def place(q, k, start):
+    return Place(start, q.size(1), k.size(2))
+
+
+def cached_attention_triton(q, k, v, start):
+    return cached_attention_at(q, k, v, place(q, k, start))
+
+
 def truth(q, k, v, start):
-    return cached_attention_torch(q.double(), k.double(), v.double(), start)
+    return cached_attention_torch(q.double(), k.double(), v.double(), place(q, k, start))
 
 
 def starts(B, T, L, device):

@@ -5,10 +5,15 @@ import torch
 from test_kernel_rope import BOUND, fp64, packed, table
 
 from kernels.measure import relative_rms
+from kernels.place import Place
 from kernels.rope import rope_torch
 from kernels.rope_cache import rope_cache_torch, rope_cache_triton
 
 pytestmark = pytest.mark.usefixtures("filled_with_nan")
+
+
+def place(q, cos, sin, start, lens):
+    return Place(start, q.size(1), 0, lens, cos, sin, q.dtype)
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -22,8 +27,8 @@ def test_the_cache_write_equals_the_reference(device, program_order, T, dtype):
     lens = torch.tensor([1, 1, 1] if T == 1 else [5, 3, 2], device=device)
     whole = torch.randn(2, B, KV, 2 * L, D, device=device).to(dtype)
     mine, theirs = whole.clone(), whole.clone()
-    q_mine = rope_cache_triton(q, k, v, cos, sin, *mine[:, :, :, :L], start, lens)
-    q_theirs = rope_cache_torch(q, k, v, cos, sin, *theirs[:, :, :, :L], start, lens)
+    q_mine = rope_cache_triton(q, k, v, *mine[:, :, :, :L], place(q, cos, sin, start, lens))
+    q_theirs = rope_cache_torch(q, k, v, *theirs[:, :, :, :L], place(q, cos, sin, start, lens))
     real = torch.arange(T, device=device) < lens[:, None]
     assert torch.equal(q_mine[real], q_theirs[real])
     assert torch.equal(mine, theirs) and not torch.equal(mine, whole)
@@ -35,7 +40,7 @@ def test_a_full_seat_does_not_spill_into_the_next(device):
     cos, sin = table(16, 32, device)
     cache = torch.zeros(2, 2, 1, 4, 32, device=device)
     start, lens = torch.tensor([3, 0], device=device), torch.tensor([3, 0], device=device)
-    rope_cache_triton(q, k, v, cos, sin, *cache, start, lens)
+    rope_cache_triton(q, k, v, *cache, place(q, cos, sin, start, lens))
     assert (cache[:, 0, 0, 3] != 0).all() and (cache[:, 0, 0, :3] == 0).all() and (cache[:, 1] == 0).all()
 
 
@@ -47,7 +52,7 @@ def test_equals_fp64(device, H, KV, D, dtype):
     cos, sin = table(3, D, device)
     cache = torch.zeros(2, 1, KV, 4, D, device=device, dtype=dtype)
     start, lens = torch.tensor([0], device=device), torch.tensor([3], device=device)
-    mine = rope_cache_triton(q, k, v, cos, sin, *cache, start, lens)
+    mine = rope_cache_triton(q, k, v, *cache, place(q, cos, sin, start, lens))
     q64, k64 = fp64(rope_torch, q, k, cos, sin)
     assert relative_rms(mine, q64) <= BOUND[dtype]
     assert relative_rms(cache[0, :, :, :3], k64.transpose(1, 2)) <= BOUND[dtype]
@@ -60,10 +65,10 @@ def test_other_rows_change_nothing(device):
     cos, sin = table(8, 32, device)
     start, lens = torch.tensor([2, 0], device=device), torch.tensor([2, 3], device=device)
     cache = torch.zeros(2, 2, 2, 1, 8, 32, device=device)  # before and after
-    before = rope_cache_triton(q, k, v, cos, sin, *cache[0], start, lens)
+    before = rope_cache_triton(q, k, v, *cache[0], place(q, cos, sin, start, lens))
     for x in (q, k, v):
         x[0, 2], x[1] = torch.nan, torch.nan
-    after = rope_cache_triton(q, k, v, cos, sin, *cache[1], start, lens)
+    after = rope_cache_triton(q, k, v, *cache[1], place(q, cos, sin, start, lens))
     assert torch.equal(before[0, :2], after[0, :2]) and torch.equal(cache[0, :, 0], cache[1, :, 0])
 
 
@@ -80,6 +85,6 @@ def test_what_does_not_fit_is_refused(device):
         torch.zeros(2, 1, 1, 32, 8, device=device).transpose(3, 4),
     ):
         with pytest.raises(ValueError):
-            rope_cache_triton(q, k, v, cos, sin, k_cache, v_cache, *rows)
+            rope_cache_triton(q, k, v, k_cache, v_cache, place(q, cos, sin, *rows))
     with pytest.raises(ValueError):
-        rope_cache_triton(q, k, v, cos, sin, *cache, rows[0], torch.zeros(2, device=device))
+        rope_cache_triton(q, k, v, *cache, place(q, cos, sin, rows[0], torch.zeros(2, device=device)))

@@ -1,0 +1,53 @@
+"""Where new tokens stand in the seat cache: made once a forward pass and handed to every layer.
+
+The kernels read `start` and `lens` and work out the rest in registers. The references share here what is the
+same in every layer: the mask, and the angles of the rotation.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .rope import wide
+
+
+@dataclass(frozen=True)
+class Place:
+    """Row b's token t stands at position start[b] + t of its seat; t < lens[b] are real, others padding."""
+
+    start: Tensor  # (B,) tokens that each seat already holds
+    T: int  # new tokens of a row, with its padding
+    L: int  # tokens of a seat that are looked at
+    lens: Tensor | None = None  # (B,) new tokens of each row; this and the following for rope_cache
+    cos: Tensor | None = None  # (P, D/2) of every position, fp32
+    sin: Tensor | None = None  # (P, D/2)
+    dtype: torch.dtype = torch.float32  # of the body
+
+    @cached_property
+    def at(self) -> Tensor:
+        """(B, T) the positions."""
+        return self.start[:, None] + torch.arange(self.T, device=self.start.device)
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """(B, 1, T, L) the keys that each token sees: those up to its own."""
+        return torch.arange(self.L, device=self.start.device) <= self.at[:, None, :, None]
+
+    @cached_property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """`wide` cos and sin (B, T, 1, D). Padding may point past the table: it gets the last ones."""
+        safe = self.at.clamp(max=self.cos.size(0) - 1)
+        return wide(self.cos[safe], self.sin[safe], self.dtype)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(B,) 0, 1, ..."""
+        return torch.arange(len(self.start), device=self.start.device)
+
+    @cached_property
+    def real(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, tokens and positions (N,) of all real tokens."""
+        rows, tokens = (torch.arange(self.T, device=self.start.device) < self.lens[:, None]).nonzero().T
+        return rows, tokens, self.at[rows, tokens]
