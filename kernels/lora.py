@@ -33,7 +33,7 @@ def lora_torch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale: 
 
 
 @triton.jit
-def _shrink_kernel(
+def _shrink(
     p_x, p_a, p_middle, n_rows, d_in, n_columns, span,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def _shrink_kernel(
 
 
 @triton.jit
-def _expand_kernel(
+def _expand(
     p_y, p_middle, p_b, p_role, p_scale, n_rows, T, d_out, k, R: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -115,10 +115,10 @@ def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale:
     splits, blocks = expand["SPLITS"], triton.cdiv(n, shrink["BLOCK_N"])
     span = triton.cdiv(triton.cdiv(i, splits), shrink["BLOCK_I"]) * shrink["BLOCK_I"]
     middle = x.new_empty(splits, n, C, dtype=torch.float32)
-    _shrink_kernel[(blocks, triton.cdiv(C, shrink["BLOCK_C"]), splits)](
+    _shrink[(blocks, triton.cdiv(C, shrink["BLOCK_C"]), splits)](
         x.contiguous(), A, middle, n, i, C, span, **shrink
     )
-    _expand_kernel[(blocks, triton.cdiv(o, expand["BLOCK_O"]))](
+    _expand[(blocks, triton.cdiv(o, expand["BLOCK_O"]))](
         y, middle, B, role.contiguous(), scale, n, T, o, k, R=R, **expand
     )
     return y

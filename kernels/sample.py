@@ -53,9 +53,7 @@ def _base2(p_temperature):
 
 
 @triton.jit
-def _stripe_kernel(
-    p_z, p_temperature, p_top, p_first, p_mass, n_words, s_row, n_stripes, STRIPE: tl.constexpr
-):
+def _sum_stripe(p_z, p_temperature, p_top, p_first, p_mass, n_words, s_row, n_stripes, STRIPE: tl.constexpr):
     row, stripe = tl.program_id(0), tl.program_id(1)
     i_v = stripe * STRIPE + tl.arange(0, STRIPE)
     z = tl.load(p_z + row.to(tl.int64) * s_row + i_v, i_v < n_words, other=-1e30).to(tl.float32)
@@ -79,7 +77,7 @@ def _inverted(mass, i, u):
 
 
 @triton.jit
-def _pick_kernel(
+def _pick(
     p_z, p_u, p_temperature, p_top, p_first, p_mass, p_ids, p_logp, n_words, s_row, n_stripes,
     STRIPE: tl.constexpr, STRIPES: tl.constexpr,
 ):  # fmt: skip
@@ -119,12 +117,10 @@ def sample_triton(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tenso
     top, mass, logp = (logits.new_empty(n, dtype=torch.float32) for n in (B * stripes, B * stripes, B))
     first, ids = logits.new_empty(B * stripes, dtype=torch.int32), logits.new_empty(B, dtype=torch.int64)
     s_row = logits.stride(0)
-    _stripe_kernel[(B, stripes)](
+    _sum_stripe[(B, stripes)](
         logits, temperature, top, first, mass, V, s_row, stripes, STRIPE=c["STRIPE"], num_warps=4
     )
-    _pick_kernel[(B,)](
-        logits, u, temperature, top, first, mass, ids, logp, V, s_row, stripes, **c, num_warps=8
-    )
+    _pick[(B,)](logits, u, temperature, top, first, mass, ids, logp, V, s_row, stripes, **c, num_warps=8)
     return ids, logp
 
 
