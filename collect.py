@@ -377,13 +377,16 @@ def collect(
     """
     left = [i for i in range(samples * len(questions)) if i not in log.episodes]
     count = sort_rows(log.episodes, label)
-    with tqdm(total=2 * (n // 2), initial=count.balanced(n), desc="collecting", unit=" rows") as bar:
+    with tqdm(
+        total=2 * (n // 2), initial=count.balanced(n), desc="collecting", unit=" rows", miniters=0
+    ) as bar:
 
         def noted(i: int):
             number = i % len(questions)
             done = yield from collector.episode(questions[number], (seed, 0, number, i // len(questions)))
             log.add(i, done)
             bar.set_postfix_str(f"{len(log.episodes):,} episodes", refresh=False)
+            bar.update(0)  # shows it, now and then
 
         while left and count.balanced(n) < 2 * (n // 2):
             engine.run([noted(i) for i in left[:rounds]])

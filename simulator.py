@@ -21,6 +21,7 @@ import json
 import math
 import random
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -431,9 +432,24 @@ def command_collect(args: argparse.Namespace) -> None:
     room = min(collector.limits.episode + 1, len(body.cos))
     collector = replace(collector, tok=tok, temperature=args.temperature, force=args.force_search, room=room)
     engine = Engine({POLICY: (body, tok), REFERENCE: (body, tok)}, seats, room)
-    found = collecting.collect(
-        engine, collector, questions, log, args.judge, args.rows, args.samples, args.seed, rounds=8 * seats
-    )
+    ask_on = f"the episodes so far are in {log.path}: the same command with --resume goes on"
+    try:
+        found = collecting.collect(
+            engine,
+            collector,
+            questions,
+            log,
+            args.judge,
+            args.rows,
+            args.samples,
+            args.seed,
+            rounds=4 * seats,
+        )
+    except OSError as e:  # an engine that fails
+        raise OSError(f"{e}; {ask_on}") from None
+    except KeyboardInterrupt:
+        print(f"\n{ask_on}", file=sys.stderr)
+        raise
     print(tally(log, found, args))
     check_found(log, found, args)
     collecting.write_rows(found.rows(args.rows), out)
