@@ -1,41 +1,60 @@
-"""The truth: questions with golden answers, the scores, and a policy measured with any search engine.
+"""The truth: a policy measured, with any search engine or none; two results compared; one episode live.
 
 It deliberately is not: a judge, a sampler of favourites (greedy, unless told otherwise), a filter. Every
-question counts, an episode without an answer too: as 0.
+question counts, an episode without an answer too: as 0. The scores are in questions.py, intervals and tables
+in report.py, the baselines in modes.py.
 
-    python eval.py --policy 3b --adapter runs/x/policy --data hotpotqa.jsonl --search bm25:corpus.jsonl.gz
-    python eval.py --data hotpotqa.jsonl --search bm25:corpus.jsonl.gz          # no policy: the engine alone
+    python eval.py --policy 3b --adapter runs/x/policy --data all --limit 500 --search bm25:corpus.jsonl.gz
+    python eval.py --policy 3b --data nq,mine.jsonl --mode rag --search http://127.0.0.1:8000 --json rag.json
+    python eval.py --compare direct.json rag.json      # is the difference more than luck?
+    python eval.py --ask "colour of Balan?"            # one episode, token by token, in the toy world
+    python eval.py --data hotpotqa.jsonl --search bm25:corpus.jsonl.gz      # no policy: the engine alone
+
+An evaluation with --json FILE keeps each answered question in FILE.part at once; --resume goes on from there.
 """
 
 import argparse
-import json
+import codecs
+import os
+import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 import model as models
+import report
 import toy
 from model import POLICY, SIMULATOR, Model
-from questions import cover_em, exact_match, f1, load_questions
-from rollout import WORDS, Engine, Limits, Question, Search, Stats, Trajectory, Words, episode
+from modes import MODE_WORDS, MODES
+from questions import SETS, cover_em, exact_match, f1, load_questions
+from report import Ledger, table
+from rollout import WORDS, Engine, Episode, Limits, Question, Sampled, Search, Stats, Trajectory, Turn, Words
 from search import BM25, open_bm25, open_search
 from simulator import Simulator, words_for
 from tokenizer import Tokenizer
+
+__all__ = ["evaluate", "load_words", "show_progress", "summarise", "table"]  # what training asks for
 
 # ------------------------------------------------------------------------------------------------- evaluating
 
 LIMITS = Limits()
 
 
-def score(t: Trajectory) -> dict:
-    """One episode's worth, and its engine's: `found` is 1.0 if a golden answer stood in a document."""
-    golds = t.question.answers
+def answered(t: Trajectory) -> dict:
+    """One episode as a row: what was asked, done and answered, and what it is worth.
+
+    `found` is 1.0 where a golden answer stood in a document.
+    """
+    q, golds = t.question, t.question.answers
     return {
+        **{"id": q.id, "question": q.text, "golden_answers": list(golds), "hops": q.hops},
+        **{"answer": t.answer, "end": t.end, "queries": [query.text for query, _ in t.searches]},
         "f1": f1(t.answer, golds),
         "em": exact_match(t.answer, golds),
         "cover_em": cover_em(t.answer, golds),
@@ -45,21 +64,30 @@ def score(t: Trajectory) -> dict:
 
 
 def summarise(trajectories: list[Trajectory]) -> dict:
-    """Means over all episodes, ends by cause, and the means by hops where the questions tell them.
+    """`report.summary` of episodes: means, ends by cause, means by hops."""
+    return report.summary([answered(t) for t in trajectories])
 
-    {"n", "f1", "em", "cover_em", "searches", "found", "ends": {cause: episodes}, "by_hop": {"1": means, ...}}
+
+def episodes(
+    tok: Tokenizer,
+    questions: list[Question],
+    search: Search,
+    limits: Limits = LIMITS,
+    words: Words = WORDS,
+    temperature: float = 0.0,
+    address: tuple[int, int] = (0, 0),
+    mode: str = "agent",
+) -> list[Episode]:
+    """One episode a question, not begun, in one of the ways of modes.py.
+
+    address (seed, step) begins the address of every random number: temperature 0 needs none, but a simulator
+    draws its documents.
     """
-    hops = sorted({t.question.hops for t in trajectories} - {0})
-    return {
-        **_means(trajectories),
-        "ends": dict(Counter(t.end for t in trajectories).most_common()),
-        "by_hop": {str(h): _means([t for t in trajectories if t.question.hops == h]) for h in hops},
-    }
-
-
-def _means(trajectories: list[Trajectory]) -> dict:
-    scores, n = [score(t) for t in trajectories], len(trajectories)
-    return {"n": n} | {key: sum(s[key] for s in scores) / n for key in scores[0]}
+    play = MODES[mode]
+    return [
+        play(question, search, tok, limits, words, temperature, (*address, i, 0))
+        for i, question in enumerate(questions)
+    ]
 
 
 def evaluate(
@@ -73,23 +101,21 @@ def evaluate(
     address: tuple[int, int] = (0, 0),
     tell: Callable[[int, int, Stats], None] | None = None,
 ) -> tuple[dict, list[Trajectory]]:
-    """One episode a question -> (`summarise` of them, the episodes in the order of the questions).
+    """One search-agent episode a question -> (`summarise` of them, the episodes in the questions' order).
 
-    address (seed, step) begins the address of every random number: temperature 0 needs none, but a simulator
-    draws its documents. tell(done, of, stats) is called as episodes end.
+    tell(done, of, stats) is called as episodes end; for the rest see `episodes`.
     """
-    episodes = [
-        episode(question, search, tok, limits, words, temperature, (*address, i, 0))
-        for i, question in enumerate(questions)
-    ]
-    trajectories = engine.run(episodes, tell)
+    trajectories = engine.run(episodes(tok, questions, search, limits, words, temperature, address), tell)
     return summarise(trajectories), trajectories
 
 
-def show_progress(bar: tqdm, done: int, of: int, stats: Stats) -> None:
-    """With its bar, a `tell` for `evaluate`: questions done, rate, time left, tokens a second."""
+def show_progress(bar: tqdm, done: int, of: int, stats: Stats, before: int = 0) -> None:
+    """With its bar, a `tell` for `evaluate`: questions done, rate, time left, tokens a second.
+
+    before: questions that were done when this run began.
+    """
     bar.set_postfix_str(f"{stats.decoded / max(stats.seconds, 1e-9):,.0f} tokens/s", refresh=False)
-    bar.update(done - bar.n)
+    bar.update(before + done - bar.n)
 
 
 def retrieval(index: BM25, questions: list[Question], depths: tuple[int, ...] = (1, 3, 5, 10)) -> dict:
@@ -109,62 +135,120 @@ def retrieval(index: BM25, questions: list[Question], depths: tuple[int, ...] = 
     return {"n": n} | {f"top {k}": found[k] / n for k in depths} | {"ms": 1e3 * spent / n}
 
 
+# ------------------------------------------------------------------------------------------------------- live
+
+
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # a text must not steer the terminal
+
+
+class Screen:
+    """Writes tokens as they come: sampled ones green, given ones grey, or in [brackets] without colour.
+
+    A character whose bytes are spread over tokens appears with its last one.
+    """
+
+    def __init__(self, tok: Tokenizer, write: Callable[[str], object], colour: bool):
+        self.tok, self.write = tok, write
+        opened, closed = (("\033[90m", "\033[32m"), "\033[0m") if colour else (("[", ""), "")
+        self.opened, self.closed = opened, (closed or "]", closed)  # of given text, of sampled text
+        self.sampled: bool | None = None
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def show(self, ids: list[int], sampled: bool) -> None:
+        if ids and sampled != self.sampled:
+            self.end()
+            self.sampled = sampled
+            self.write(self.opened[sampled])
+        self._text(b"".join(map(self.tok.token_bytes, ids)))
+
+    def end(self) -> None:
+        """Close the stretch of sampled or given text."""
+        if self.sampled is not None:
+            self._text(b"", final=True)
+            self.write(self.closed[self.sampled])
+        self.sampled = None
+
+    def _text(self, data: bytes, final: bool = False) -> None:
+        self.write(CONTROL.sub("\ufffd", self.decoder.decode(data, final)))
+
+
+def live(run: Episode, tok: Tokenizer, show: Callable[[list[int], bool], None]) -> Episode:
+    """The same episode, its policy's turns asked for token by token: show(ids, sampled) tells each."""
+    value = None
+    while True:
+        try:
+            wish = run.send(value)
+        except StopIteration as end:
+            return end.value
+        if isinstance(wish, Turn) and wish.role == POLICY:
+            show(wish.ids, False)
+            value = yield from token_by_token(wish, tok, show)
+        else:
+            value = yield wish
+
+
+def token_by_token(turn: Turn, tok: Tokenizer, show: Callable[[list[int], bool], None]) -> Episode:
+    """One turn as turns of one token, which share its seat. Returns what the whole turn would have sampled.
+
+    (At temperatures above 0, what it could have sampled: each token draws from an address of its own.)
+    """
+    ids, logps, given, end = [], [], turn.ids, "limit"
+    while end == "limit" and len(ids) < turn.limit:
+        one = yield replace(turn, ids=given, limit=1, address=(*turn.address, len(ids)))
+        ids, logps, given = ids + one.ids, logps + one.logps, []
+        show(one.ids, True)
+        stopped = any(stop in tok.decode(ids) for stop in turn.stops)
+        end = "eos" if one.end == "eos" else "stop" if stopped else "limit"
+    return Sampled(ids, logps, end)
+
+
+def ask(args: argparse.Namespace) -> None:
+    """One episode on the screen, and its answer on the last line."""
+    question = Question(args.ask, (args.answer,) if args.answer else ())
+    s, colour = setting(args), sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    (run,) = episodes(
+        s.tok, [question], s.search, s.limits, s.words, args.temperature, (args.seed, 0), args.mode
+    )
+    screen = Screen(s.tok, partial(print, end="", flush=True), colour)
+    (t,) = s.engine.run([live(run, s.tok, screen.show)])
+    screen.end()
+    stats = s.engine.stats
+    spent = f"{stats.decoded} tokens sampled in {stats.seconds:.1f} s"
+    print(f"\n\n{spent}, searches: {len(t.searches)}, end: {t.end}")
+    print("(no answer)" if t.answer is None else CONTROL.sub("\ufffd", " ".join(t.answer.split())))
+
+
 # ----------------------------------------------------------------------------------------------- command line
-
-
-def average(sets: dict[str, dict]) -> dict:
-    """The mean of the sets' means, whatever their sizes, as the paper's tables have it; "n" is the sum."""
-    parts = list(sets.values())
-    if len(parts) == 1:
-        return parts[0]
-    means = {k: sum(p[k] for p in parts) / len(parts) for k, v in parts[0].items() if isinstance(v, float)}
-    return {"n": sum(p["n"] for p in parts)} | means
-
-
-def table(rows: dict[str, dict]) -> str:
-    """Rows of figures under the names of their columns: means with three decimals, counts as they are."""
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    cells = [["", *columns]] + [
-        [name, *(_cell(row.get(c, "")) for c in columns)] for name, row in rows.items()
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]).rstrip() for c in cells]
-    return "\n".join(lines)
-
-
-def _cell(value: float | int | str) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def report(sets: dict[str, dict]) -> str:
-    """The table of `summarise` by set: a line a set, a line a number of hops, the mean over the sets."""
-    rows = {}
-    for name, summary in sets.items():
-        means = {k: v for k, v in summary.items() if k not in ("ends", "by_hop")}
-        rows[name] = means | {f"end: {cause}": count for cause, count in summary["ends"].items()}
-        rows |= {f"  {hops} hop": part for hops, part in summary["by_hop"].items()}
-    if len(sets) > 1:
-        rows["mean of sets"] = average(sets)
-    return table(rows)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags, each with its meaning; where a default is not named, the toy world's differs."""
     p = models.OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what is done
+    p.add_argument("--ask", metavar="QUESTION", help="show one episode as it happens, instead of measuring")
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two files of --json: test B - A")
+    p.add_argument("--mode", choices=MODES, default="agent", help="search agent, or a baseline: see modes.py")
     # what is measured
     p.add_argument("--policy", help="preset, checkpoint directory or hub id; absent: the engine alone")
     p.add_argument("--adapter", help="PEFT directory of the policy's adapter; absent: the body as it is")
-    p.add_argument("--data", default="toy", help="question files, comma-separated; toy: the toy world's")
-    p.add_argument("--limit", type=int, help="questions a file, from the top (all; toy: 300)")
-    p.add_argument("--search", required=True, help="sim, none, toy or bm25:CORPUS")
+    p.add_argument(
+        "--data", help=f"comma-separated: files, {', '.join(SETS)}, or all for these; toy (default)"
+    )
+    p.add_argument("--limit", type=int, help="questions a set, drawn by a fixed seed (all; toy: 300)")
+    p.add_argument("--search", help="sim, none, toy, bm25:CORPUS, http://HOST:PORT or serpapi")
     p.add_argument("--json", help="file for figures, flags, and every question's answer and scores")
+    p.add_argument(
+        "--resume", action="store_true", help="go on with what --json has kept of a run that was cut"
+    )
     # the episode
     p.add_argument(
         "--policy-prompt", help="JSON file with other words for the policy: prompt, notice, system"
     )
     p.add_argument("--turns", type=int, help="searches before the last answer (5; toy: 4)")
+    p.add_argument("--turn-tokens", type=int, help="of a turn, at most (500; toy: 20)")
+    p.add_argument("--observation-tokens", type=int, help="of a search's documents, at most (500; toy: 32)")
     p.add_argument("--episode-tokens", type=int, help="prompt, turns and documents together (4096; toy: 192)")
-    p.add_argument("--documents", type=int, default=5, help="that bm25 returns a search")
+    p.add_argument("--documents", type=int, default=5, help="that a real engine returns a search")
     p.add_argument("--temperature", type=float, default=0.0, help="of the policy; 0 is greedy")
     p.add_argument("--seed", type=int, default=0, help="of all sampling: the simulator's, and the policy's")
     p.add_argument("--world", type=int, default=1, help="toy: the seed of its facts")
@@ -175,11 +259,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--sim-prompt", help="sft, prompted or a JSON file; absent: what its adapter was trained on"
     )
     p.add_argument("--noise", type=float, default=0.0, help="share of searches that go wrong (sim and toy)")
+    p.add_argument("--answer", help="--ask with --search sim: the golden answer, which a simulator is told")
     # the machine
     p.add_argument("--seats", type=int, default=16, help="episodes, and documents being written, at a time")
     p.add_argument("--dtype", choices=models.DTYPES, help="of the bodies (bf16 on a GPU, else fp32)")
     p.add_argument("--device", help="cuda where there is one, else cpu")
-    return p.parse_args(arguments)
+    return settled(p.parse_args(arguments))
+
+
+def settled(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags, and what follows from others: --ask is at home in the toy world, two modes do not search."""
+    if args.ask is not None and args.policy is None:
+        args.policy = "tiny"
+    if args.search is None and args.mode in ("direct", "cot"):
+        args.search = "none"
+    if args.search is None and args.ask is not None and args.policy == "tiny":
+        args.search = "toy"
+    if args.data is None:
+        args.data = (
+            "toy" if args.ask is None or "tiny" in (args.policy, args.sim) or args.search == "toy" else ""
+        )
+    return args
 
 
 def load_words(path: str) -> Words:
@@ -193,15 +293,15 @@ def load_words(path: str) -> Words:
 
 
 def load_sets(args: argparse.Namespace) -> dict[str, list[Question]]:
-    """The questions of every file in --data, by its name without the ending. Two of a name: ValueError."""
+    """Name of the set, or of its file without the ending -> questions. Two of a name raise ValueError."""
     if args.data == "toy":
         return {"toy": toy.World(args.world).questions(args.limit or 300)}
     sets = {}
-    for path in args.data.split(","):
-        name = Path(path).name.partition(".")[0]
+    for source in SETS if args.data == "all" else args.data.split(","):
+        name = Path(source).name.partition(".")[0]
         if name in sets:
             raise ValueError(f"--data names {name} twice: rename one file")
-        sets[name] = load_questions(path, args.limit)
+        sets[name] = load_questions(source, args.limit)
     return sets
 
 
@@ -217,20 +317,33 @@ def load_bodies(args: argparse.Namespace, homes: dict[int, Path]) -> dict[int, M
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other, before anything is loaded."""
+    if args.search is None:
+        raise ValueError("--search is missing: sim, none, toy, bm25:CORPUS, http://HOST:PORT or serpapi")
     if args.policy is None and not args.search.startswith("bm25:"):
         raise ValueError(f"--search {args.search} needs a --policy: only bm25 can be measured alone")
+    if args.mode in ("direct", "cot") and args.search != "none":
+        raise ValueError(f"--mode {args.mode} does not search: leave out --search {args.search}")
+    if args.ask is not None and not args.ask.strip():
+        raise ValueError("--ask needs a question")
+    if args.ask is not None and args.search == "sim" and not args.answer:
+        raise ValueError("a simulator is told the golden answer, in order to write documents: give --answer")
     if not 0 <= args.noise <= 1:
         raise ValueError(f"--noise is a share, within 0..1, not {args.noise}")
     if args.noise and args.search not in ("sim", "toy"):
         raise ValueError(f"--noise is for --search sim and toy: {args.search} returns what it finds")
     if args.search != "sim" and (args.sim or args.sim_adapter or args.sim_prompt):
         raise ValueError(f"--sim, --sim-adapter and --sim-prompt are for --search sim, not {args.search}")
-    for name in ("limit", "seats", "documents", "episode_tokens", "turns", "temperature"):
-        value, least = getattr(args, name), int(name not in ("turns", "temperature"))
+    at_least = {"turns": 0, "temperature": 0, "limit": 1, "seats": 1, "documents": 1}
+    for name, least in (
+        at_least | {f"{part}_tokens": 1 for part in ("turn", "observation", "episode")}
+    ).items():
+        value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
         raise ValueError(f"--json {args.json} is not a file in a directory that exists")
+    if args.resume and not args.json:
+        raise ValueError("--resume goes on with what --json FILE has kept: give both")
 
 
 def open_engine(args: argparse.Namespace, tok: Tokenizer | None = None) -> Search:
@@ -247,63 +360,99 @@ def open_engine(args: argparse.Namespace, tok: Tokenizer | None = None) -> Searc
 
 def limits_for(args: argparse.Namespace, usual: Limits) -> Limits:
     """The usual limits with those of the flags. A prompt may take half of an episode."""
-    tokens = usual.episode if args.episode_tokens is None else args.episode_tokens
-    turns = usual.turns if args.turns is None else args.turns
-    return replace(usual, episode=tokens, prompt=min(usual.prompt, tokens // 2), turns=turns)
+    told = {"turns": args.turns, "turn": args.turn_tokens}
+    told |= {"observation": args.observation_tokens, "episode": args.episode_tokens}
+    limits = replace(usual, **{k: v for k, v in told.items() if v is not None})
+    return replace(limits, prompt=min(usual.prompt, limits.episode // 2))
 
 
-def run(args: argparse.Namespace, sets: dict[str, list[Question]]) -> tuple[dict, list[dict]]:
-    """Every set through one engine -> ({set: its `summarise`}, a row a question)."""
-    in_toy = "toy" in (args.data, args.search)
-    words = load_words(args.policy_prompt) if args.policy_prompt else toy.WORDS if in_toy else WORDS
-    limits = limits_for(args, toy.LIMITS if in_toy else LIMITS)
+def words_of(args: argparse.Namespace) -> Words:
+    """The policy's words for the mode: of a file, of the toy world, or the usual ones."""
+    words = MODE_WORDS[args.mode]
+    if args.policy_prompt:
+        words = load_words(args.policy_prompt)
+    elif "toy" in (args.data, args.search):
+        words = toy.WORDS
+        if args.mode == "rag":
+            found = "\n\n<information>{documents}</information>\n\n"  # as an episode has them
+            words = replace(words, prompt=words.prompt + found)
+    if args.mode == "rag" and "{documents}" not in words.prompt:
+        raise ValueError(f"{args.policy_prompt}: for --mode rag, prompt must say where the {{documents}} go")
+    return words
+
+
+@dataclass
+class Setting:
+    """All that an episode needs."""
+
+    engine: Engine
+    tok: Tokenizer
+    search: Search
+    limits: Limits
+    words: Words
+
+
+def setting(args: argparse.Namespace) -> Setting:
+    """Load and open what the flags name."""
+    limits = limits_for(args, toy.LIMITS if "toy" in (args.data, args.search) else LIMITS)
+    words = words_of(args)
     names = {POLICY: args.policy} | ({SIMULATOR: args.sim or args.policy} if args.search == "sim" else {})
     homes = {role: models.resolve(name) for role, name in names.items()}
     toks = {home: Tokenizer.load(home) for home in dict.fromkeys(homes.values())}
     search = open_engine(args, toks.get(homes.get(SIMULATOR)))  # first: a broken corpus shows at once
     bodies = {role: (body, toks[homes[role]]) for role, body in load_bodies(args, homes).items()}
     engine = Engine(bodies, args.seats, limits.episode + 1)  # a seat holds a whole episode
-    summaries, rows, address = {}, [], (args.seed, 0)
+    return Setting(engine, bodies[POLICY][1], search, limits, words)
+
+
+# What may differ between a run and its resumption: it changes no answer.
+FREE = ("json", "resume", "seats", "device", "compare", "ask")
+
+
+def run(args: argparse.Namespace, sets: dict[str, list[Question]]) -> list[dict]:
+    """Every set through one engine -> a row a question."""
+    ledger = Ledger(args.json, {k: v for k, v in vars(args).items() if k not in FREE}, args.resume)
+    done = {name: ledger.done(name, questions) for name, questions in sets.items()}
+    s, address = setting(args), (args.seed, 0)
+    ledger.start()
     for name, questions in sets.items():
-        with tqdm(total=len(questions), desc=name, unit="question", mininterval=1) as bar:
-            tok, tell = bodies[POLICY][1], partial(show_progress, bar)
-            summaries[name], trajectories = evaluate(
-                engine, tok, questions, search, limits, words, args.temperature, address, tell
-            )
-        rows += [answer_row(name, t) for t in trajectories]
-    return summaries, rows
+        runs = episodes(s.tok, questions, s.search, s.limits, s.words, args.temperature, address, args.mode)
+        runs = [kept(run, partial(ledger.add, name, i)) for i, run in enumerate(runs) if i not in done[name]]
+        before = len(done[name])
+        with tqdm(total=len(questions), initial=before, desc=name, unit="question", mininterval=1) as bar:
+            s.engine.run(runs, partial(show_progress, bar, before=before))
+    return ledger.of(sets)
 
 
-def answer_row(name: str, t: Trajectory) -> dict:
-    """One question of the --json file."""
-    q = t.question
-    asked = {"set": name, "id": q.id, "question": q.text, "golden_answers": list(q.answers)}
-    queries = [query.text for query, _ in t.searches]
-    return asked | {"answer": t.answer, "end": t.end, "queries": queries} | score(t)
-
-
-def save(path: str, result: dict) -> None:
-    """Write JSON whole or not at all."""
-    part = Path(path + ".part")
-    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+def kept(run: Episode, keep: Callable[[dict], None]) -> Episode:
+    """An episode whose row is kept as soon as it ends."""
+    t = yield from run
+    keep(answered(t))
+    return t
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print the table, write the figures."""
+    """Measure, compare or ask; print; write the figures."""
     args = parse_arguments(arguments)
+    if args.compare:
+        print(report.comparison(report.compare(*args.compare)))
+        return
     check(args)
+    if args.ask is not None:
+        ask(args)
+        return
     sets, began = load_sets(args), time.perf_counter()
     if args.policy:
-        summaries, rows = run(args, sets)
-        print(report(summaries))
+        rows = run(args, sets)
+        figures = report.figures(rows)
+        print(report.results(figures, report.papers(args.policy, args.mode)))
     else:
-        index = open_bm25(args.search.removeprefix("bm25:"))
-        summaries, rows = {name: retrieval(index, questions) for name, questions in sets.items()}, []
-        print(table(summaries))
+        rows, index = [], open_bm25(args.search.removeprefix("bm25:"))
+        parts = {name: retrieval(index, questions) for name, questions in sets.items()}
+        figures = report.average(parts) | {"sets": parts, "seconds": time.perf_counter() - began}
+        print(table(parts))
     if args.json:
-        figures = average(summaries) | {"sets": summaries, "seconds": time.perf_counter() - began}
-        save(args.json, figures | {"flags": vars(args), "questions": rows})
+        report.save(args.json, figures | {"flags": vars(args), "questions": rows})
 
 
 if __name__ == "__main__":

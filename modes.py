@@ -22,16 +22,20 @@ from model import POLICY
 from rollout import TOKENS, Episode, Limits, Query, Question, Search, Trajectory, Turn, Words, prompt
 
 Address = tuple[int, ...]  # seed, step, question, sibling
-TASK = "Answer the question between <answer> and </answer>, in as few words as possible and without an \
-explanation, for example <answer> Beijing </answer>.\n"
+FORM = " between <answer> and </answer>, in as few words as possible and without an explanation.\n"
 QUESTION = "Question: {question}\n"
 MODE_WORDS = {
     "agent": rollout.WORDS,
-    "direct": Words(TASK + QUESTION, ""),
-    "cot": Words("First reason step by step between <think> and </think>.\n" + TASK + QUESTION, ""),
+    "direct": Words(f"Answer the question{FORM}{QUESTION}", ""),
+    "cot": Words(
+        "Reason step by step between <think> and </think>. Then give the answer to the question"
+        f"{FORM}{QUESTION}",
+        "",
+    ),
     "rag": Words(
-        "A search engine has found what stands between <information> and </information>; not all of it need "
-        f"be of use.\n{TASK}<information>{{documents}}</information>\n{QUESTION}",
+        f"Answer the question{FORM}A search engine has found what stands between <information> and "
+        "</information>; not all of it need be of use.\n"
+        f"<information>{{documents}}</information>\n{QUESTION}",
         "",
     ),
 }
@@ -90,7 +94,7 @@ def direct(
     temperature: float,
     address: Address,
 ) -> Episode:
-    """The answer at once. Parameters, here and below, are those of `episode`; `search` is not called."""
+    """The answer at once. The parameters, here and below, are those of `episode`; nothing is searched."""
     t = begin(question, tok, words, limits)
     return (yield from answer(t, tok, "<answer>", limits, temperature, (*address, 0)))
 

@@ -6,15 +6,15 @@ labels of collected documents and the figures of evaluation.
 
 It deliberately is not: a judge of explanations, a filter. A broken line is an error with its number.
 
-    load_questions("hotpotqa")            # by name from the hub, or a file of JSON lines
+    load_questions("hotpotqa")            # by name from the hub, or a file: JSON lines or parquet
     f1("the Eiffel Tower", ("Eiffel Tower", "La tour Eiffel"))
 """
 
+import random
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rollout import Question
@@ -105,19 +105,52 @@ SETS = {  # name -> its split to train on, its split to evaluate on
 
 
 def load_questions(source: str | Path, limit: int | None = None, train: bool = False) -> list[Question]:
-    """The first `limit` questions (None: all) of a JSON lines file, plain or gzip, or of a set of `SETS`.
+    """The questions of a set of `SETS`, or of a file: JSON lines, plain or gzip, or parquet.
 
-    Raises ValueError, with the line's number where one is broken or has no answer; OSError where there is no
-    file.
+    limit: how many (None: all), drawn by a seed of its own, whatever the run's, and kept in the file's order;
+    a smaller draw is a part of a larger one. The first so many would be as good only where the order of a
+    file means nothing. Raises ValueError, with the row's number where one is broken or has no answer; OSError
+    where there is no file.
     """
     if str(source) in SETS and not Path(source).exists():
         rows = map(parse_question, download(str(source), train))
+    elif is_parquet(source):
+        rows = read_parquet(source)
     else:
         rows = read_lines(source, parse_question)
-    questions = list(islice(rows, limit))
+    questions = list(rows)
     if not questions:
         raise ValueError(f"{source} holds no questions")
-    return questions
+    return draw(questions, limit)
+
+
+def draw(questions: list[Question], limit: int | None) -> list[Question]:
+    """`limit` of the questions: which ones depends on how many there are, and on nothing else."""
+    numbers = random.Random(0).sample(range(len(questions)), len(questions))  # shuffled
+    return [questions[i] for i in sorted(numbers[:limit])]
+
+
+def is_parquet(path: str | Path) -> bool:
+    """Told by the content, as gzip is: a parquet file begins with PAR1."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def read_parquet(path: str | Path) -> Iterator[Question]:
+    """`parse_question` of each row. Raises ValueError with the number of a broken row, from 1."""
+    from pyarrow import ArrowException, parquet  # it comes with datasets, and is slow to import
+
+    try:
+        batches = parquet.ParquetFile(path).iter_batches()
+        rows = [row for batch in batches for row in batch.to_pylist()]
+    except (ArrowException, OSError) as e:
+        raise ValueError(f"{path} is damaged ({str(e).splitlines()[0]}): fetch or make it again") from None
+    for number, row in enumerate(rows, 1):
+        try:
+            question = parse_question({k: v for k, v in row.items() if v is not None})
+        except ValueError as e:
+            raise ValueError(f"{path}, row {number}: {e}") from None
+        yield question
 
 
 def download(name: str, train: bool) -> Iterable[dict]:

@@ -1,0 +1,331 @@
+"""What answered questions come to: rows on disk, means and how sure they are, tables, two runs compared.
+
+A *row* is one answered question, as eval.py writes it: {"set", "id", "question", "hops", "answer", "end",
+"f1", "em", "cover_em", "searches", "found", "seconds", ...}. Everything here is made from rows.
+
+Intervals are bootstrap percentiles: the questions of a set are drawn again, with replacement, 10,000 times
+from a fixed seed, and 95 % of the resampled means lie within [low, high]. For the average of sets each set is
+resampled by itself: sets are what they are, questions are a sample. Two runs of the same questions are
+compared pair by pair (`compare`). Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap.
+
+What this is not: a claim about other questions, other seeds of training, or other words in the prompt.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from model import PRESETS, read_json
+from questions import SETS
+from rollout import Question
+
+SCORES = ("f1", "em", "cover_em")
+MEANS = (*SCORES, "searches", "found")
+DRAWS = 10_000
+
+# --------------------------------------------------------------------------------- what was answered, on disk
+
+
+class Ledger:
+    """Rows of answered questions, each on disk before the next comes: FILE.part, JSON lines below the flags.
+
+    Without a file they are kept in memory alone. Raises ValueError where FILE.part holds a run that was not
+    to be resumed, or that was begun with other flags.
+    """
+
+    def __init__(self, path: str | None, flags: dict, resume: bool = False):
+        self.rows: dict[tuple[str, int], dict] = {}  # (set, number of the question) -> row
+        self.part = Path(f"{path}.part") if path else None
+        self.flags = flags
+        if self.part is None or not self.part.exists():
+            return
+        if not resume:
+            raise ValueError(f"{self.part} holds an unfinished evaluation: --resume it, or delete the file")
+        self._read()
+
+    def start(self) -> None:
+        """Begin to write, and to count the seconds: when all is loaded, and not before."""
+        self.began = time.perf_counter()
+        if self.part and not self.part.exists():
+            self._write({"flags": self.flags})
+
+    def _write(self, line: dict) -> None:
+        with open(self.part, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _read(self) -> None:
+        """Take the rows of a run that was cut; half a line at its end is cut off."""
+        lines = self.part.read_bytes().splitlines(keepends=True)
+        lines = lines[: len(lines) - (lines != [] and not lines[-1].endswith(b"\n"))]
+        try:
+            first, *rest = [json.loads(line) for line in lines]
+            changed = [k for k, v in self.flags.items() if first["flags"].get(k) != v]
+            self.rows = {(row["set"], row["number"]): row for row in rest}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{self.part} is not an unfinished evaluation: delete it and begin anew"
+            ) from None
+        if changed:
+            name = changed[0].replace("_", "-")
+            raise ValueError(f"{self.part} was begun with another --{name}: resume with the same")
+        os.truncate(self.part, sum(map(len, lines)))
+
+    def done(self, name: str, questions: list[Question]) -> set[int]:
+        """The numbers of a set's questions that are answered. Raises ValueError if they were others."""
+        done = {number for of, number in self.rows if of == name}
+        if any(i >= len(questions) or self.rows[name, i]["question"] != questions[i].text for i in done):
+            raise ValueError(
+                f"{self.part} was begun with other questions in {name}: resume with the same file"
+            )
+        return done
+
+    def add(self, name: str, number: int, row: dict) -> None:
+        """`seconds` is the time since the row before: a set's rows add up to the time that it took."""
+        now = time.perf_counter()
+        row = {"set": name, "number": number, **row, "seconds": now - self.began}
+        self.began, self.rows[name, number] = now, row
+        if self.part:
+            self._write(row)
+
+    def of(self, sets: Iterable[str]) -> list[dict]:
+        """All rows, set by set, in the order of the questions."""
+        return [self.rows[key] for name in sets for key in sorted(k for k in self.rows if k[0] == name)]
+
+
+def save(path: str, result: dict) -> None:
+    """Write JSON whole or not at all; what was kept of the run before is not needed any more."""
+    whole = Path(f"{path}.tmp")
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    whole.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair becomes "?"
+    whole.replace(path)
+    Path(f"{path}.part").unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------- summaries
+
+
+def means(rows: list[dict]) -> dict:
+    """{"n", "f1", "em", "cover_em", "searches", "found"} of rows."""
+    return {"n": len(rows)} | {key: sum(row[key] for row in rows) / len(rows) for key in MEANS}
+
+
+def summary(rows: list[dict]) -> dict:
+    """Means over all rows, ends by cause, and the means by hops where the questions tell them.
+
+    {"n", "f1", "em", "cover_em", "searches", "found", "ends": {cause: rows}, "by_hop": {"1": means, ...}}
+    """
+    hops = sorted({row["hops"] for row in rows} - {0})
+    return {
+        **means(rows),
+        "ends": dict(Counter(row["end"] for row in rows).most_common()),
+        "by_hop": {str(h): means([row for row in rows if row["hops"] == h]) for h in hops},
+    }
+
+
+def average(sets: dict[str, dict]) -> dict:
+    """The mean of the sets' means, whatever their sizes, as the paper's tables have it; "n" is the sum."""
+    parts = list(sets.values())
+    if len(parts) == 1:
+        return parts[0]
+    shared = {k: sum(p[k] for p in parts) / len(parts) for k, v in parts[0].items() if isinstance(v, float)}
+    return {"n": sum(p["n"] for p in parts)} | shared
+
+
+# ------------------------------------------------------------------------------------------------ uncertainty
+
+
+def resampled(values: np.ndarray, stream: int, draws: int = DRAWS) -> np.ndarray:
+    """Means of `draws` samples of the rows of values (n, m), n with replacement each -> (draws, m).
+
+    The same stream and n draw the same questions: what is paired stays so.
+    """
+    n, rng = len(values), np.random.default_rng([0, stream])
+    return np.stack([values[rng.integers(n, size=n)].mean(0) for _ in range(draws)])
+
+
+def interval(drawn: np.ndarray) -> list[list[float]]:
+    """The [low, high] of each column of resampled means (draws, m) that 95 % of them lie within."""
+    return np.percentile(drawn, [2.5, 97.5], axis=0).T.tolist()
+
+
+def p_value(drawn: np.ndarray) -> float:
+    """Two-sided, of resampled differences (draws,): twice the share that lie at 0 or on its smaller side.
+
+    One more draw is counted there than was seen, so the least is 2 / (draws + 1), and never 0.
+    """
+    other = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return float(min(1.0, 2 * (other + 1) / (len(drawn) + 1)))
+
+
+def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    """set -> its rows, in the order of the rows."""
+    sets: dict[str, list[dict]] = {}
+    for row in rows:
+        sets.setdefault(row["set"], []).append(row)
+    return sets
+
+
+def figures(rows: list[dict], draws: int = DRAWS) -> dict:
+    """The `average` of all sets and, under "sets", each one's `summary`.
+
+    Both with "intervals": {"em": [low, high], "cover_em": ..., "f1": ...}, and "seconds" that were spent.
+    """
+    sets, drawn = {}, []
+    for stream, (name, part) in enumerate(by_set(rows).items()):
+        drawn.append(resampled(np.array([[row[s] for s in SCORES] for row in part]), stream, draws))
+        spent = {"seconds": sum(row["seconds"] for row in part)}
+        sets[name] = summary(part) | {"intervals": dict(zip(SCORES, interval(drawn[-1])))} | spent
+    whole = {"intervals": dict(zip(SCORES, interval(np.mean(drawn, 0))))}
+    return average(sets) | whole | {"seconds": sum(s["seconds"] for s in sets.values()), "sets": sets}
+
+
+# -------------------------------------------------------------------------------------------- the paper's own
+
+# cover_em in percent (the paper calls it EM) of policies trained with ZeroSearch, in the order of SETS; last
+# the average. arXiv 2505.04588 v3.
+TRAINED = {
+    "Qwen/Qwen2.5-7B": (42.4, 66.4, 60.4, 32.0, 34.0, 18.0, 33.33, 40.93),
+    "Qwen/Qwen2.5-7B-Instruct": (43.6, 65.2, 48.8, 34.6, 35.2, 18.4, 27.78, 39.08),
+    "Qwen/Qwen2.5-3B": (43.0, 61.6, 41.4, 33.8, 34.6, 13.0, 13.89, 34.47),
+    "Qwen/Qwen2.5-3B-Instruct": (41.4, 57.4, 44.8, 27.4, 30.0, 9.8, 11.11, 31.70),
+    "meta-llama/Llama-3.2-3B": (43.4, 63.8, 48.4, 32.2, 35.6, 13.8, 15.28, 36.07),
+    "meta-llama/Llama-3.2-3B-Instruct": (40.2, 58.0, 46.0, 22.8, 21.4, 10.4, 18.06, 30.98),
+}
+UNTRAINED = {"direct": 15.00, "cot": 14.69, "rag": 25.09}  # Qwen2.5-3B, the average of all sets
+AVERAGE = "mean of sets"
+
+
+def papers(policy: str, mode: str) -> dict[str, float]:
+    """set -> the paper's cover_em, within 0..1, for this policy in this mode; empty where it has none.
+
+    policy: a preset, a hub id, or a directory with the name of the hub's repository.
+    """
+    name = PRESETS.get(policy, policy)
+    body = next((b for b in TRAINED if b == name or b.split("/")[1] == Path(name).name), "")
+    if mode == "agent":
+        return dict(zip([*SETS, AVERAGE], (figure / 100 for figure in TRAINED.get(body, ()))))
+    return {AVERAGE: UNTRAINED[mode] / 100} if body.startswith("Qwen/Qwen2.5-3B") else {}
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Rows of figures under the names of their columns: means with three decimals, counts as they are."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    cells = [["", *columns]] + [
+        [name, *(_cell(row.get(c, "")) for c in columns)] for name, row in rows.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]).rstrip() for c in cells]
+    return "\n".join(lines)
+
+
+def _cell(value: float | int | str) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def results(whole: dict, paper: dict[str, float]) -> str:
+    """The table of `figures`: a line a set, a line a number of hops, the mean of sets if there are several.
+
+    paper: set -> its figure there, for a column of its own; the average counts where all seven sets are here.
+    """
+    sets, lines = whole["sets"], {}
+    if not sets.keys() >= SETS.keys():
+        paper = {name: figure for name, figure in paper.items() if name in sets}
+    for name, part in sets.items():
+        lines[name] = _line(part, paper.get(name))
+        lines |= {f"  {hops} hop": means for hops, means in part["by_hop"].items()}
+    if len(sets) > 1:
+        lines[AVERAGE] = _line(whole, paper.get(AVERAGE))
+    notes = ["(low-high): 95 % bootstrap interval over questions"]
+    if paper.keys() & lines.keys():
+        notes += ["paper: what it calls EM, our cover_em, with its own engine and words (arXiv 2505.04588)"]
+    return "\n".join([table(lines), *notes])
+
+
+def _line(part: dict, paper: float | None) -> dict:
+    scores = {s: f"{part[s]:.3f} {_between(*part['intervals'][s])}" for s in SCORES}
+    beside = {} if paper is None else {"paper": paper}
+    rest = {key: part[key] for key in ("searches", "found")} | {"seconds": round(part["seconds"])}
+    ends = ", ".join(f"{cause} {count}" for cause, count in part.get("ends", {}).items())
+    return {"n": part["n"], **scores, **beside, **rest, "ends": ends}
+
+
+def _between(low: float, high: float) -> str:
+    return f"({low:.2f}-{high:.2f})"
+
+
+# -------------------------------------------------------------------------------------------------- comparing
+
+
+def read_result(path: str) -> dict[tuple, dict]:
+    """The answered questions of eval.py's JSON file: (set, id, question, how many alike before) -> row."""
+    rows, seen = read_json(Path(path), "a place of results").get("questions"), Counter()
+    if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and "f1" in r for r in rows):
+        raise ValueError(
+            f"{path} holds no answered questions: make it with eval.py --policy ... --json {path}"
+        )
+    keyed = {}
+    for row in rows:
+        key = (row["set"], row["id"], row["question"])
+        keyed[*key, seen[key]] = row
+        seen[key] += 1
+    return keyed
+
+
+def compare(a: str, b: str, draws: int = DRAWS) -> dict[str, dict]:
+    """Two result files of the same questions -> {"SET SCORE": {"n", "A", "B", "B - A", "95 %", "p"}}.
+
+    Paired bootstrap: the differences, question by question, are resampled (`interval`, `p_value`). Raises
+    ValueError where the files do not hold the same questions.
+    """
+    left, right = read_result(a), read_result(b)
+    for one, other, path in ((left, right, a), (right, left, b)):
+        if alone := [key for key in one if key not in other]:
+            raise ValueError(
+                f"{a} and {b} cannot be compared: {len(alone)} questions are in {path} alone, the first is "
+                f"{alone[0][2][:60]!r} of {alone[0][0]}"
+            )
+    out, drawn, differences = {}, [], []
+    for stream, (name, rows) in enumerate(by_set(left.values()).items()):
+        keys = [key for key in left if key[0] == name]
+        pair = [np.array([[side[k][s] for s in SCORES] for k in keys]) for side in (left, right)]  # (n, 3)
+        drawn.append(resampled(pair[1] - pair[0], stream, draws))
+        differences.append([half.mean(0) for half in pair])
+        out |= _compared(name, len(rows), differences[-1], drawn[-1])
+    if len(drawn) > 1:
+        out |= _compared(AVERAGE, len(left), np.mean(differences, 0), np.mean(drawn, 0))
+    return out
+
+
+def _compared(name: str, n: int, pair: Iterable[np.ndarray], drawn: np.ndarray) -> dict[str, dict]:
+    a, b = pair
+    return {
+        f"{name} {score}": {
+            "n": n,
+            "A": float(a[i]),
+            "B": float(b[i]),
+            "B - A": float(b[i] - a[i]),
+            "95 %": interval(drawn[:, i : i + 1])[0],
+            "p": p_value(drawn[:, i]),
+        }
+        for i, score in enumerate(SCORES)
+    }
+
+
+def comparison(lines: dict[str, dict]) -> str:
+    """The table of `compare`."""
+    shown = {}
+    for name, line in lines.items():
+        low, high = line["95 %"]
+        shown[name] = line | {"B - A": f"{line['B - A']:+.3f}", "95 %": f"{low:+.3f} .. {high:+.3f}"}
+    return table(shown) + (
+        "\n95 %: bootstrap interval of B - A, paired by question; p: two-sided, twice the share of resampled "
+        "differences at 0 or beyond"
+    )
