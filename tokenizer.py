@@ -161,7 +161,15 @@ class Tokenizer:
 
         hidden = [m | {"content": self._special.pattern.sub(hide, m["content"])} for m in messages]
         day = {"date_string": "26 Jul 2024"}  # Llama 3 would put in today, and no run could be repeated
-        text = self._hf.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True, **day)
+        try:
+            text = self._hf.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True, **day)
+        except Exception as error:  # a template is the checkpoint's own program, and may refuse or fail
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            roles = " ".join(m["role"] for m in messages)
+            raise ValueError(
+                f"the chat template of {self._hf.name_or_path} fails on {roles}: {reason}. "
+                "Mend it there, or use words without a system message"
+            ) from error
         if mark not in text:  # whole: SentencePiece may treat the first stretch of a text in its own way
             return self.encode(text, special=True)
         pieces = self._special.split(text, special=True)
