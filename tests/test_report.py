@@ -1,0 +1,232 @@
+"""Intervals and tests by resampling against arithmetic, tables, the paper's figures, rows kept on disk."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+import report
+from questions import SETS
+from report import Ledger, compare, figures, interval, p_value, papers, resampled, results
+from rollout import Question
+
+
+def row(score, of="q", number=0, **more):
+    """An answered question whose three scores are the same."""
+    base = {"set": of, "id": str(number), "question": f"question {number}", "hops": 0, "end": "answer"}
+    scores = {"f1": score, "em": score, "cover_em": score, "searches": 1, "found": 1.0, "seconds": 0.5}
+    return base | scores | more
+
+
+def rows_of(scores, of="q"):
+    return [row(float(s), of, i) for i, s in enumerate(scores)]
+
+
+def width(line):
+    low, high = line["intervals"]["f1"]
+    return high - low
+
+
+def test_an_interval_is_as_wide_as_theory_says():
+    """Resampling without replacement, or another count than n, would make each too narrow or too wide."""
+    drawn = resampled(np.array([[0.0], [1.0]] * 200), 0, 4000)  # 400 coins: standard error .025
+    ((low, high),) = interval(drawn)
+    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)
+    assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
+    assert interval(resampled(np.array([[0.3]] * 9), 0, 50))[0] == pytest.approx([0.3, 0.3])
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    """Swapped percentiles or 2.5 read as a share would show: 95 % of intervals must hold the mean they
+    estimate."""
+    rng, held = np.random.default_rng(0), 0
+    for stream in range(200):
+        ((low, high),) = interval(resampled(rng.random((60, 1)) ** 2, stream, 400))  # mean 1/3
+        held += low <= 1 / 3 <= high
+    assert 180 <= held <= 198
+
+
+def test_figures_are_those_of_the_sets_and_of_their_mean():
+    """Pooling would give large sets more weight than the paper does; resampling sets together would count
+    questions that are not in them."""
+    large, small = rows_of([0, 1] * 200, "large"), rows_of([1, 1, 0, 1] * 25, "small")
+    whole = figures(large + small, 2000)
+    assert whole["f1"] == pytest.approx((0.5 + 0.75) / 2) and whole["n"] == 500
+    assert whole["sets"]["small"]["em"] == 0.75 and whole["sets"]["large"]["ends"] == {"answer": 400}
+    assert whole["sets"]["small"]["seconds"] == 50 and whole["seconds"] == 250
+    errors = [math.sqrt(p * (1 - p) / n) for p, n in ((0.5, 400), (0.75, 100))]
+    assert width(whole) == pytest.approx(2 * 1.96 * math.hypot(*errors) / 2, rel=0.1)
+    assert figures(large, 2000)["sets"]["large"] == whole["sets"]["large"]  # and the same at every call
+
+
+def test_a_p_value_by_hand():
+    """One-sided, or never above 0 because no draw was, it would claim more than the questions say."""
+    assert p_value(np.full(999, 0.2)) == p_value(np.full(999, -0.2)) == pytest.approx(2 / 1000)
+    assert p_value(np.array([0.1] * 989 + [-0.1] * 10)) == pytest.approx(2 * 11 / 1000)
+    assert p_value(np.array([0.1, -0.1] * 50)) == 1.0
+    assert p_value(np.zeros(99)) == 1.0
+
+
+def files(tmp_path, left, right):
+    for name, rows in (("a", left), ("b", right)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"questions": rows}))
+    return str(tmp_path / "a.json"), str(tmp_path / "b.json")
+
+
+def test_runs_are_compared_question_by_question(tmp_path):
+    """A small steady gain drowns in the spread between questions unless each is compared with itself, by what
+    it is and not by where it stands in the file."""
+    scores = [random.Random(i).random() * 0.8 for i in range(80)]
+    left, right = rows_of(scores), rows_of([s + 0.1 for s in scores])
+    random.Random(0).shuffle(right)
+    lines = compare(*files(tmp_path, left, right), 500)
+    assert lines["q f1"]["B - A"] == pytest.approx(0.1) and lines["q f1"]["95 %"] == pytest.approx([0.1, 0.1])
+    assert (
+        lines["q em"]["p"] < 0.01
+        and lines["q em"]["n"] == 80
+        and set(lines) == {"q f1", "q em", "q cover_em"}
+    )
+    assert lines["q f1"]["A"] == pytest.approx(np.mean(scores))
+
+
+def test_chance_alone_is_not_found_significant(tmp_path):
+    """Two runs that differ by luck must differ at p < .05 in about one case of twenty."""
+    small = 0
+    for n in range(60):
+        rng = random.Random(n)
+        pair = [rows_of([rng.random() < 0.4 for _ in range(100)]) for _ in range(2)]
+        small += compare(*files(tmp_path, *pair), 200)["q f1"]["p"] < 0.05
+    assert small <= 9
+
+
+def test_the_mean_of_sets_is_compared_too(tmp_path):
+    """Sets count alike: ten questions worse in one set outweigh a hundred slightly better ones in another."""
+    left = rows_of([0.5] * 100, "large") + rows_of([0.9] * 10, "small")
+    right = rows_of([0.6] * 100, "large") + rows_of([0.5] * 10, "small")
+    lines = compare(*files(tmp_path, left, right), 100)
+    assert lines["large f1"]["B - A"] == pytest.approx(0.1)
+    assert lines["mean of sets f1"]["B - A"] == pytest.approx((0.1 - 0.4) / 2)
+    text = report.comparison(lines).splitlines()
+    assert text[0].split() == ["n", "A", "B", "B", "-", "A", "95", "%", "p"]
+    assert text[1].split()[:7] == ["large", "f1", "100", "0.500", "0.600", "+0.100", "+0.100"]
+
+
+def test_the_same_question_twice_is_two_pairs(tmp_path):
+    """A set that repeats a question would lose a pair if rows were keyed by their text alone."""
+    twice = [row(0.0, number=1), row(1.0, number=1)]
+    assert compare(*files(tmp_path, twice, twice), 20)["q f1"]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    "right, what",
+    [
+        (rows_of([1, 1]), "1 questions are in .*a.json alone, the first is 'question 2' of q"),
+        (rows_of([1, 1, 1, 1]), "b.json alone, the first is 'question 3'"),
+        (rows_of([1, 1, 1], "other"), "3 questions are in .*a.json alone"),
+        ([], "b.json holds no answered questions"),
+        ({"q": 1}, "b.json holds no answered questions"),
+    ],
+)
+def test_other_questions_cannot_be_compared(tmp_path, right, what):
+    """Means of different questions differ for reasons of their own."""
+    with pytest.raises(ValueError, match=what):
+        compare(*files(tmp_path, rows_of([0, 1, 0]), right))
+
+
+def test_a_file_that_is_no_result(tmp_path):
+    """A corpus or a missing file must be named, not end in a traceback."""
+    (tmp_path / "x.json").write_text("{")
+    for path in ("x.json", "absent.json"):
+        with pytest.raises(ValueError, match=path):
+            compare(str(tmp_path / path), str(tmp_path / path))
+
+
+def test_the_papers_figures_are_copied_right():
+    """A slip of the pen in one of 48 figures: each row's average is that of its seven sets."""
+    for body, (*sets, mean) in report.TRAINED.items():
+        assert len(sets) == len(SETS) and sum(sets) / 7 == pytest.approx(mean, abs=0.006), body
+
+
+def test_the_papers_figures_stand_beside_their_own_model_alone():
+    """A 0.5B model beside the paper's 3B, or base beside instruct, would mislead."""
+    assert papers("3b", "agent")["nq"] == pytest.approx(0.414)
+    assert papers("3b-base", "agent")["nq"] == pytest.approx(0.430)
+    assert papers("meta-llama/Llama-3.2-3B", "agent")["bamboogle"] == pytest.approx(0.1528)
+    assert papers("/data/models/Qwen2.5-7B-Instruct", "agent")["mean of sets"] == pytest.approx(0.3908)
+    assert papers("0.5b", "agent") == papers("tiny", "agent") == papers("7b", "rag") == {}
+    assert papers("3b", "rag") == {"mean of sets": 0.2509}
+
+
+def test_a_table_has_a_line_a_set_and_the_papers_column_where_it_has_one():
+    """The paper's mean of seven sets beside ours of two would compare different things."""
+    two = figures(rows_of([0, 1], "nq") + rows_of([1, 1], "mine"), 50)
+    lines = [line.split() for line in results(two, papers("3b", "agent")).splitlines()]
+    head = ["n", "f1", "em", "cover_em", "paper", "searches", "found", "seconds", "ends"]
+    assert lines[0] == head
+    assert lines[1][:2] == ["nq", "2"] and "0.414" in lines[1] and "0.414" not in lines[2]
+    assert lines[3][:4] == ["mean", "of", "sets", "4"] and "0.317" not in lines[3]
+    assert "cover_em," in lines[-1]
+    seven = figures([r for name in SETS for r in rows_of([0, 1], name)], 50)
+    assert "0.317" in results(seven, papers("3b", "agent")).splitlines()[8]
+    assert "paper" not in results(two, {})
+
+
+# ----------------------------------------------------------------------------------------------- rows on disk
+
+QUESTIONS = [Question(f"question {i}", ("x",), str(i)) for i in range(4)]
+FLAGS = {"policy": "tiny", "episode_tokens": 9}
+
+
+def ledger(path, resume=False, flags=FLAGS):
+    book = Ledger(str(path), flags, resume)
+    book.start()
+    return book
+
+
+def test_what_was_answered_survives_a_cut(tmp_path):
+    """Hours of a 3B body's answers must outlive a kill, the half line that was being written excepted."""
+    path = tmp_path / "out.json"
+    book = ledger(path)
+    for number in (2, 0):
+        book.add("q", number, row(1.0, number=number, answer="Łódź \ud800\n\x85\u2028"))
+    with open(book.part, "a") as file:
+        file.write('{"set": "q", "numb')
+    again = ledger(path, resume=True)
+    assert again.done("q", QUESTIONS) == {0, 2} and again.done("other", QUESTIONS) == set()
+    again.add("q", 1, row(0.0, number=1))
+    whole = ledger(path, resume=True).of(["q"])
+    assert [r["number"] for r in whole] == [0, 1, 2]
+    assert whole[2]["answer"] == "Łódź \ud800\n\x85\u2028"
+    report.save(str(path), {"questions": whole})
+    assert not book.part.exists() and len(json.loads(path.read_text())["questions"]) == 3
+
+
+def test_seconds_add_up(tmp_path, monkeypatch):
+    """Episodes overlap: only the time between rows can be summed, over a resumption too."""
+    clock = iter([10.0, 11.0, 14.0, 100.0, 101.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    book = ledger(tmp_path / "x")
+    book.add("q", 0, row(1.0))
+    book.add("q", 1, row(1.0))
+    again = ledger(tmp_path / "x", resume=True)
+    again.add("q", 2, row(1.0))
+    assert [r["seconds"] for r in again.of(["q"])] == [1.0, 3.0, 1.5]
+
+
+def test_only_the_same_run_is_resumed(tmp_path):
+    """Rows of another policy, other limits or other questions would be reported as this one's."""
+    path = tmp_path / "out.json"
+    ledger(path).add("q", 1, row(1.0, number=1))
+    with pytest.raises(ValueError, match="unfinished evaluation: --resume it"):
+        ledger(path)
+    with pytest.raises(ValueError, match="another --episode-tokens"):
+        ledger(path, True, FLAGS | {"episode_tokens": 8})
+    for questions in (QUESTIONS[:1], QUESTIONS[::-1]):
+        with pytest.raises(ValueError, match="other questions in q"):
+            ledger(path, True).done("q", questions)
+    for text in ("", "{}\n", "[]\n", '{"flags": {"policy": "tiny", "episode_tokens": 9}}\n{}\n', "x\n"):
+        (tmp_path / "out.json.part").write_text(text)
+        with pytest.raises(ValueError, match="not an unfinished evaluation"):
+            ledger(path, True)
