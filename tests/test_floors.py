@@ -11,6 +11,7 @@ FLOORS = {
     "tokenizer": 1,
     "rollout": 2,
     "servers": 2,
+    "plan": 2,
     "search": 3,
     "grpo": 3,
     "sft": 3,

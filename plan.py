@@ -1,0 +1,264 @@
+"""Space, before any is taken: what a run needs in bytes, and the largest settings that fit a memory.
+
+All of it is arithmetic on a body's shape: weights, adapters, optimiser and cache are exact, activations are
+counted tensor by tensor as the network keeps them for its backward pass; tests/test_plan.py holds the sums
+against what is really allocated. `train.py` asks `fit` for the settings that were not given.
+
+    python bench.py --plan 3b --memory 24
+
+What this is not: a measurement, or a promise about fragments and the driver; `fit` leaves SPARE for those.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from model import DTYPES, PRESETS, ROLES, Config, read_json, resolve
+
+SPARE = 0.08  # share of the memory that is left to the driver, fragments and libraries
+ENOUGH = 128  # seats: rows to share one reading of the weights; more of them are worth less and less
+
+_QWEN = {"family": "qwen2", "theta": 1e6, "context": 32768}
+_LLAMA3 = {
+    "kind": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LLAMA = {"family": "llama", "theta": 5e5, "context": 131072, "eps": 1e-5, "scaling": _LLAMA3}
+
+
+def _config(vocab, d, layers, heads, kv_heads, head_dim, ffn, tied=True, **more) -> Config:
+    return Config(
+        vocab=vocab,
+        d=d,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=ffn,
+        tied=tied,
+        **more,
+    )
+
+
+# The presets' shapes, from their config.json, so that planning needs no download.
+SHAPES = {
+    "0.5b": _config(151936, 896, 24, 14, 2, 64, 4864, **_QWEN),
+    "1.5b": _config(151936, 1536, 28, 12, 2, 128, 8960, **_QWEN),
+    "3b": _config(151936, 2048, 36, 16, 2, 128, 11008, **_QWEN),
+    "7b": _config(152064, 3584, 28, 28, 4, 128, 18944, tied=False, **_QWEN),
+    "14b": _config(152064, 5120, 48, 40, 8, 128, 13824, tied=False, **_QWEN),
+    "llama-1b": _config(128256, 2048, 16, 32, 8, 64, 8192, **_LLAMA),
+    "llama-3b": _config(128256, 3072, 28, 24, 8, 128, 8192, **_LLAMA),
+}
+
+
+def shape(name: str) -> Config:
+    """The shape of a preset (without a download), a directory or a hub id. Raises ValueError as `resolve`."""
+    known = SHAPES.get(name.removesuffix("-base")) if name in PRESETS else None
+    return known or Config.from_hf(read_json(resolve(name) / "config.json", "a checkpoint directory"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the bytes depend on, beside the bodies. `fit` chooses what is 0 or None."""
+
+    seats: int = 0
+    seat_tokens: int = 4096
+    micro_tokens: int = 0
+    recompute: bool | None = None
+    rank: int = 16  # of the policy's adapter
+    sim_rank: int = 16  # of the simulator's; 0: it is only prompted
+    dtype: torch.dtype = torch.bfloat16
+    kernels: bool = True  # the Triton kernels keep less than their references, which a CPU runs
+
+    def __str__(self) -> str:
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        flags = f"--seats {self.seats} --seat-tokens {self.seat_tokens} --micro-tokens {self.micro_tokens}"
+        return flags + f" --rank {self.rank} --dtype {dtype}" + (" --recompute" if self.recompute else "")
+
+
+# ------------------------------------------------------------------------------------------ what things weigh
+
+
+def linears(c: Config) -> list[tuple[int, tuple[int, ...]]]:
+    """(d_in, widths of the parts) of the four matrices of a layer, as `model.Layer` has them."""
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    return [(c.d, (q, kv, kv)), (q, (c.d,)), (c.d, (c.ffn, c.ffn)), (c.ffn, (c.d,))]
+
+
+def parameters(c: Config) -> int:
+    """Numbers in the frozen body."""
+    matrices = sum(d_in * sum(parts) for d_in, parts in linears(c))
+    biases = (c.heads + 2 * c.kv_heads) * c.head_dim * c.qkv_bias
+    norms = 2 * c.d + 2 * c.head_dim * c.qk_norm
+    return c.vocab * c.d * (1 if c.tied else 2) + c.layers * (matrices + biases + norms) + c.d
+
+
+def adapter(c: Config, rank: int) -> int:
+    """Numbers in a role's adapter."""
+    return c.layers * sum(rank * (len(parts) * d_in + sum(parts)) for d_in, parts in linears(c))
+
+
+def blocks(c: Config, rank: int) -> tuple[int, int]:
+    """Numbers in all A and in all block-diagonal B of a role, as the forward pass uses them."""
+    A = sum(len(parts) * rank * d_in for d_in, parts in linears(c))
+    B = sum(len(parts) * rank * sum(parts) for _, parts in linears(c))
+    return c.layers * A, c.layers * B
+
+
+def cache_token(c: Config, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values."""
+    return 2 * c.layers * c.kv_heads * c.head_dim * dtype.itemsize
+
+
+def kept(c: Config, s: Settings) -> float:
+    """Bytes that one layer keeps of one token until its backward pass.
+
+    Two norms keep their sum and their result (4 d); q, k and v are kept as projected and, but for v, rotated;
+    then the attention's output, gate and up, and their product.
+    """
+    q, kv, size = c.heads * c.head_dim, c.kv_heads * c.head_dim, s.dtype.itemsize
+    numbers = 4 * c.d + (q + 2 * kv) + (q + kv) + q + 3 * c.ffn
+    if s.kernels:
+        return numbers * size + 4 * c.heads  # and the log-sum-exp of each head
+    wide = 2 * c.d if size < 4 else 0  # the norms' sums again, in fp32
+    return (numbers + q + c.ffn + wide) * size + 4 * (c.heads + 2)  # masked output, silu(gate)
+
+
+def head_chunk(c: Config, s: Settings, tokens: int) -> int:
+    """Bytes of the logits that `kernels.linear_logp` holds at a time, and of what it makes of them."""
+    size = s.dtype.itemsize
+    if s.kernels:
+        some = max(128, (160 << 20) // (c.vocab * size) // 128 * 128)
+        partials = min(tokens, 2048) * 24 * math.ceil(c.vocab / 128)  # forward, of each stripe of words
+        return max(min(tokens, some) * c.vocab * size, partials)
+    some = max(128, (1 << 20) // c.vocab)  # three such tensors in fp32, the logits before they are widened
+    return min(tokens, some) * c.vocab * (12 + size % 4)
+
+
+def learning(c: Config, s: Settings) -> dict[str, float]:
+    """Bytes of one micro-batch at its height, beyond what is held all the time.
+
+    The height comes either at the log-probs, when all activations are there, or a layer further back.
+    """
+    tokens = max(s.micro_tokens, s.seat_tokens)  # a row alone may be as long as a seat
+    layer, size = kept(c, s), s.dtype.itemsize
+    each = 2 * c.d * size if s.recompute else layer
+    gradients = 2 * c.ffn + (5 if s.recompute else 2) * c.d * s.kernels
+    back = tokens * (gradients * size + (layer if s.recompute else 0))
+    head = 5 * c.d * (2 if size < 4 and not s.kernels else 1)  # the last norm, the head's input, its gradient
+    return {
+        "activations": tokens * c.layers * each,
+        "log-probs, or gradients within a layer": max(back, tokens * head * size + head_chunk(c, s, tokens)),
+        "the adapter's matrices": 4 * blocks(c, s.rank)[1],
+    }
+
+
+def acting(c: Config, s: Settings) -> dict[str, float]:
+    """Bytes of one body at the height of a batch that is fed, or of a decode step."""
+    size, tokens = s.dtype.itemsize, max(s.micro_tokens, s.seat_tokens)
+    feeding = tokens * (4 * c.d + (3 if s.kernels else 4) * c.ffn) * size
+    logits = s.seats * c.vocab * (size if s.kernels else 4 * size)
+    return {"prompts and documents, fed": feeding, "logits of all seats": logits}
+
+
+def budget(bodies: Sequence[Config], s: Settings) -> dict[str, int]:
+    """Bytes by name. bodies: the policy's, and the simulator's where it is another.
+
+    What is held all the time adds up; of "acting: ..." and "learning: ..." only the greater sum counts, as
+    one follows the other. "total" is the height of a step.
+    """
+    n, n_sim = adapter(bodies[0], s.rank), adapter(bodies[-1], s.sim_rank)
+    widest = [max(s.rank, s.sim_rank)] if len(bodies) == 1 else [s.rank, s.sim_rank]
+    stacks = sum(ROLES * sum(blocks(c, k)) * s.dtype.itemsize for c, k in zip(bodies, widest))
+    held = {
+        "weights": sum(parameters(c) * s.dtype.itemsize + _tables(c) for c in bodies),
+        "adapters": 4 * (n + n_sim),
+        "adapters again, for decoding": stacks,
+        "gradient": 4 * n,
+        "optimiser": 8 * n,
+        f"cache of {s.seats} seats x {s.seat_tokens:,} tokens": cache(bodies, s),
+        "bookkeeping of the seats": len(bodies) * s.seats * (12 * s.seat_tokens + 52),
+    }
+    feeding = max((acting(c, s) for c in bodies), key=lambda parts: sum(parts.values()))
+    phases = {"learning": learning(bodies[0], s), "acting": feeding}
+    height = max(sum(parts.values()) for parts in phases.values())
+    out = held | {f"{phase}: {name}": n for phase, parts in phases.items() for name, n in parts.items()}
+    return {name: math.ceil(n) for name, n in out.items()} | {"total": sum(held.values()) + math.ceil(height)}
+
+
+def cache(bodies: Sequence[Config], s: Settings) -> int:
+    """Bytes of the keys and values of all seats of all bodies."""
+    return sum(cache_token(c, s.dtype) for c in bodies) * s.seats * s.seat_tokens
+
+
+def _tables(c: Config) -> int:
+    """Cosines and sines."""
+    return 2 * min(c.context, 32768) * (c.head_dim // 2) * 4
+
+
+def table(b: dict[str, int]) -> str:
+    """A budget as lines of text, in MiB."""
+    width = max(map(len, b))
+    return "\n".join(f"  {name:{width}s} {size / 2**20:12,.1f} MiB" for name, size in b.items())
+
+
+# ------------------------------------------------------------------------------------------------ what fits
+
+
+def fit(
+    bodies: Sequence[Config], memory: float, s: Settings, useful: int = 428
+) -> tuple[Settings, dict[str, int]]:
+    """Choose what `s` leaves open (0 or None) so that a step fits into `memory` bytes, less SPARE.
+
+    useful: the most seats that a step can fill. The way down, as room gets scarce: micro-batches large and
+    activations kept; smaller ones; then recomputed. The first that leaves ENOUGH seats is taken, else the one
+    that leaves most. Raises ValueError with the arithmetic where not even 2 seats fit.
+    """
+    room, best = memory * (1 - SPARE), None
+    for trial in _trials(s):
+        trial = replace(trial, seats=s.seats or _seats(bodies, room, trial, useful))
+        b = budget(bodies, trial)
+        if trial.seats < 2 or b["total"] > room:
+            continue
+        if trial.seats >= min(useful, ENOUGH):
+            return trial, b
+        if best is None or trial.seats > best[0].seats:
+            best = trial, b
+    if best is None:
+        raise ValueError(_refusal(bodies, room, s))
+    return best
+
+
+def _trials(s: Settings) -> list[Settings]:
+    """Settings of learning, from the fastest to the smallest; those that were given are kept."""
+    least = s.seat_tokens
+    sizes = [s.micro_tokens] if s.micro_tokens else [n for n in (8192, 4096) if n > least] + [least]
+    ways = [False, True] if s.recompute is None else [s.recompute]
+    return [replace(s, micro_tokens=n, recompute=way) for way in ways for n in sizes]
+
+
+def _seats(bodies: Sequence[Config], room: float, s: Settings, useful: int) -> int:
+    """The most seats, up to `useful`, with which the step fits (0: not even one)."""
+    low, high = 0, useful
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = budget(bodies, replace(s, seats=middle))["total"] <= room
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def _refusal(bodies: Sequence[Config], room: float, s: Settings) -> str:
+    least = replace(_trials(s)[-1], seats=max(2, s.seats))
+    b = budget(bodies, least)
+    parts = sorted(((size, name) for name, size in b.items() if name != "total"), reverse=True)[:4]
+    largest = ", ".join(f"{name} {size / 2**30:.2f}" for size, name in parts)
+    return (
+        f"a step needs {b['total'] / 2**30:.2f} GiB even with {least}, of {room / 2**30:.2f} GiB to be had "
+        f"({largest} GiB, ...): lower --seat-tokens and --episode-tokens, or take a smaller body"
+    )
