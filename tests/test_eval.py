@@ -9,10 +9,13 @@ import pytest
 
 import eval as evaluation
 import model as models
+import report
 import toy
-from eval import evaluate, retrieval
-from rollout import Documents, Limits, Question, Sampled, Stats, Words
+from eval import Screen, evaluate, live, retrieval, summarise
+from modes import MODE_WORDS, MODES
+from rollout import Documents, Engine, Limits, Question, Sampled, Stats, Turn, Words, episode
 from search import BM25
+from tokenizer import Tokenizer
 
 
 def lines_file(path, *lines):
@@ -108,6 +111,107 @@ def test_evaluate_counts_every_question_once():
     }
 
 
+# ------------------------------------------------------------------------------------------------------ modes
+
+
+def play(mode, says, search=library, question=QUESTIONS[0], limits=LIMITS, words=None):
+    """One episode in a mode, with what the policy says turn by turn. Returns the trajectory and its turns."""
+    tok, turns, value, said = Letters(), [], None, iter(says)
+    run = MODES[mode](question, search, tok, limits, words or MODE_SHORT[mode], 0.0, (1, 2, 3, 4))
+    while True:
+        try:
+            turns.append(run.send(value))
+        except StopIteration as end:
+            return end.value, turns
+        ids = tok.encode(next(said))
+        value = Sampled(ids, [-0.5] * len(ids), "eos" if ids[-1] == 0 else "stop")
+
+
+def never(query):
+    raise AssertionError("this mode must not search")
+    yield
+
+
+MODE_SHORT = dict.fromkeys(MODES, WORDS) | {"rag": Words("[{documents}] Q: {question}\n", "")}
+
+
+def sampled_text(t):
+    return Letters().decode([i for i, m in zip(t.ids, t.mask) if m])
+
+
+def test_a_direct_answer_is_one_turn_without_a_search():
+    """A baseline that searched, or lost its answer for a tag that it left out, would flatter the agent."""
+    t, turns = play("direct", ["Lima</answer>"], never)
+    assert Letters().decode(turns[0].ids) == "Q: capital of Peru?\n<answer>" and len(turns) == 1
+    assert (t.answer, t.end, t.searches) == ("Lima", "answer", [])
+    assert sampled_text(t) == "Lima</answer>" and t.logps[-1] == -0.5
+    assert turns[0].stops == ("</answer>",) and turns[0].address[:4] == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "said, answer",
+    [
+        ("Lima</answer>", "Lima"),
+        (" \n Lima \nbecause it is</answer>", "Lima"),
+        ("Lima\0", "Lima"),
+        ("Lima, which is the", "Lima, which is the"),
+        ("</answer>", None),
+        ("\n\0", None),
+    ],
+)
+def test_a_baselines_answer_is_its_first_line(said, answer):
+    """Base models go on and on, instruct models end their turn: neither is a part of the answer."""
+    t, _ = play("direct", [said], never)
+    assert (t.answer, t.end) == (answer, "answer" if answer else "turns")
+
+
+def test_a_chain_of_thought_ends_in_an_answer():
+    """Without the second turn a thought that ends, or runs to its limit, would count as no answer."""
+    for thought, given in (("hm</think>", "\n<answer>"), ("hm, hm", "</think>\n<answer>")):
+        t, turns = play("cot", [thought, "Lima</answer>"], never)
+        assert Letters().decode(turns[0].ids).endswith("\n<think>") and t.answer == "Lima"
+        assert Letters().decode(turns[1].ids) == given and sampled_text(t) == thought + "Lima</answer>"
+    t, turns = play("cot", ["hm <answer>Lima</answer>"], never)
+    assert (t.answer, t.end, len(turns)) == ("Lima", "answer", 1)
+    t, turns = play("cot", ["hm <answer></answer>", "Lima</answer>"], never)
+    assert t.answer == "Lima"
+
+
+def test_rag_searches_once_with_the_question():
+    """The baseline's documents come from the chosen engine, before the policy says anything."""
+    t, turns = play("rag", ["Lima</answer>"])
+    query = t.searches[0][0]
+    assert len(t.searches) == 1
+    assert (query.text, query.question, query.address) == ("capital of Peru?", QUESTIONS[0], (1, 2, 3, 4, 0))
+    asked = "[Doc 1: Lima is the capital of Peru.] Q: capital of Peru?\n<answer>"
+    assert Letters().decode(turns[0].ids) == asked and sampled_text(t) == "Lima</answer>"
+    assert summarise([t])["found"] == 1.0
+
+
+def test_rag_cuts_documents_and_not_the_question():
+    """Five long passages would push question or answer out of the episode."""
+
+    def long(query):
+        return Documents("x" * 5000)
+        yield
+
+    for tokens in (120, 200, 400):
+        limits = Limits(prompt=60, episode=tokens, turn=20, observation=200)
+        _, turns = play("rag", ["Lima</answer>"], long, limits=limits)
+        text = Letters().decode(turns[0].ids)
+        assert text.startswith("[xx") and text.endswith("] Q: capital of Peru?\n<answer>")
+        assert turns[0].limit == 20 and len(turns[0].ids) + 20 <= tokens and text.count("x") <= 200
+    with pytest.raises(ValueError, match="tokens, over 20"):
+        play("rag", [], limits=Limits(prompt=20))
+
+
+def test_every_mode_asks_for_what_it_needs():
+    """Words without their place would send the same prompt for every question."""
+    assert MODE_WORDS.keys() == MODES.keys()
+    assert all(words.prompt.count("{question}") == 1 for words in MODE_WORDS.values())
+    assert [m for m, words in MODE_WORDS.items() if "{documents}" in words.prompt] == ["rag"]
+
+
 def test_retrieval_measures_the_engine_alone():
     """A miss of the engine must show as its own, not as the policy's."""
     passages = [("Lima", "the capital of Peru"), ("Quito", "the capital of Ecuador"), ("Rafael", "a mayor")]
@@ -169,6 +273,170 @@ def test_the_toy_world_needs_no_file(checkpoint, capsys, engine):
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["toy", "3"]
 
 
+@pytest.mark.parametrize(
+    "mode, engine", [("direct", ""), ("cot", ""), ("rag", "--search toy"), ("rag", "--search sim")]
+)
+def test_every_mode_runs_in_the_toy_world(checkpoint, capsys, mode, engine):
+    """Modes share the engine, the limits and the words of the toy world with the agent."""
+    evaluation.main(f"--policy {checkpoint} --mode {mode} {engine} --limit 3 --seats 4 --device cpu".split())
+    line = capsys.readouterr().out.splitlines()[1].split()
+    assert line[:2] == ["toy", "3"]
+    assert line[8] == ("1.000" if mode == "rag" else "0.000")  # searches
+
+
+def cut_after(n, monkeypatch):
+    """Ctrl-C as soon as n more questions are answered."""
+    add = report.Ledger.add
+
+    def cut(self, *row):
+        add(self, *row)
+        if len(self.rows) == n:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.Ledger, "add", cut)
+
+
+def test_a_run_that_is_cut_goes_on_to_the_same_answers(checkpoint, tmp_path, monkeypatch, capsys):
+    """3,500 questions take a 3B body hours: a cut must cost none that was answered, and change no answer, not
+    even a sampled one."""
+    rows = [{"id": i, "question": f"home {i}", "answer": "Lima"} for i in range(6)]
+    data = [str(lines_file(tmp_path / f"{name}.jsonl", *rows)) for name in ("p", "q")]
+    flags = f"--policy {checkpoint} --search toy --data {','.join(data)} --temperature 1 --device cpu".split()
+    evaluation.main([*flags, "--seats", "3", "--json", str(tmp_path / "whole.json")])
+    cut = [*flags, "--json", str(tmp_path / "cut.json")]
+    with monkeypatch.context() as patch:
+        cut_after(8, patch)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.main([*cut, "--seats", "2"])
+    assert not (tmp_path / "cut.json").exists()
+    with pytest.raises(ValueError, match="--resume"):
+        evaluation.main(cut)
+    capsys.readouterr()
+    evaluation.main([*cut, "--seats", "5", "--resume"])
+    assert "33%" in capsys.readouterr().err  # 2 of q's 6 were there
+    whole, resumed = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("whole", "cut"))
+    timeless = [[{**row, "seconds": 0} for row in r["questions"]] for r in (whole, resumed)]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == 12
+    assert whole["sets"]["q"]["intervals"] == resumed["sets"]["q"]["intervals"]
+    assert sorted(p.name for p in tmp_path.glob("cut*")) == ["cut.json"]
+
+
+def test_two_results_are_compared_at_the_command_line(tmp_path, capsys):
+    """A run against itself differs by nothing, and says so."""
+    row = {"set": "q", "id": "1", "question": "who?", "f1": 0.5, "em": 0.0, "cover_em": 1.0}
+    (tmp_path / "a.json").write_text(json.dumps({"questions": [row]}))
+    evaluation.main(["--compare", f"{tmp_path}/a.json", f"{tmp_path}/a.json"])
+    assert capsys.readouterr().out.splitlines()[1].split() == [
+        *("q", "f1", "1", "0.500", "0.500", "+0.000"), *("+0.000", "..", "+0.000", "1.000")
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- live
+
+
+@pytest.mark.parametrize("name", ["tiny", "random"])
+def test_an_episode_live_is_the_episode(checkpoint, name):
+    """Asked for token by token, an episode must not change: not its ids, its mask, its ends, nor what is fed
+    (a turn that was fed again would cost its whole history). The random body never finds a tag."""
+    home = models.resolve({"tiny": "tiny", "random": checkpoint}[name])
+    tok, world, shown = Tokenizer.load(home), toy.World(1), []
+    engine = Engine({models.POLICY: (models.load(home), tok)}, 4, toy.LIMITS.episode + 1)
+
+    def runs():
+        return evaluation.episodes(tok, world.questions(8), world.lookup, toy.LIMITS, toy.WORDS)
+
+    plain, fed = engine.run(runs()), engine.stats.prefilled
+    told = engine.run([live(run, tok, lambda ids, sampled: shown.append((ids, sampled))) for run in runs()])
+    assert {t.end for t in plain} == {"answer" if name == "tiny" else "turns"}
+    for a, b in zip(plain, told):
+        assert (a.ids, a.mask, a.end, a.answer) == (b.ids, b.mask, b.end, b.answer)
+        assert a.logps == pytest.approx(b.logps, abs=1e-4)
+    assert engine.stats.prefilled == fed
+    assert all(len(ids) == 1 for ids, sampled in shown if sampled)
+    assert sum(len(ids) for ids, _ in shown) == sum(len(t.ids) for t in told)
+
+
+def test_a_search_passes_through_a_live_episode():
+    """A simulator's turn belongs to the engine as a whole: it is not the policy's text."""
+    written, shown = Turn([7], models.SIMULATOR, 9, 0.8, (), (0,)), []
+
+    def writer(query):
+        return Documents((yield written))
+
+    run = live(
+        episode(QUESTIONS[0], writer, Letters(), LIMITS, WORDS, 0.0), Letters(), lambda *a: shown.append(a)
+    )
+    turn = next(run)
+    for c in "<search>a</search>":
+        assert turn.limit == 1 and turn is not written
+        turn = run.send(Sampled([ord(c)], [0.0], "limit"))
+    assert turn is written
+    given = len(shown)
+    turn = run.send("Doc 1: b")
+    assert len(shown) == given + 1 and "Doc 1: b" in Letters().decode(shown[-1][0]) and not shown[-1][1]
+
+
+class Bytes:
+    """A tokenizer of one token a byte."""
+
+    def token_bytes(self, i):
+        return bytes([i])
+
+
+def screened(pieces, colour):
+    out = []
+    screen = Screen(Bytes(), out.append, colour)
+    for text, sampled in pieces:
+        data = text if isinstance(text, bytes) else text.encode()
+        for i in data if sampled else [data]:
+            screen.show([i] if sampled else list(i), sampled)
+    screen.end()
+    return "".join(out)
+
+
+def test_characters_that_tokens_cut_are_shown_whole():
+    """Printing each token by itself turns every letter beyond ASCII into two or three question marks."""
+    assert screened([("Łódź?\n", False), ("東京 \U0001f600", True)], False) == "[Łódź?\n]東京 \U0001f600"
+    assert screened([("a", False), ("東".encode()[:2], True), ("b", False)], False) == "[a]\ufffd[b]"
+
+
+def test_sampled_and_given_text_differ_in_colour():
+    """The picture of `rollout.show`: green is sampled, grey is given."""
+    shown = screened([("Q", False), ("A", True)], True)
+    assert shown == "\033[90mQ\033[0m\033[32mA\033[0m"
+
+
+def test_no_text_steers_the_terminal():
+    """A document with escape sequences could clear the screen, or paint itself as an answer."""
+    shown = screened([("a\033[2J\r\x9b31m\ttab\n", False), ("\x07b\x7f", True)], False)
+    assert shown == "[a\ufffd[2J\ufffd\ufffd31m\ttab\n]\ufffdb\ufffd"
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--policy tiny --search toy", "--mode direct", "--search sim --answer blue"]
+)
+def test_a_question_is_asked_live(capsys, flags):
+    """The first thing that anyone tries: it needs no file, no flag, and ends in the answer."""
+    asked = toy.World(1).questions(1)[0].text
+    evaluation.main([*flags.split(), "--ask", asked, "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"[Question: {asked}\n") and "\033" not in text
+    answer = text.splitlines()[-1]
+    assert answer == "(no answer)" or f"{answer}</answer>" in text
+    assert "tokens sampled in" in text.splitlines()[-2]
+
+
+def test_colour_is_for_terminals_that_want_it(monkeypatch, capsys):
+    """Escape codes in a file, or where NO_COLOR forbids them, are garbage."""
+    seen = []
+    for terminal, no_color in ((True, ""), (True, "1"), (False, "")):
+        monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setenv("NO_COLOR", no_color)
+        evaluation.main(["--ask", "home Balan", "--mode", "direct", "--device", "cpu"])
+        seen.append("\033[32m" in capsys.readouterr().out)
+    assert seen == [True, False, False]
+
+
 def test_without_a_policy_the_engine_is_measured(tmp_path, capsys):
     """The share of answers found is the acceptance figure of an engine: it must need no checkpoint."""
     data = lines_file(tmp_path / "q.jsonl", {"question": "capital of Peru", "answer": "lima"})
@@ -181,6 +449,14 @@ def test_without_a_policy_the_engine_is_measured(tmp_path, capsys):
     "flags, what",
     [
         ("--search none", "needs a --policy"),
+        ("--policy X", "--search is missing"),
+        ("--policy X --ask q", "--search is missing"),
+        ("--ask q --mode direct --search toy", "does not search"),
+        ("--ask", "needs a question"),
+        ("--ask q --search sim", "give --answer"),
+        ("--policy X --search none --resume", "give both"),
+        ("--policy X --search none --turn-tokens 0", "--turn-tokens must be at least 1"),
+        ("--policy X --search none --data D --mode rag --policy-prompt W", "where the {documents} go"),
         ("--policy X --search google", "unknown search engine"),
         ("--policy X --search none --noise .5", "--noise is for"),
         ("--policy X --search toy --noise 1.5", "within 0..1"),
@@ -201,7 +477,9 @@ def test_without_a_policy_the_engine_is_measured(tmp_path, capsys):
 def test_bad_flags_are_one_clear_line(checkpoint, tmp_path, flags, what):
     """Each would else end in a traceback, or in a figure of something else than was asked for."""
     data = lines_file(tmp_path / "q.jsonl", {"question": "Capital of Peru?", "answer": "Lima"})
-    words = [{"X": checkpoint, "D": str(data), "D,D": f"{data},{data}"}.get(w, w) for w in flags.split()]
+    prompt = lines_file(tmp_path / "words.json", {"prompt": "{question}", "notice": " "})
+    files = {"X": checkpoint, "D": str(data), "D,D": f"{data},{data}", "W": str(prompt)}
+    words = [files.get(w, w) for w in flags.split()] + [" "] * (flags == "--ask")
     with pytest.raises((ValueError, OSError)) as error:
         evaluation.main([*words, "--device", "cpu"])
     assert what in str(error.value) and "\n" not in str(error.value)
