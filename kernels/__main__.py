@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from . import measure
-from .launch import HAVE_TRITON, INTERPRET, target
+from .launch import HAVE_TRITON, INTERPRET
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,9 +30,10 @@ def listing() -> str:
 
 
 def test(files: list[str]) -> int:
-    """Run the tests of these kernels in a process of their own. Its exit code."""
+    """Run the tests of these kernels in a process of their own, and those that need a GPU. Its exit code."""
     tests = [str(ROOT / "tests" / f"test_kernel_{name}.py") for name in files]
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=False).returncode
+    command = [sys.executable, "-m", "pytest", "-q", *tests, str(ROOT / "tests" / "test_kernels_on_gpu.py")]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
 def interpret(argv: list[str]) -> int:
@@ -65,13 +66,9 @@ def main(argv: list[str]) -> int:
         )
         return 0
     failed = gpu and not a.no_tests and test(a.files)
-    device = torch.cuda.get_device_name() if gpu else "the interpreter on a CPU: times mean nothing"
-    print(f"\n{device}, {target().name}, torch {torch.__version__}")
-    if gpu:
-        copy, matmul = measure.copy_bandwidth() / 1e9, measure.matmul_rate() / 1e12
-        print(f"copy {copy:.0f} GB/s, matmul {matmul:.0f} TFLOP/s")
     models = a.models or (["toy"] if a.toy else list(measure.MODELS))
-    measure.bench(a.files, [measure.MODELS[m] for m in models], "cuda" if gpu else "cpu", a.json)
+    print()
+    measure.bench(a.files, [measure.MODELS[m] for m in models], a.json)
     return int(bool(failed))
 
 

@@ -140,21 +140,21 @@ def _case(m: measure.Model, device: str, padded: bool, back: bool) -> measure.Ca
 
     def of(f, *rest):
         if back:
-            return measure.backward(f(q, k, v, *rest), (q, k, v), do.detach())
+            return measure.backward(lambda: f(q, k, v, *rest), (q, k, v), do.detach())
         return lambda: f(q, k, v, *rest)
 
     pairs = T * T / 2 if lengths is None else T * T * 13 / 54  # of query and key, a row: mean of length^2 / 2
     return measure.Case(
         f"{'backward' if back else 'forward'} {B} x {T}{', a third padding' if padded else ''}",
         of(attention_triton, lengths),
-        {"torch": of(attention_torch, lengths)} | {n: of(f) for n, f in _sdpa(device).items()},
+        {"torch": of(attention_torch, lengths)} | {n: of(f) for n, f in _sdpa(q).items()},
         flops=int((10 if back else 4) * B * m.heads * D * pairs),
     )
 
 
-def _sdpa(device: str) -> dict:
-    """Rivals: SDPA with one backend each, which all do the padding's work as well. None on a CPU."""
-    if device != "cuda":
+def _sdpa(q: Tensor) -> dict:
+    """Rivals: SDPA with one backend each, on a GPU, for halves; they all do the padding's work as well."""
+    if not q.is_cuda or q.dtype == torch.float32:
         return {}
 
     def only(backend):

@@ -191,14 +191,17 @@ def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
         flops=forward,
     )
     for name, both in (("logp", 1), ("logp + entropy", 2)):
-        dlogp = (torch.randn(N, device=device),) * both
-        of = lambda f: measure.backward(f(h, W, targets)[:both], (h,), dlogp)  # noqa: B023, E731
-        yield measure.Case(
-            f"backward {name} {N} x {m.vocab}",
-            of(linear_logp_triton),
-            {"torch": of(linear_logp_torch)},
-            flops=2 * forward,
-        )
+        yield _backward_case(f"backward {name} {N} x {m.vocab}", both, h, W, targets, 2 * forward)
+
+
+def _backward_case(name: str, both: int, h: Tensor, W: Tensor, targets: Tensor, flops: int) -> measure.Case:
+    dlogp = (torch.randn(len(h), device=h.device),) * both
+
+    def of(f):
+        return measure.backward(lambda: f(h, W, targets)[:both], (h,), dlogp)
+
+    rivals = {"torch": of(linear_logp_torch), "logits": of(_logits_at_once)}
+    return measure.Case(name, of(linear_logp_triton), rivals, flops=flops)
 
 
 if __name__ == "__main__":

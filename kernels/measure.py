@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from .launch import target
 
 FILES = (
     "attention",
@@ -87,13 +90,20 @@ def modules() -> Iterator[tuple[str, ModuleType]]:
 
 
 def compiled(f: Callable, device: str) -> dict[str, Callable]:
-    """A rival: what torch.compile makes of f. Only on a GPU."""
-    return {"compile": torch.compile(f)} if device == "cuda" else {}
+    """A rival: what torch.compile makes of f, anew for each case and for its shapes alone. Only on a GPU."""
+    if device != "cuda":
+        return {}
+    torch._dynamo.reset()  # after eight shapes of one function it would give up, in silence
+    torch._functorch.config.donated_buffer = False  # backward() keeps the graph
+    return {"compile": torch.compile(f, dynamic=False)}
 
 
-def backward(outputs: Tensor | tuple, inputs: tuple, gradients: Tensor | tuple) -> Callable[[], tuple]:
-    """A call that runs the backward pass alone, as often as one likes."""
-    return lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True)
+def backward(forward: Callable, inputs: tuple, gradients: Tensor | tuple) -> Callable[[], tuple]:
+    """A call that runs the backward pass alone, as often as one likes. The first runs `forward` too: a rival
+    that cannot run here, or that takes much memory, does no harm before its turn.
+    """
+    outputs = cache(forward)
+    return lambda: torch.autograd.grad(outputs(), inputs, gradients, retain_graph=True)
 
 
 def relative_rms(x: Tensor, truth: Tensor) -> float:
@@ -108,7 +118,8 @@ def milliseconds(run: Callable, repeats: int = 20) -> float:
         start = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - start)
-    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")  # 256 MB, five times an H100's L2
+    # 1 GB empties any L2, and takes an H100 0.4 ms: meanwhile the host gets ahead, so launching is not timed.
+    flush = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     for _ in range(3):
         run()
     spans = []
@@ -192,25 +203,37 @@ def line(row: dict) -> str:
     return f"{row['model']:13s} {row['kernel']:17s} {row['case']:34s} " + "  ".join(shown)
 
 
-def bench(names: Iterable[str], models: Iterable[Model], device: str, out: str | None = None) -> list[dict]:
+def about() -> dict[str, str | float]:
+    """What the figures were measured on, and its two ceilings."""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else "the interpreter on a CPU: times mean nothing",
+        "target": target().name,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "date": time.strftime("%Y-%m-%d"),
+        "copy GB/s": round(copy_bandwidth() / 1e9),
+        "matmul TFLOP/s": round(matmul_rate() / 1e12),
+    }
+
+
+def bench(names: Iterable[str], models: Iterable[Model], out: str | None = None) -> list[dict]:
     """Measure the cases of these kernels, print a line for each, and write them all as JSON to `out`."""
-    rows = []
+    here, rows = about(), []
+    print(", ".join(f"{k} {v}" for k, v in here.items()), flush=True)
     for m in models:
         for name, module in modules():
             if name not in names:
                 continue
-            for case in module.cases(m, device):
+            for case in module.cases(m, "cuda" if torch.cuda.is_available() else "cpu"):
                 rows.append({"model": m.name, "kernel": name, **measure(case)})
                 print(line(rows[-1]), flush=True)
     if out:
         with open(out, "w", encoding="utf-8") as f:
-            json.dump(rows, f, indent=1)
+            json.dump(here | {"rows": rows}, f, indent=1)
     return rows
 
 
 def main(name: str) -> None:
     """The benchmark of one kernel file: all models on a GPU, the toy under the interpreter."""
-    if torch.cuda.is_available():
-        bench([name], MODELS.values(), "cuda")
-    else:
-        bench([name], [TOY], "cpu")
+    bench([name], MODELS.values() if torch.cuda.is_available() else [TOY])

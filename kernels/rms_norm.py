@@ -152,7 +152,7 @@ def _backward_case(n: int, m: measure.Model, device: str) -> measure.Case:
     x.requires_grad_(), r.requires_grad_()
 
     def of(f):
-        return measure.backward(f(x, w, 1e-6, r), (x, r), (dy, ds))
+        return measure.backward(lambda: f(x, w, 1e-6, r), (x, r), (dy, ds))
 
     rivals = {"torch": rms_norm_torch} | measure.compiled(rms_norm_torch, device)
     return measure.Case(

@@ -141,7 +141,7 @@ def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
 
     def of(f):
-        return measure.backward(f(q, k, cos, sin), (q, k), (dq, dk))
+        return measure.backward(lambda: f(q, k, cos, sin), (q, k), (dq, dk))
 
     runs = {name: of(f) for name, f in rivals.items()}
     yield measure.Case(f"backward {name}", of(rope_triton), runs, bytes=moved)

@@ -110,8 +110,8 @@ def _backward_case(n: int, m: measure.Model, device: str) -> measure.Case:
     rivals = {"torch": swiglu_torch} | measure.compiled(swiglu_torch, device)
     return measure.Case(
         f"backward {n} x {m.ffn}",
-        measure.backward(swiglu_triton(x), (x,), dy),
-        {k: measure.backward(f(x), (x,), dy) for k, f in rivals.items()},
+        measure.backward(lambda: swiglu_triton(x), (x,), dy),
+        {k: measure.backward(lambda f=f: f(x), (x,), dy) for k, f in rivals.items()},
         bytes=5 * n * m.ffn * x.element_size(),
     )
 

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: the quick part as a gate, and a planted spill, lack of memory and broken kernel.
+"""Ahead-of-time compilation: the quick part as a gate, and planted spills, lack of memory, a broken kernel.
 
 In subprocesses, since this process may be interpreting.
 """
@@ -53,6 +53,15 @@ def greedy(p_x, N: tl.constexpr):
     tl.store(p_x + i[:, None] * N + i[None, :], tl.dot(a, b).to(tl.bfloat16))
 
 @triton.jit
+def crowded(p_x, n, N: tl.constexpr):
+    i, j, k = tl.arange(0, 128), tl.arange(0, N), tl.arange(0, 64)
+    z = tl.zeros((128, N), tl.float32)
+    for start in range(0, n, 64):
+        a = tl.load(p_x + i[:, None] * n + start + k[None, :])
+        z = tl.dot(a, tl.load(p_x + j[None, :] * n + start + k[:, None]), z)
+    tl.store(p_x + i[:, None] * N + j[None, :], z.to(tl.bfloat16))
+
+@triton.jit
 def broken(p_x, N: tl.constexpr):
     tl.store(p_x + tl.arange(0, N), tl.arange(0, 2 * N))
 
@@ -62,7 +71,9 @@ with Catch(TARGETS["sm_86"]) as c:
     greedy[(1,)](x.bfloat16(), N=256, num_warps=8)
     broken[(1,)](x, N=64)
     broken[(1,)](x, N=64)
-for r in c.reports:
+with Catch(TARGETS["sm_90"]) as d:
+    crowded[(1,)](x.bfloat16(), 256, N=256, num_warps=4, num_stages=3)
+for r in c.reports + d.reports:
     print(r.kernel, "|", "; ".join(r.problems()))
 """
 
@@ -77,6 +88,7 @@ def test_planted_problems_are_found(tmp_path):
     assert "spills" in found["spilling"]
     assert "of shared memory, 101376 are there" in found["greedy"]
     assert found["broken"]
+    assert "wgmma one by one" in found["crowded"]
 
 
 def test_it_does_not_interpret():
