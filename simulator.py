@@ -37,10 +37,11 @@ import model as models
 import toy
 from collect import Collector, audit_figures, read_rows, row_query
 from model import POLICY, REFERENCE, SIMULATOR, Model
-from prompts import PROMPTED_WORDS, SFT_WORDS, SimWords, load_words, prompt, save_words
+from prompts import PROMPTED_WORDS, SFT_WORDS, SimWords, load_words, messages, prompt, save_words
 from questions import load_questions
-from rollout import DOCUMENTS, WORDS, Documents, Engine, Limits, Query, Question, Turn, coin
+from rollout import DOCUMENTS, WORDS, Documents, Engine, Limits, Query, Question, Turn, coin, uniforms
 from search import open_search
+from servers import Chat
 from sft import Example, Progress, adamw, fine_tune, held_out_loss
 from tokenizer import Tokenizer
 
@@ -100,14 +101,16 @@ class Simulator:
     shared        the siblings of a group share their coins, search by search
     limit         most tokens of one output
     temperature   of its sampling; like the limit, the paper's
+    server        where given, the LLM runs there, and is asked instead of a body of our own; `tok` is unused
     """
 
-    tok: Tokenizer
+    tok: Tokenizer | None
     words: SimWords = SFT_WORDS
     p_noise: float = 0.0
     shared: bool = False
     limit: int = 600
     temperature: float = 0.8
+    server: Chat | None = None
 
     def __post_init__(self):
         if not 0 <= self.p_noise <= 1:
@@ -115,10 +118,14 @@ class Simulator:
 
     def __call__(self, query: Query):
         noisy = noise_coin(query.address, self.shared) < self.p_noise
-        asked = prompt(self.tok, self.words, query, noisy)
         stops, address = (f"Doc {self.words.count + 1}",), (*query.address, DOCUMENTS)
-        sampled = yield Turn(asked, SIMULATOR, self.limit, self.temperature, stops, address)
-        text = self.tok.decode([i for i in sampled.ids if i not in self.tok.eos])
+        if self.server:
+            asked, seed = messages(self.words, query, noisy), int(uniforms(address, 1)[0] * 2**31)
+            text = yield self.server.complete(asked, self.temperature, self.limit, seed, stops)
+        else:
+            asked = prompt(self.tok, self.words, query, noisy)
+            sampled = yield Turn(asked, SIMULATOR, self.limit, self.temperature, stops, address)
+            text = self.tok.decode([i for i in sampled.ids if i not in self.tok.eos])
         return Documents(clean(text, self.words.count), noisy)
 
 
@@ -150,15 +157,23 @@ def sft(
 
 
 def written(
-    engine: Engine, simulator: Simulator, queries: list[Query], label: str
+    body: Model | None, simulator: Simulator, queries: list[Query], seats: int = 16, label: str = "audit"
 ) -> list[tuple[Query, Documents]]:
-    """What the simulator writes for each query, once asked for useful documents and once for noisy ones."""
-    asked = [(query, replace(simulator, p_noise=p)) for query in queries for p in (0.0, 1.0)]
-    with tqdm(total=len(asked), desc=label, unit=" outputs", leave=False, disable=None) as bar:
-        outputs = engine.run(
-            (search(query) for query, search in asked), lambda done, of, stats: bar.update(done - bar.n)
+    """What the simulator writes for each query, once asked for useful documents and once for noisy ones.
+
+    body: with its adapter; None where a server writes.
+    """
+    bodies, capacity = {}, 1
+    if body:
+        asked = (prompt(simulator.tok, simulator.words, q, noisy) for q in queries for noisy in (False, True))
+        capacity = min(max(map(len, asked)) + simulator.limit + 1, len(body.cos))
+        bodies = {SIMULATOR: (body, simulator.tok)}
+    both = [(query, replace(simulator, p_noise=p)) for query in queries for p in (0.0, 1.0)]
+    with tqdm(total=len(both), desc=label, unit=" outputs", leave=False, disable=None) as bar:
+        outputs = Engine(bodies, seats, capacity).run(
+            (search(query) for query, search in both), lambda done, of, stats: bar.update(done - bar.n)
         )
-    return [(query, documents) for (query, _), documents in zip(asked, outputs)]
+    return [(query, documents) for (query, _), documents in zip(both, outputs)]
 
 
 def addressed(rows: list[dict], seed: int) -> list[Query]:
@@ -167,18 +182,10 @@ def addressed(rows: list[dict], seed: int) -> list[Query]:
 
 
 def audit(
-    body: Model,
-    tok: Tokenizer,
-    simulator: Simulator,
-    queries: list[Query],
-    seats: int = 16,
-    label: str = "audit",
+    body: Model | None, simulator: Simulator, queries: list[Query], seats: int = 16, label: str = "audit"
 ) -> dict[str, dict[str, float]]:
-    """`audit_figures` of what a body with its adapter writes for held-out queries, useful and noisy."""
-    longest = max(len(prompt(tok, simulator.words, q, noisy)) for q in queries for noisy in (False, True))
-    capacity = min(longest + simulator.limit + 1, len(body.cos))
-    engine = Engine({SIMULATOR: (body, tok)}, seats, capacity)
-    return audit_figures(written(engine, simulator, queries, label), simulator.words.count)
+    """`audit_figures` of what is written for held-out queries, for each once useful and once noisy."""
+    return audit_figures(written(body, simulator, queries, seats, label), simulator.words.count)
 
 
 def audit_table(audits: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -276,7 +283,7 @@ def command_sft(args: argparse.Namespace) -> None:
     optimizer = adamw(body, SIMULATOR)
     size = body.adapter(SIMULATOR).numel()
     print(f"{len(rows)} rows, {len(exam)} held out, {size:,} parameters to train, {body.device}")
-    look = partial(held_out_figures, args, body, tok, sampler(args, tok, words), exam)
+    look = partial(held_out_figures, args, body, sampler(args, tok, words), exam)
     if state:
         body.adapter(SIMULATOR).data.copy_(state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
@@ -300,17 +307,15 @@ def command_sft(args: argparse.Namespace) -> None:
 
 
 def held_out_figures(
-    args: argparse.Namespace, body: Model, tok: Tokenizer, simulator: Simulator, exam: list[dict], label: str
+    args: argparse.Namespace, body: Model, simulator: Simulator, exam: list[dict], label: str
 ) -> dict:
     """{"loss": nats a token of the held-out documents, "audit": what is written for their queries}."""
     if not exam:
         return {}
-    end = end_of_turn(tok)
-    loss = held_out_loss(
-        body, SIMULATOR, [example(tok, simulator.words, end, row) for row in exam], args.micro
-    )
+    encode = partial(example, simulator.tok, simulator.words, end_of_turn(simulator.tok))
+    loss = held_out_loss(body, SIMULATOR, [encode(row) for row in exam], args.micro)
     queries = addressed(exam[: args.audit], args.seed)
-    audited = audit(body, tok, simulator, queries, args.seats, f"audit {label}") if queries else {}
+    audited = audit(body, simulator, queries, args.seats, f"audit {label}") if queries else {}
     return {"loss": loss, "audit": audited}
 
 
@@ -340,15 +345,21 @@ def column_names(text: str | None) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in pairs}
 
 
-def command_audit(args: argparse.Namespace) -> None:
-    """Print, and with --json save, what a simulator is worth on held-out queries."""
-    rows = read_rows(args.rows, column_names(args.columns))[: args.limit]
+def load_simulator(args: argparse.Namespace) -> tuple[Model | None, Simulator]:
+    """The simulator that the flags name, and its body with its adapter: None where --sim is a server."""
     words = words_for(args.adapter, args.sim_prompt, usual_words(args, PROMPTED_WORDS))
+    if args.sim.startswith(("http://", "https://")):
+        return None, replace(sampler(args, None, words), server=Chat(args.sim))
     body, tok = load_body(args)
     if args.adapter:
         models.load_adapter(body, SIMULATOR, args.adapter)
-    queries = addressed(rows, args.seed)
-    figures = audit(body, tok, sampler(args, tok, words), queries, args.seats)
+    return body, sampler(args, tok, words)
+
+
+def command_audit(args: argparse.Namespace) -> None:
+    """Print, and with --json save, what a simulator is worth on held-out queries."""
+    rows = read_rows(args.rows, column_names(args.columns))[: args.limit]
+    figures = audit(*load_simulator(args), addressed(rows, args.seed), args.seats)
     print(audit_table({"asked for": figures}))
     if args.json:
         flags = {k: v for k, v in vars(args).items() if k != "run"}
@@ -364,19 +375,10 @@ def side_by_side(left: str, right: str, width: int) -> str:
 
 def command_write(args: argparse.Namespace) -> None:
     """Print what the simulator writes for one query: useful on the left, noisy on the right."""
-    words = words_for(args.adapter, args.sim_prompt, usual_words(args, PROMPTED_WORDS))
-    body, tok = load_body(args)
-    if args.adapter:
-        models.load_adapter(body, SIMULATOR, args.adapter)
     query = Query(args.query, Question(args.question, (args.answer,)), (args.seed, 0, 0, 0, 0))
-    useful = Simulator(tok, words, 0.0, limit=args.limit, temperature=args.temperature)
-    noisy = replace(useful, p_noise=1.0)
-    longest = max(len(prompt(tok, words, query, n)) for n in (False, True))
-    capacity = min(longest + args.limit + 1, len(body.cos))
-    engine = Engine({SIMULATOR: (body, tok)}, seats=2, capacity=capacity)
-    left, right = engine.run([useful(query), noisy(query)])
+    (_, useful), (_, noisy) = written(*load_simulator(args), [query], seats=2)
     width = shutil.get_terminal_size().columns
-    print(side_by_side(f"USEFUL\n{left.text}", f"NOISY\n{right.text}", width))
+    print(side_by_side(f"USEFUL\n{useful.text}", f"NOISY\n{noisy.text}", width))
 
 
 def positive(text: str) -> int:
@@ -576,8 +578,6 @@ def add_write(verbs) -> argparse.ArgumentParser:
     w.add_argument("--query", required=True, help="what the policy would search for")
     w.add_argument("--question", required=True, help="what it wants to answer")
     w.add_argument("--answer", required=True, help="the golden answer")
-    w.add_argument("--limit", type=positive, default=600, help="most tokens of an output")
-    w.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     w.set_defaults(run=command_write)
     return w
 
@@ -590,15 +590,14 @@ def main(argv: list[str] | None = None) -> None:
         verb.add_argument(
             "--columns", help="OURS=THEIRS,...: what the file calls prompt, documents, query, ..."
         )
-        verb.add_argument(
-            "--sim-tokens", type=positive, help="most tokens of an audited output (600; toy: 40)"
-        )
-        verb.add_argument("--temperature", type=float, default=0.8, help="of the audit's sampling")
         verb.add_argument("--seats", type=positive, default=16, help="outputs written at a time")
-    for verb in (a, u, w):
+    server = ", or a chat server: http://HOST:PORT/v1"
+    for verb, more in ((a, ""), (u, server), (w, server)):
         verb.add_argument(
-            "--sim", required=True, help=f"{' '.join(models.PRESETS)}, a directory, or a hub id"
+            "--sim", required=True, help=f"{' '.join(models.PRESETS)}, a directory, or a hub id" + more
         )
+        verb.add_argument("--sim-tokens", type=positive, help="most tokens of an output (600; toy: 40)")
+        verb.add_argument("--temperature", type=float, default=0.8, help="of its sampling; 0 is greedy")
         verb.add_argument("--sim-prompt", help="sft, prompted, or a JSON file: system, useful, noisy, count")
     for verb in (c, a, u, w):
         verb.add_argument("--seed", type=int, default=0, help="of the adapter, the order, the sampling")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import Future
 from functools import partial
 from itertools import chain
 
@@ -12,8 +13,10 @@ import collect
 import model as models
 import sft
 import simulator
+import toy
 from model import REFERENCE, SIMULATOR
-from rollout import DOCUMENTS, Documents, Query, Question, Sampled, coin
+from prompts import messages
+from rollout import DOCUMENTS, Documents, Engine, Query, Question, Sampled, coin
 from simulator import PROMPTED_WORDS, SFT_WORDS, Simulator, SimWords, clean, p_noise, prompt, read_rows
 
 END = 1  # the id that ends a turn
@@ -502,11 +505,105 @@ def test_a_run_writes_over_nothing(command, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_held_out_questions_are_not_trained_on():
+    """The same question asked in two rows would let the audit see what was learnt by heart."""
+    many = [ROW | {"question": f"Q{i % 12}", "query": str(i)} for i in range(100)]
+    exam, rest = simulator.split_by_question(many, 64, seed=1)
+    assert len(exam) <= 10 and len(exam) + len(rest) == 100
+    assert exam and not {r["question"] for r in exam} & {r["question"] for r in rest}
+    assert simulator.split_by_question(many, 64, seed=1) == (exam, rest)
+    assert simulator.split_by_question(many[:1] * 40, 64, seed=1) == ([], many[:1] * 40)
+
+
+def test_figures_of_held_out_rows_before_and_after(command, tmp_path, capsys):
+    """The loss of random names hardly moves: whether the switch works shows in the audit. A resumed run must
+    not take the figures of half a training for those of before."""
+    write_lines(tmp_path / "held.jsonl", *(row | {"query": "q9"} for row in rows(6)))
+    flags = "--held-rows held.jsonl --audit 4 --sim-tokens 12 --temperature 0"
+    command(f"{SFT} 30 --out a {flags}")
+    result = json.loads((tmp_path / "a" / "sft.json").read_text())
+    assert result["rows"] == 40 and result["held"] == 6
+    assert result["after"]["loss"] < 0.1 < result["before"]["loss"]
+    after = result["after"]["audit"]
+    assert after["useful"]["words"] == 2 and after["noisy"]["words"] == 1  # "yes yes" and "no"
+    out = capsys.readouterr().out
+    assert "before useful" in out and "after noisy" in out and "held-out loss" in out
+    command(f"{SFT} 4 --out b")
+    assert "nothing was held out" in capsys.readouterr().out  # one question alone, and no --held-rows
+    assert json.loads((tmp_path / "b" / "sft.json").read_text())["before"] == {}
+
+
+def test_a_resumed_run_keeps_the_figures_of_before(command, tmp_path, monkeypatch):
+    """After half of the training "before" is no longer to be measured."""
+    write_lines(tmp_path / "held.jsonl", *rows(4))
+    flags = "--held-rows held.jsonl --audit 0"
+    save = simulator.save_run
+
+    def crash(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulator, "save_run", crash)
+    with pytest.raises(KeyboardInterrupt):
+        command(f"{SFT} 6 --out a {flags}")
+    monkeypatch.setattr(simulator, "save_run", save)
+    command(f"{SFT} 6 --out a {flags} --resume")
+    command(f"{SFT} 6 --out b {flags}")
+    a, b = (json.loads((tmp_path / d / "sft.json").read_text()) for d in "ab")
+    assert a["before"] == b["before"] and a["before"]["audit"] == {}
+    assert a["after"]["loss"] == pytest.approx(b["after"]["loss"])
+
+
+def test_the_audit_command_writes_a_table_and_a_file(command, tmp_path, capsys):
+    """Both qualities are asked for, whatever quality a row has."""
+    write_lines(tmp_path / "held.jsonl", *rows(6))
+    command("audit --rows held.jsonl --limit 3 --sim-prompt short.json --sim-tokens 5 --json f.json")
+    header, useful, noisy = capsys.readouterr().out.splitlines()
+    assert (
+        "distinct" in header and useful.startswith("asked for useful") and noisy.startswith("asked for noisy")
+    )
+    saved = json.loads((tmp_path / "f.json").read_text())
+    assert saved["audit"]["useful"]["n"] == saved["audit"]["noisy"]["n"] == 3
+    assert saved["flags"]["limit"] == 3
+
+
+class Server:
+    """A chat server: says at once what it was told to."""
+
+    def __init__(self, says):
+        self.says, self.asked = says, []
+
+    def complete(self, *request):
+        self.asked.append(request)
+        answer = Future()
+        answer.set_result(self.says)
+        return answer
+
+
+def test_a_simulator_on_a_server_is_asked_the_same():
+    """A 14B simulator runs elsewhere: its prompt, its coin, and what is cut off must not differ from ours."""
+    server = Server("Doc 1: a\n\nDoc 2: b\nDoc 3: c")
+    search = Simulator(None, FULL, p_noise=1.0, server=server, limit=50)
+    search = dataclasses.replace(search, words=dataclasses.replace(FULL, count=2))
+    outputs = Engine({}, 1, 1).run([search(ask()), search(ask(address=(0, 1, 2, 3, 5))), search(ask())])
+    assert outputs[0] == Documents("Doc 1: a\nDoc 2: b", noisy=True)
+    (said, temperature, limit, seed, stops), other, again = server.asked
+    assert said == messages(FULL, ask(), True) and (temperature, limit, stops) == (0.8, 50, ("Doc 3",))
+    assert again == server.asked[0] and other[3] != seed  # the randomness has an address there too
+
+
+def test_the_toy_worlds_body_is_asked_in_its_own_words(tmp_path, capsys):
+    """With the words of real checkpoints the tiny body would write nothing that is a fact."""
+    write_lines(tmp_path / "rows.jsonl", *toy.rows(3))
+    simulator.main(f"audit --sim tiny --rows {tmp_path}/rows.jsonl".split())
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "1.000"  # well formed
+
+
 def test_write_shows_both_qualities_side_by_side(command, capsys):
     """The quickest look at a simulator: does the switch change what it writes?"""
     command(f"{SFT} 30 --out a --every 30")
     capsys.readouterr()
-    command("write --adapter a --query q1 --question Q --answer a --limit 20 --temperature 0")
+    command("write --adapter a --query q1 --question Q --answer a --sim-tokens 20 --temperature 0")
     lines = [[side.strip() for side in line.split("|")] for line in capsys.readouterr().out.splitlines()]
     assert lines == [["USEFUL", "NOISY"], ["yes yes", "no"]]
 
