@@ -36,6 +36,7 @@ from questions import SETS, cover_em, exact_match, f1, load_questions
 from report import Ledger, table
 from rollout import WORDS, Engine, Episode, Limits, Question, Sampled, Search, Stats, Trajectory, Turn, Words
 from search import BM25, open_bm25, open_search
+from servers import Chat
 from simulator import Simulator, words_for
 from tokenizer import Tokenizer
 
@@ -234,7 +235,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--data", help=f"comma-separated: files, {', '.join(SETS)}, or all for these; toy (default)"
     )
-    p.add_argument("--limit", type=int, help="questions a set, drawn by a fixed seed (all; toy: 300)")
+    p.add_argument("--limit", type=int, help="questions a set, drawn by a fixed seed (all; toy: 300; the paper: 500)")
     p.add_argument("--search", help="sim, none, toy, bm25:CORPUS, http://HOST:PORT or serpapi")
     p.add_argument("--json", help="file for figures, flags, and every question's answer and scores")
     p.add_argument(
@@ -253,7 +254,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of all sampling: the simulator's, and the policy's")
     p.add_argument("--world", type=int, default=1, help="toy: the seed of its facts")
     # the simulator, and noise
-    p.add_argument("--sim", help="--search sim: its body; absent: the policy's own, in a second role")
+    p.add_argument("--sim", help="--search sim: its body, or http://HOST:PORT/v1; absent: the policy's own")
     p.add_argument("--sim-adapter", help="PEFT directory of the simulator's adapter; absent: prompted only")
     p.add_argument(
         "--sim-prompt", help="sft, prompted or a JSON file; absent: what its adapter was trained on"
@@ -327,6 +328,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--ask needs a question")
     if args.ask is not None and args.search == "sim" and not args.answer:
         raise ValueError("a simulator is told the golden answer, in order to write documents: give --answer")
+    if elsewhere(args) and args.sim_adapter:
+        raise ValueError("--sim-adapter cannot be sent to a server: let --sim serve it")
     if not 0 <= args.noise <= 1:
         raise ValueError(f"--noise is a share, within 0..1, not {args.noise}")
     if args.noise and args.search not in ("sim", "toy"):
@@ -346,15 +349,21 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--resume goes on with what --json FILE has kept: give both")
 
 
+def elsewhere(args: argparse.Namespace) -> bool:
+    """Whether the simulator is a server's, and not a body here."""
+    return args.search == "sim" and (args.sim or "").startswith(("http://", "https://"))
+
+
 def open_engine(args: argparse.Namespace, tok: Tokenizer | None = None) -> Search:
     """The search that --search names; `tok` is the simulator's tokenizer."""
     if args.search == "toy":
         return partial(toy.World(args.world).lookup, noise=args.noise)
     if args.search != "sim":
         return open_search(args.search, args.documents)
-    own = args.sim_adapter or args.sim_prompt or args.data != "toy"
+    server = Chat(args.sim) if elsewhere(args) else None
+    own = server or args.sim_adapter or args.sim_prompt or args.data != "toy"
     words = words_for(args.sim_adapter, args.sim_prompt) if own else toy.SIM_WORDS
-    simulator = Simulator(tok, words, args.noise, limit=600 if own else 40)
+    simulator = Simulator(tok, words, args.noise, limit=600 if own else 40, server=server)
     return simulator if own else toy.shuffled(simulator)
 
 
@@ -396,7 +405,8 @@ def setting(args: argparse.Namespace) -> Setting:
     """Load and open what the flags name."""
     limits = limits_for(args, toy.LIMITS if "toy" in (args.data, args.search) else LIMITS)
     words = words_of(args)
-    names = {POLICY: args.policy} | ({SIMULATOR: args.sim or args.policy} if args.search == "sim" else {})
+    here = args.search == "sim" and not elsewhere(args)
+    names = {POLICY: args.policy} | ({SIMULATOR: args.sim or args.policy} if here else {})
     homes = {role: models.resolve(name) for role, name in names.items()}
     toks = {home: Tokenizer.load(home) for home in dict.fromkeys(homes.values())}
     search = open_engine(args, toks.get(homes.get(SIMULATOR)))  # first: a broken corpus shows at once

@@ -4,6 +4,8 @@ The engine is scripted where the story counts, and a small random network where 
 """
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -321,6 +323,70 @@ def test_a_run_that_is_cut_goes_on_to_the_same_answers(checkpoint, tmp_path, mon
     assert sorted(p.name for p in tmp_path.glob("cut*")) == ["cut.json"]
 
 
+class Place(ThreadingHTTPServer):
+    """A /retrieve server and an OpenAI-compatible one. After `healthy` requests it refuses all others."""
+
+    def __init__(self, healthy=1000):
+        self.seen, self.healthy = [], healthy
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({"data": [{"id": "m"}]})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append(asked)
+        passage = {"document": {"contents": '"Lima"\nLima it is'}, "score": 1.0}
+        message = {"message": {"content": "Doc 1: Lima it is"}}
+        self.answer({"result": [[passage]]} if "queries" in asked else {"choices": [message]})
+
+    def answer(self, value):
+        data = json.dumps(value).encode()
+        self.send_response(200 if len(self.server.seen) <= self.server.healthy else 403)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def place():
+    """The server, closed after the test."""
+    server = Place()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("engine", ["--search ADDRESS", "--search sim --sim ADDRESS/v1"])
+def test_a_server_that_fails_costs_no_answer(checkpoint, tmp_path, place, engine):
+    """Real engines fail in the middle of the night: one clear error, nothing of it in any answer, the rest
+    on the next morning. The simulator may be such a server too."""
+    out, data = tmp_path / "out.json", [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    for path in data:
+        lines_file(path, *[{"question": f"{path.stem} {i}", "answer": "Lima"} for i in range(5)])
+    lines_file(tmp_path / "words.json", {"prompt": "{documents}{question}", "notice": ""})
+    flags = f"--policy {checkpoint} --mode rag --data {data[0]},{data[1]} --json {out} --seats 2 --device cpu"
+    flags += f" --resume --turn-tokens 9 --episode-tokens 500 --policy-prompt {tmp_path}/words.json {engine}"
+    flags = flags.replace("ADDRESS", place.address).split()
+    place.healthy = 5
+    with pytest.raises(OSError, match=place.address):
+        evaluation.main(flags)
+    assert not out.exists()
+    place.healthy = 1000
+    evaluation.main(flags)
+    result = json.loads(out.read_text())
+    assert [q["question"] for q in result["questions"]] == [f"{p.stem} {i}" for p in data for i in range(5)]
+    assert result["found"] == result["searches"] == 1.0  # of documents that came, each time, from the server
+    assert sum("first" in json.dumps(asked) for asked in place.seen) == 5  # and none was asked for again
+
+
 def test_two_results_are_compared_at_the_command_line(tmp_path, capsys):
     """A run against itself differs by nothing, and says so."""
     row = {"set": "q", "id": "1", "question": "who?", "f1": 0.5, "em": 0.0, "cover_em": 1.0}
@@ -455,6 +521,7 @@ def test_without_a_policy_the_engine_is_measured(tmp_path, capsys):
         ("--ask", "needs a question"),
         ("--ask q --search sim", "give --answer"),
         ("--policy X --search none --resume", "give both"),
+        ("--policy X --search sim --sim http://127.0.0.1:1/v1 --sim-adapter D", "cannot be sent to a server"),
         ("--policy X --search none --turn-tokens 0", "--turn-tokens must be at least 1"),
         ("--policy X --search none --data D --mode rag --policy-prompt W", "where the {documents} go"),
         ("--policy X --search google", "unknown search engine"),
