@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import kernels
-from model import POLICY, Cache, Model
+from model import POLICY, REFERENCE, Cache, Model, Stack
 
 # ------------------------------------------------------------------------------------------------------ types
 
@@ -309,6 +309,15 @@ class Stats:
     seconds: float = 0.0
 
 
+NUMBERS = ("last id", "length", "count", "on", "limit", "kind of stops", "role")  # that a row has
+
+
+def bucket(n: int) -> int:
+    """n rounded up, by less than a quarter: 1 2 3 4 5 6 7 8 10 12 14 16 20 ..."""
+    size = 1 << max(0, (n - 1).bit_length() - 3)
+    return -(-n // size) * size
+
+
 class Pool:
     """One body's seats. Rows 0..busy-1 are decoding, the others are parked or free; busy rows are kept
     together, so that attention sees a view of the cache and idle seats cost nothing."""
@@ -318,34 +327,37 @@ class Pool:
             raise ValueError(
                 f"seats of {capacity} tokens are longer than the {model.cos.size(0)} this body can read"
             )
+        model.pack()
         self.model, self.tok = model, tok
         self.capacity, self.prefill, self.reserve = capacity, prefill, reserve
         self.cache = Cache(model.config, seats, capacity, model.dtype, model.device)
-        self.clear()
         self.stops: dict[tuple[str, ...], int] = {}
         self.closers = torch.zeros(0, model.config.vocab, dtype=torch.bool, device=model.device)
+        self.stack: Stack | None = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by rows
 
         def column(dtype, *more):
             return torch.zeros(seats, *more, dtype=dtype, device=model.device)
 
-        self.last, self.length, self.role = column(torch.long), column(torch.long), column(torch.long)
-        self.count, self.limit, self.kind = column(torch.long), column(torch.long), column(torch.long)
-        self.temperature = column(torch.float32)
+        self.numbers = column(torch.long, len(NUMBERS)).T.contiguous()  # (numbers, seats)
+        self.last, self.length, self.count, self.on, self.limit, self.kind, self.role = self.numbers
+        self.temperature, self.due = column(torch.float32), column(torch.bool)
         self.u = column(torch.float32, capacity)
-        self.ids, self.logps = column(torch.int32, capacity), column(torch.float32, capacity)
-        self.columns = (
-            *(self.last, self.length, self.role, self.count, self.limit, self.kind),
-            *(self.temperature, self.u, self.ids, self.logps),
-        )
+        self.ids, self.logps = column(torch.long, capacity), column(torch.float32, capacity)
+        self.clear()
 
     def clear(self) -> None:
         """Empty every seat and read the adapters anew: the start of a run."""
         self.rows: list[Seat | None] = [None] * self.cache.seats
         self.busy = 0
+        self.on.zero_()
         self.waiting: deque[tuple[Task, Turn]] = deque()
         self.seated: dict[int, Seat] = {}  # id of a context -> its seat
         self.prompts: dict[tuple, Seat] = {}  # (role, prompt) -> a seat that holds it
-        self.stack = self.model.stacked()
+        stack = self.model.stacked(self.stack)
+        if stack is not self.stack:
+            self.graphs.clear()  # they read the old one
+        self.stack = stack
 
     # seats
 
@@ -421,8 +433,7 @@ class Pool:
             self.cache.copy(leader.row, seat.row, seat.fed)
             stats.copied += seat.fed
             self.join(seat)
-        for seat in seats:
-            self.begin(seat)
+        self.begin(seats)
 
     def join(self, seat: Seat) -> None:
         """Make a seat the last of the busy ones."""
@@ -462,15 +473,21 @@ class Pool:
         """The seats' role where all have the same (cheaper), else the column (B,) of their roles."""
         return seats[0].role if len({s.role for s in seats}) == 1 else column
 
-    def begin(self, seat: Seat) -> None:
-        """Write a turn into its row's columns."""
-        turn, r = seat.turn, seat.row
-        limit = min(turn.limit, self.capacity - seat.fed - 1)
-        self.last[r], seat.pending = seat.pending[-1], []
-        self.length[r], self.role[r], self.count[r], self.limit[r] = seat.fed, seat.role, 0, limit
-        self.kind[r], self.temperature[r] = self.kind_of(turn.stops), turn.temperature
-        if turn.temperature > 0:
-            self.u[r, :limit] = torch.from_numpy(uniforms(turn.address, limit).astype(np.float32))
+    def begin(self, seats: list[Seat]) -> None:
+        """Write turns into their rows' columns."""
+        if not seats:
+            return
+        columns = []
+        for seat in seats:
+            turn, r = seat.turn, seat.row
+            limit = min(turn.limit, self.capacity - seat.fed - 1)
+            columns.append((seat.pending[-1], seat.fed, 0, 1, limit, self.kind_of(turn.stops), seat.role))
+            seat.pending = []
+            if turn.temperature > 0:
+                self.u[r, :limit] = torch.from_numpy(uniforms(turn.address, limit).astype(np.float32))
+        rows = [seat.row for seat in seats]
+        self.numbers[:, rows] = torch.tensor(columns, device=self.model.device).T
+        self.temperature[rows] = torch.tensor([s.turn.temperature for s in seats], device=self.model.device)
 
     def kind_of(self, stops: tuple[str, ...]) -> int:
         """The index of a set of stops. A token may close one only if it holds the last character of one."""
@@ -480,6 +497,7 @@ class Pool:
             flags = [i in self.tok.eos or not ends.isdisjoint(self.tok.token_bytes(i)) for i in ids]
             row = torch.tensor(flags, device=self.closers.device)
             self.closers = torch.cat((self.closers, row[None]))
+            self.graphs.clear()  # they know the old one
             self.stops[stops] = len(self.stops)
         return self.stops[stops]
 
@@ -487,28 +505,50 @@ class Pool:
 
     def step(self, stats: Stats) -> list[tuple[Task, Sampled]]:
         """One token for every busy row. Returns the turns that ended."""
-        n = self.busy
-        busy = slice(0, n)
-        seats = self.rows[busy]
-        start = self.length[busy]
-        window = self.cache.window(busy, max(s.fed for s in seats) + 1, start, torch.ones_like(start))
-        role = self.one_or_each(seats, self.role[busy])
-        h = self.model(self.last[busy, None], role, window=window, lora=self.stack.rows(role))
-        count = self.count[busy]
-        u = self.u[busy].gather(1, count[:, None])[:, 0]
-        ids, logps = kernels.sample(self.model.logits(h[:, 0]), u, self.temperature[busy])
-        at = torch.arange(n, device=ids.device)
-        self.ids[at, count], self.logps[at, count] = ids.int(), logps
-        self.last[busy] = ids
-        self.length[busy] += 1
-        self.count[busy] += 1
-        due = self.closers[self.kind[busy], ids] | (self.count[busy] >= self.limit[busy])
+        seats, upto = self.rows[: self.busy], 1 + max(seat.fed for seat in self.rows[: self.busy])
+        if kernels.compiled(self.last):
+            self.replay(self.busy)
+        else:
+            self.decode(self.busy, upto, self.one_or_each(seats, self.role[: self.busy]))
         stats.steps += 1
-        stats.decoded += n
+        stats.decoded += len(seats)
         for seat in seats:
             seat.fed += 1
-        ended = [(seats[i], self.ended(seats[i])) for i in due.nonzero()[:, 0].tolist()]
+        due = self.due[: self.busy].nonzero()[:, 0].tolist()  # the only transfer of a step
+        ended = [(seats[i], self.ended(seats[i])) for i in due]
         return [(seat.task, self.finish(seat, end)) for seat, end in ended if end]
+
+    def decode(self, n: int, upto: int, role: int | torch.Tensor, on: torch.Tensor | None = None) -> None:
+        """Sample a token for the first n rows, none of which holds more than `upto` tokens then.
+
+        From columns to columns, all on the device. on (n,): 0 for rows that shall be left as they are.
+        """
+        count = self.count[:n, None]
+        window = self.cache.window(slice(0, n), upto, self.length[:n], on)
+        h = self.model(self.last[:n, None], role, window=window, lora=self.stack.rows(role))  # (n, 1, d)
+        u = self.u[:n].gather(1, count)[:, 0]
+        ids, logps = kernels.sample(self.model.logits(h[:, 0]), u, self.temperature[:n])
+        self.ids[:n].scatter_(1, count, ids[:, None])
+        self.logps[:n].scatter_(1, count, logps[:, None])
+        self.last[:n] = ids
+        self.numbers[1:3, :n] += 1 if on is None else on  # length and count
+        full = self.count[:n] >= self.limit[:n]
+        torch.logical_or(self.closers[self.kind[:n], ids], full, out=self.due[:n])
+
+    def replay(self, n: int) -> None:
+        """`decode` from a CUDA graph, recorded once for each bucket of rows; those beyond n are not on."""
+        n = min(bucket(n), len(self.rows))
+        if n not in self.graphs:
+            role = self.role[:n] if self.model.roles else REFERENCE
+            numbers, graph = self.numbers.clone(), torch.cuda.CUDAGraph()
+            self.on.zero_()
+            self.decode(n, self.capacity, role, self.on[:n])  # Triton compiles, and no row is changed
+            self.numbers.copy_(numbers)
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                self.decode(n, self.capacity, role, self.on[:n])
+            self.graphs[n] = graph
+        self.graphs[n].replay()
 
     def ended(self, seat: Seat) -> str | None:
         """Why a row's turn is over, if it is. Stops are looked for in the text of its last tokens."""
@@ -531,8 +571,10 @@ class Pool:
         self.busy -= 1
         if r != self.busy:
             self.move(seat, self.busy)
-            for column in self.columns:
+            self.numbers[:, r] = self.numbers[:, self.busy]
+            for column in (self.temperature, self.u, self.ids, self.logps):
                 column[r] = column[self.busy]
+        self.on[self.busy] = 0
         seat.task, seat.turn = None, None
         if seat.context is None:
             self.release(seat)

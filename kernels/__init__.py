@@ -15,9 +15,11 @@ import warnings
 
 from .attention import attention
 from .cached_attention import cached_attention
+from .launch import compiled
 from .linear_logp import linear_logp
 from .lora import lora
 from .lora_linear import lora_linear
+from .packed_linear import pack, packed_linear
 from .place import Place
 from .rms_norm import rms_norm
 from .rope import rope
@@ -32,9 +34,12 @@ __all__ = [
     "Place",
     "attention",
     "cached_attention",
+    "compiled",
     "linear_logp",
     "lora",
     "lora_linear",
+    "pack",
+    "packed_linear",
     "rms_norm",
     "rope",
     "rope_cache",

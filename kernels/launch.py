@@ -29,6 +29,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 HAVE_TRITON = find_spec("triton") is not None
 INTERPRET = HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "on", "yes", "y"}
@@ -122,3 +123,8 @@ def choose(reference: Callable, kernel: Callable) -> Callable:
         return (kernel if x.is_cuda else reference)(x, *args, **kwargs)
 
     return chosen
+
+
+def compiled(x: Tensor) -> bool:
+    """Whether Triton kernels run on x's device as machine code, so that a CUDA graph can hold them."""
+    return x.is_cuda and HAVE_TRITON and FORCED != "torch" and not INTERPRET

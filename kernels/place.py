@@ -20,8 +20,8 @@ class Place:
     start: Tensor  # (B,) tokens that each seat already holds
     T: int  # new tokens of a row, with its padding
     L: int  # tokens of a seat that are looked at
-    lens: Tensor | None = None  # (B,) new tokens of each row; this and the following for rope_cache
-    cos: Tensor | None = None  # (P, D/2) of every position, fp32
+    lens: Tensor | None = None  # (B,) new tokens of each row; None: all are real
+    cos: Tensor | None = None  # (P, D/2) of every position, fp32: only rope_cache needs it
     sin: Tensor | None = None  # (P, D/2)
     dtype: torch.dtype = torch.float32  # of the body
 
@@ -49,5 +49,6 @@ class Place:
     @cached_property
     def real(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, tokens and positions (N,) of all real tokens."""
-        rows, tokens = (torch.arange(self.T, device=self.start.device) < self.lens[:, None]).nonzero().T
+        lens = torch.full_like(self.start, self.T) if self.lens is None else self.lens
+        rows, tokens = (torch.arange(self.T, device=self.start.device) < lens[:, None]).nonzero().T
         return rows, tokens, self.at[rows, tokens]

@@ -16,6 +16,7 @@ names for blocks of values; capitals for compile-time constants.
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import measure
@@ -26,8 +27,11 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | Non
     """The reference: x (..., d), weight (d,) -> y; with a residual (..., d): (y of their sum, the sum)."""
     if residual is not None:
         x = x + residual
-    x32 = x.float() if x.dtype != torch.float64 else x
-    y = weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    if x.dtype in (torch.bfloat16, torch.float16):  # torch's own rounds once, at the end
+        x32 = x.float()
+        y = weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    else:
+        y = F.rms_norm(x, weight.shape, weight, eps)
     return y if residual is None else (y, x)
 
 

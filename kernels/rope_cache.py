@@ -26,12 +26,11 @@ def rope_cache_torch(
 ) -> Tensor:
     """The reference: k and v are written where the tokens stand; padding is not.
 
-    q (B, T, H, D), k and v (B, T, KV, D), caches (B, KV, L, D) written in place -> q. A decoded token (T = 1)
-    is always real.
+    q (B, T, H, D), k and v (B, T, KV, D), caches (B, KV, L, D) written in place -> q.
     """
     angles = place.angles
     q, k = rotate(q, *angles), rotate(k, *angles)
-    if place.T == 1:
+    if place.T == 1 and place.lens is None:
         b = place.rows
         k_cache[b, :, place.start] = k[:, 0]
         v_cache[b, :, place.start] = v[:, 0]
@@ -70,7 +69,8 @@ def rope_cache_triton(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place
 ) -> Tensor:
     """The same on a GPU, in one launch. ValueError if shapes or the caches' strides do not fit."""
-    start, lens, cos, sin = place.start, place.lens, place.cos, place.sin
+    start, cos, sin = place.start, place.cos, place.sin
+    lens = torch.full_like(start, q.size(1)) if place.lens is None else place.lens
     check_fit(q, k, cos, sin)
     (B, T, H, D), KV, L = q.shape, k.size(2), k_cache.size(2)
     check(v.shape == k.shape, f"k {tuple(k.shape)} and v {tuple(v.shape)} differ")

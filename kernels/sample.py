@@ -17,32 +17,39 @@ from torch import Tensor
 from . import measure
 from .launch import check, choose, tl, triton
 
-WIDTH = 256  # words in a stripe of the reference
+WIDTH = 512  # words in a stripe of the reference
 
 
 def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """mass (B, n), u (B,) in [0, 1), fp64 -> the index (B, 1) whose interval holds u; where in it."""
+    """mass (B, n), u (B,) in [0, 1), fp64 -> the index (B,) whose interval holds u; where in it."""
     cdf = mass.cumsum(-1)
-    at = u.clamp(max=1 - 2**-53) * cdf[:, -1]
-    i = (cdf <= at[:, None]).sum(-1, keepdim=True)
-    mine = mass.gather(1, i)[:, 0]
-    return i, (at - (cdf.gather(1, i)[:, 0] - mine)).clamp(min=0) / mine
+    at = (u.clamp(max=1 - 2**-53) * cdf[:, -1])[:, None]
+    i = torch.searchsorted(cdf, at, right=True)  # (B, 1)
+    mine = mass.gather(1, i)
+    return i[:, 0], ((at - cdf.gather(1, i) + mine).clamp(min=0) / mine)[:, 0]
+
+
+def _draw(p: Tensor, u: Tensor) -> Tensor:
+    """p (B, V) fp32, u (B,) -> ids (B,). A large vocabulary goes by stripes: no fp64 sum over all of it."""
+    if p.size(1) <= 2 * WIDTH:
+        return _invert(p.double(), u.double())[0]
+    stripes = F.pad(p, (0, -p.size(1) % WIDTH)).unflatten(1, (-1, WIDTH))
+    stripe, left = _invert(stripes.sum(-1).double(), u.double())
+    mine = stripes[torch.arange(len(p), device=p.device), stripe]  # (B, WIDTH)
+    return stripe * WIDTH + _invert(mine.double(), left)[0]
 
 
 def sample_torch(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """The reference: logits (B, V), u (B,) in [0, 1), temperature (B,) -> ids (B,) int64, logp (B,) fp32."""
-    greedy = (temperature == 0)[:, None]
-    z = logits.float() / torch.where(greedy, 1, temperature[:, None])
-    if z.size(1) % WIDTH:
-        z = F.pad(z, (0, -z.size(1) % WIDTH), value=-torch.inf)
-    p = z.softmax(-1).unflatten(1, (-1, WIDTH))  # (B, stripes, WIDTH)
-    z = z.view_as(p)
-    stripe, left = _invert(p.sum(-1).double(), u.double())  # (B, 1), (B,)
-    stripe = torch.where(greedy, z.amax(-1).argmax(-1, keepdim=True), stripe)
-    here = stripe[:, :, None].expand(-1, 1, WIDTH)
-    z, p = z.gather(1, here)[:, 0], p.gather(1, here)[:, 0]  # (B, WIDTH)
-    i = torch.where(greedy, z.argmax(-1, keepdim=True), _invert(p.double(), left)[0])
-    return (stripe * WIDTH + i)[:, 0], p.gather(1, i)[:, 0].log()
+    z, greedy = logits.float(), temperature == 0
+    p = (z / torch.where(greedy, 1, temperature)[:, None]).softmax(-1)
+    if not greedy.any():
+        ids = _draw(p, u)
+    else:
+        ids = z.argmax(-1)
+        if not greedy.all():
+            ids = torch.where(greedy, ids, _draw(p, u))
+    return ids, p.gather(1, ids[:, None])[:, 0].log()
 
 
 @triton.jit

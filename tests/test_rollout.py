@@ -309,11 +309,14 @@ class Script:
     def __init__(self, says, prompt):
         self.says, self.prompt = says, prompt
 
-    def stacked(self):
+    def pack(self):
+        pass
+
+    def stacked(self, old):
         return Stack([], [1.0, 1.0], torch.ones(2))
 
     def __call__(self, ids, role, window, lora):
-        at = window.start + window.lens - self.prompt
+        at = window.start + (1 if window.lens is None else window.lens) - self.prompt
         return at[:, None, None].float()
 
     def logits(self, h):
