@@ -235,7 +235,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--data", help=f"comma-separated: files, {', '.join(SETS)}, or all for these; toy (default)"
     )
-    p.add_argument("--limit", type=int, help="questions a set, drawn by a fixed seed (all; toy: 300; the paper: 500)")
+    p.add_argument(
+        "--limit", type=int, help="questions a set, drawn by a fixed seed (all; paper: 500; toy: 300)"
+    )
     p.add_argument("--search", help="sim, none, toy, bm25:CORPUS, http://HOST:PORT or serpapi")
     p.add_argument("--json", help="file for figures, flags, and every question's answer and scores")
     p.add_argument(
