@@ -176,9 +176,9 @@ def written(
     return [(query, documents) for (query, _), documents in zip(both, outputs)]
 
 
-def addressed(rows: list[dict], seed: int) -> list[Query]:
-    """The queries of held-out rows, each with randomness of its own."""
-    return [replace(row_query(row), address=(seed, 0, i, 0, 0)) for i, row in enumerate(rows)]
+def addressed(queries: list[Query], seed: int) -> list[Query]:
+    """The queries, each with randomness of its own."""
+    return [replace(query, address=(seed, 0, i, 0, 0)) for i, query in enumerate(queries)]
 
 
 def audit(
@@ -314,7 +314,7 @@ def held_out_figures(
         return {}
     encode = partial(example, simulator.tok, simulator.words, end_of_turn(simulator.tok))
     loss = held_out_loss(body, SIMULATOR, [encode(row) for row in exam], args.micro)
-    queries = addressed(exam[: args.audit], args.seed)
+    queries = addressed([row_query(row) for row in exam[: args.audit]], args.seed)
     audited = audit(body, simulator, queries, args.seats, f"audit {label}") if queries else {}
     return {"loss": loss, "audit": audited}
 
@@ -358,8 +358,13 @@ def load_simulator(args: argparse.Namespace) -> tuple[Model | None, Simulator]:
 
 def command_audit(args: argparse.Namespace) -> None:
     """Print, and with --json save, what a simulator is worth on held-out queries."""
-    rows = read_rows(args.rows, column_names(args.columns))[: args.limit]
-    figures = audit(*load_simulator(args), addressed(rows, args.seed), args.seats)
+    if (args.rows is None) == (args.data is None):
+        raise ValueError("audit needs --rows, or --data: rows or questions that it was not trained on")
+    if args.rows:
+        queries = [row_query(row) for row in read_rows(args.rows, column_names(args.columns))]
+    else:
+        queries = [Query(q.text, q) for q in load_questions(args.data, args.limit)]
+    figures = audit(*load_simulator(args), addressed(queries[: args.limit], args.seed), args.seats)
     print(audit_table({"asked for": figures}))
     if args.json:
         flags = {k: v for k, v in vars(args).items() if k != "run"}
@@ -563,8 +568,9 @@ def add_sft(verbs) -> argparse.ArgumentParser:
 def add_audit(verbs) -> argparse.ArgumentParser:
     u = verbs.add_parser("audit", help="how good is a simulator, on the queries of held-out rows?")
     u.add_argument("--adapter", help="directory of a fine-tuned simulator; without it the body as it is")
-    u.add_argument("--rows", required=True, help="rows that it was not trained on, as for sft")
-    u.add_argument("--limit", type=positive, help="rows, from the top (all)")
+    u.add_argument("--rows", help="rows that it was not trained on, as for sft")
+    u.add_argument("--data", help="instead of rows: a question file or set; each question is its own query")
+    u.add_argument("--limit", type=positive, help="of them, from the top (all)")
     u.add_argument("--json", help="file for the figures and the flags")
     u.set_defaults(run=command_audit)
     return u

@@ -565,6 +565,11 @@ def test_the_audit_command_writes_a_table_and_a_file(command, tmp_path, capsys):
     saved = json.loads((tmp_path / "f.json").read_text())
     assert saved["audit"]["useful"]["n"] == saved["audit"]["noisy"]["n"] == 3
     assert saved["flags"]["limit"] == 3
+    write_lines(tmp_path / "questions.jsonl", *({"question": f"q{i}", "answer": "a"} for i in range(4)))
+    command("audit --data questions.jsonl --sim-prompt short.json --sim-tokens 5")
+    assert capsys.readouterr().out.splitlines()[1].split()[3] == "4"
+    with pytest.raises(ValueError, match="--rows, or --data"):
+        command("audit --rows held.jsonl --data questions.jsonl")
 
 
 class Server:
