@@ -619,22 +619,26 @@ class Engine:
         tasks = [Task(i, g) for i, g in enumerate(generators)]
         results: list = [None] * len(tasks)
         ready, futures, done = deque(tasks), {}, 0
-        while done < len(tasks):
-            while ready:
-                done += self.advance(ready.popleft(), results, futures)
-                if tell is not None and done:
-                    self.stats.seconds = time.perf_counter() - began
-                    tell(done, len(tasks), self.stats)
-            for pool in pools:
-                if pool.waiting:
-                    pool.feed(pool.take(), self.stats)
-                if pool.busy:
-                    for task, sampled in pool.step(self.stats):
-                        task.value = sampled
-                        ready.append(task)
-            if futures:
-                idle = not ready and not any(p.busy for p in pools)
-                self.collect(futures, ready, idle)
+        try:
+            while done < len(tasks):
+                while ready:
+                    done += self.advance(ready.popleft(), results, futures)
+                    if tell is not None and done:
+                        self.stats.seconds = time.perf_counter() - began
+                        tell(done, len(tasks), self.stats)
+                for pool in pools:
+                    if pool.waiting:
+                        pool.feed(pool.take(), self.stats)
+                    if pool.busy:
+                        for task, sampled in pool.step(self.stats):
+                            task.value = sampled
+                            ready.append(task)
+                if futures:
+                    idle = not ready and not any(p.busy for p in pools)
+                    self.collect(futures, ready, idle)
+        finally:
+            for future in futures:  # after a failure: what is not under way is not sent
+                future.cancel()
         self.stats.seconds = time.perf_counter() - began
         return results
 

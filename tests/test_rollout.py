@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 import rollout
 from kernels import linear_logp
 from model import POLICY, SIMULATOR, Config, Model, Stack
@@ -16,10 +17,12 @@ from rollout import (
     Documents,
     Engine,
     Limits,
+    Pool,
     Question,
     Sampled,
     Turn,
     Words,
+    bucket,
     coin,
     episode,
     fill,
@@ -238,6 +241,53 @@ def test_seats_change_no_result(body):
     for seats, prefill in ((2, 8192), (3, 16), (7, 100)):
         got, _ = roam(body, seats, prefill=prefill)
         assert [g[0] for g in got] == [w[0] for w in want]
+
+
+def test_one_seat_is_enough_for_one_role(body):
+    """With a single seat episodes come one after the other: what they sample must not depend on company."""
+
+    def alone(n):
+        sampled = yield Turn(TOK.encode("said alone"), POLICY, 9, 1.0, (), (n, TOKENS))
+        return sampled.ids
+
+    one, many = (Engine({POLICY: (body, TOK)}, seats, 64).run(map(alone, range(5))) for seats in (1, 64))
+    assert one == many and len(set(map(tuple, one))) > 1
+
+
+def test_shared_prompts_change_no_result(body, monkeypatch):
+    """A sibling's copy of a prompt must be what its own prefill would have made."""
+    want, _ = roam(body, 5)
+
+    class Nothing(dict):
+        __contains__ = lambda self, key: False  # noqa: E731
+
+    clear = Pool.clear
+    monkeypatch.setattr(Pool, "clear", lambda pool: (clear(pool), setattr(pool, "prompts", Nothing())))
+    got, stats = roam(body, 5)
+    assert stats.copied == 0 and got == want
+
+
+def test_rows_that_are_not_on_change_nothing(body, monkeypatch):
+    """On a GPU a step takes more rows than are busy, whole seats, and a role a row, as a CUDA graph wants its
+    shapes fixed. The rows beyond are other episodes' histories: writing there would change what they say."""
+    want, _ = roam(body, 7)
+    sizes = set()
+
+    def replay(pool, n):
+        n = min(bucket(n + 2), len(pool.rows))
+        sizes.add(n - pool.busy)
+        pool.decode(n, pool.capacity, pool.role[:n], pool.on[:n])
+
+    monkeypatch.setattr(kernels, "compiled", lambda x: True)
+    monkeypatch.setattr(Pool, "replay", replay)
+    got, _ = roam(body, 7)
+    assert [g[0] for g in got] == [w[0] for w in want] and max(sizes) > 1
+
+
+def test_buckets_are_few_and_close():
+    """Too coarse ones waste a GPU's time on rows that are not there, too fine ones record a graph a step."""
+    sizes = {bucket(n) for n in range(1, 321)}
+    assert len(sizes) < 32 and all(n <= bucket(n) < 1.25 * n for n in range(1, 321))
 
 
 def test_sampled_logps_are_those_of_a_full_pass(body):
