@@ -45,8 +45,9 @@ from torch.utils._pytree import tree_iter
 
 import grpo
 import model as models
-from kernels import linear_logp
-from model import POLICY, SIMULATOR, Config, Model
+import plan
+from kernels import linear_logp, measure
+from model import POLICY, SIMULATOR, Cache, Config, Model
 from rollout import DOCUMENTS, TOKENS, Engine, Episode, Question, Trajectory, Turn
 from tokenizer import Tokenizer
 
@@ -130,12 +131,12 @@ def exponent(sizes: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def grows(name: str, sizes: list[int], values: list[float], unit: str) -> Row:
-    """The row of something that grows: first and last value, and the exponent."""
+def grows(name: str, sizes: list[int], values: list[float], unit: str, against: list[int] = ()) -> Row:
+    """The row of something that grows with `sizes` (or with what stands behind them): values, exponent."""
     scale, unit = (2**20, "MiB") if unit == "bytes" else (1e-3, "ms")
     shown = " ".join(f"{v / scale:.3g}" for v in values) + f" {unit}"
     name += f" {', '.join(map(str, sizes))}"
-    return Row(name, shown, ratio=exponent(sizes, values), note="exponent")
+    return Row(name, shown, ratio=exponent(against or sizes, values), note="exponent")
 
 
 class Meter(TorchDispatchMode):
@@ -335,14 +336,17 @@ def sampling_of(p: Plan, name: str, home: str, dtype: torch.dtype, n_threads: in
             rows = prompts(home, batch, start)
             for temperature in (0.0, 1.0) if (batch, n) == (batches[-1], lengths[0]) else (0.0,):
                 progress("sampling", name, kind, "batch", batch, "tokens", n, "temperature", temperature)
-                a = generate_ours(engine, rows, n, temperature) if n <= 64 else None  # the warm-up, and
-                b = generate_theirs(theirs, rows, n, temperature) if n <= 64 else None  # a look at the ids
-                spans = alternate(
-                    p,
-                    lambda e=engine, r=rows, n=n, t=temperature: generate_ours(e, r, n, t),
-                    lambda r=rows, n=n, t=temperature: generate_theirs(theirs, r, n, t),
-                )
-                note = "" if temperature or a is None else agreement(theirs, rows, a, b)
+                said: dict[str, list[list[int]]] = {}
+
+                def ours_says(n=n, engine=engine, rows=rows, t=temperature, said=said):
+                    said["ours"] = generate_ours(engine, rows, n, t)
+
+                def theirs_says(n=n, rows=rows, t=temperature, said=said):
+                    said["theirs"] = generate_theirs(theirs, rows, n, t)
+
+                ours_says(4), theirs_says(4)  # to warm up
+                spans = alternate(p, ours_says, theirs_says)
+                note = "" if temperature else agreement(theirs, rows, said["ours"], said["theirs"])
                 how = ", temperature 1" if temperature else ""
                 yield versus(f"{name} {kind}, batch {batch}, {n} tokens{how}", spans, batch * n, note)
 
@@ -656,25 +660,27 @@ def median_of(p: Plan, call: Callable[[], float]) -> float:
 
 def history_row(p: Plan, body: Model) -> Row:
     progress("growth", "history")
-    sizes = p.few([32, 64], [128, 256, 512, 1024])
+    sizes = p.few([16, 32], [128, 256, 512, 1024])
     engine = Engine({POLICY: (body, Silent())}, 8, sizes[-1] + 70)
-    spans = [median_of(p, lambda h=h: turn_seconds(engine, 8, h, 32, 32, body.config.vocab)) for h in sizes]
-    return grows("a turn (8 rows, 32 tokens fed, 32 sampled): history", sizes, spans, "seconds")
+    n = p.few(4, 32)
+    spans = [median_of(p, lambda h=h: turn_seconds(engine, 8, h, n, n, body.config.vocab)) for h in sizes]
+    return grows(f"a turn (8 rows, {n} tokens fed, {n} sampled): history", sizes, spans, "seconds")
 
 
 def turns_rows(p: Plan, body: Model) -> Iterator[Row]:
     progress("growth", "turns")
-    sizes = p.few([1, 2], [1, 2, 4, 8])
-    works = [Workload(2, 4, 64, n, 32, 32, 32, 32, body.config.vocab) for n in sizes]
+    sizes = p.few([2, 3], [2, 4, 8, 16])
+    works = [Workload(2, 4, 64, n, 12, 12, 12, 32, body.config.vocab) for n in sizes]
     engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, 14, works[-1].context + 1)
 
     def run(w: Workload) -> float:
         return timed(lambda: engine.run([forced_episode(w, row) for row in range(w.rows)]))
 
     spans = [median_of(p, lambda w=w: run(w)) for w in works]
-    yield grows("episodes (8 rows): turns", sizes, spans, "seconds")
+    sampled = [w.decoded() for w in works]
+    yield grows("episodes (8 rows), exponent in tokens sampled: turns", sizes, spans, "seconds", sampled)
     peaks = [float(metered(lambda w=w: run(w)).peak) for w in works]
-    yield grows("their peak beyond the cache: turns", sizes, peaks, "bytes")
+    yield grows("their peak beyond the cache: turns", sizes, peaks, "bytes", sampled)
 
 
 def group_rows(p: Plan, body: Model) -> Iterator[Row]:
@@ -683,7 +689,7 @@ def group_rows(p: Plan, body: Model) -> Iterator[Row]:
     spans, learnt, peaks = [], [], []
     optimizer = torch.optim.AdamW([body.adapter(POLICY)], lr=1e-5)
     for group in sizes:
-        w = Workload(1, group, 64, 2, 16, 48, 64, 32, body.config.vocab)
+        w = Workload(1, group, 64, 2, *p.few((4, 8, 8), (16, 48, 64)), 32, body.config.vocab)
         engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, group * 4 // 3 + 2, w.context + 1)
 
         def act(e=engine, w=w) -> list[Trajectory]:
@@ -750,8 +756,7 @@ def memory(p: Plan) -> Iterator[Row]:
 
 def largest_tensor(p: Plan, vocab: int) -> Row:
     progress("memory", "largest tensor of a step")
-    shape = Config.from_hf(models.read_json(Path(models.PRESETS["tiny"]) / "config.json", "a checkpoint"))
-    body = Model(replace(shape, vocab=vocab)).init(0)
+    body = Model(replace(toy_shape(), vocab=vocab)).init(0)
     body.add_role(POLICY)
     lesson = p.few(Lesson(2, 2, 12, 6, 4), Lesson())
     ts = lesson.trajectories(vocab)
@@ -760,9 +765,195 @@ def largest_tensor(p: Plan, vocab: int) -> Row:
     optimizer = torch.optim.AdamW([body.adapter(POLICY)], lr=1e-5)
     meter = metered(lambda: grpo.learn(body, batches, optimizer, grpo.Objective()))
     logits = max(b.w.numel() for b in batches) * vocab * 4
-    shown = (f"{meter.largest / 2**20:.2f} MiB {meter.largest_shape}", f"{logits / 2**20:,.0f} MiB")
+    shown = (f"{meter.largest / 2**20:.2f} MiB {meter.largest_shape}", f"{logits / 2**20:,.2f} MiB")
     name = f"largest tensor of a step, toy body with V = {vocab:,}"
     return Row(name, *shown, logits / meter.largest, note="beside the logits of its largest micro-batch")
+
+
+# ----------------------------------------------------------------------------------------------------- a GPU
+
+
+def gpu(p: Plan) -> Iterator[Row]:
+    """Random weights in the shape of Qwen2.5-3B, bf16. Without a GPU, a dry run: shapes and bytes on the meta
+    device, and the same functions on the CPU with a small body."""
+    c, small = plan.shape("3b"), replace(toy_shape(), vocab=512)
+    if not torch.cuda.is_available():
+        yield from dry_run(replace(c, layers=2) if p.quick else c)
+        with threads(1):
+            yield from decode_rows(random_body(small, torch.float32, "cpu"), (1, 3), 16, 8)
+            yield from pass_rows(random_body(small, torch.float32, "cpu"), 2, 32)
+            w = Workload(2, 2, 20, 2, 2, 6, 8, 10, small.vocab)
+            s = plan.Settings(6, w.context + 1, 64, True, dtype=torch.float32, kernels=False)
+            yield step_row("a step, small body", small, w, s, "cpu")
+        return
+    few = p.few
+    body = random_body(c, torch.bfloat16, "cuda")
+    yield from decode_rows(body, few((1, 8), (1, 32, 128, 320)), few(64, 512), few(8, 128))
+    yield from pass_rows(body, few(1, 8), few(64, 1024))
+    del body
+    yield from step_rows(p, c)
+
+
+def toy_shape() -> Config:
+    return Config.from_hf(models.read_json(Path(models.PRESETS["tiny"]) / "config.json", "a checkpoint"))
+
+
+def random_body(c: Config, dtype: torch.dtype, device: str) -> Model:
+    """Random weights with both roles, made on the device itself."""
+    with torch.device("meta"):
+        body = Model(c)
+    body = body.to(dtype).to_empty(device=device)
+    body.rotary()
+    for x in body.parameters():
+        x.data.normal_(0, 0.02) if x.dim() > 1 else x.data.fill_(1.0)
+    return two_roles(body)
+
+
+def decode_bytes(c: Config, seats: int, context: int, dtype: torch.dtype) -> int:
+    """The least that one decode step must read: weights (not the embedding's), both adapters, the cache."""
+    unread = 0 if c.tied else c.vocab * c.d
+    weights = plan.parameters(c) - unread + 2 * sum(plan.blocks(c, 16))
+    return weights * dtype.itemsize + seats * context * plan.cache_token(c, dtype)
+
+
+def decode_rows(body: Model, seats: tuple[int, ...], context: int, tokens: int) -> Iterator[Row]:
+    """Tokens a second of the engine, and the bandwidth that they come to."""
+    c = body.config
+    for n in seats:
+        progress("gpu", "decode", n, "seats")
+        engine = Engine({POLICY: (body, Silent())}, n, context + tokens + 8)
+        turn_seconds(engine, n, context, 1, 4, c.vocab)  # compiles, records graphs
+        span = turn_seconds(engine, n, context, 1, tokens, c.vocab)
+        rate = decode_bytes(c, n, context + tokens // 2, body.dtype) * tokens / span
+        name = f"decode, {n} seats, {context} tokens before: {n * tokens / span:,.0f} tok/s"
+        yield share(name, rate, measure.copy_bandwidth(), "GB/s", "copy")
+        del engine
+
+
+def share(name: str, rate: float, ceiling: float, unit: str, of: str) -> Row:
+    """The row of a rate beside what this machine can do, which a CPU is not asked for."""
+    scale = 1e9 if unit == "GB/s" else 1e12
+    theirs = f"{ceiling / scale:,.1f} {unit}" if ceiling else "not measured"
+    ratio = rate / ceiling if ceiling else None
+    return Row(name, f"{rate / scale:,.3g} {unit}", theirs, ratio, note=f"share of a measured {of}")
+
+
+def forward_flops(c: Config, rows: int, length: int) -> float:
+    """Operations of a forward pass without the head: 2 a weight and token, and causal attention."""
+    matrices = c.layers * sum(d_in * sum(parts) for d_in, parts in plan.linears(c))
+    attention = c.layers * 4 * c.heads * c.head_dim * (length + 1) / 2  # a token's: q k, and p v
+    return rows * length * (2 * matrices + attention)
+
+
+def pass_rows(body: Model, rows: int, length: int) -> Iterator[Row]:
+    """Prefill and training: operations a second. Frozen weights get no gradient: back is as forth."""
+    c = body.config
+    ids = torch.randint(1, c.vocab, (rows, length), device=body.device)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            body(ids, POLICY)
+
+    def update(recompute: bool) -> None:
+        body(ids, POLICY, recompute=recompute).sum().backward()
+
+    passes = {"prefill": (forward, 1), "forward and backward": (partial(update, False), 2)}
+    passes["the same, activations computed again"] = (partial(update, True), 3)
+    for name, (call, times) in passes.items():
+        progress("gpu", name)
+        call()
+        span = statistics.median(timed(call) for _ in range(3))
+        rate = times * forward_flops(c, rows, length) / span
+        title = f"{name}, {rows} x {length} tokens: {rows * length / span:,.0f} tok/s"
+        yield share(title, rate, measure.matmul_rate(), "TFLOP/s", "matmul")
+
+
+def step_rows(p: Plan, c: Config) -> Iterator[Row]:
+    """The whole step of `--policy 3b --sim 3b` as planned for this card, and as planned for one of 24 GiB."""
+    w = p.few(Workload(2, 2, 32, 2, 4, 8, 16, 16), Workload(64, 5, vocab=c.vocab))
+    card = torch.cuda.get_device_properties(0).total_memory
+    for gib in (card / 2**30, 24.0):
+        if gib * 2**30 > card:
+            continue
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / card))
+        s = plan.Settings(seat_tokens=w.context + 1)
+        s, _ = plan.fit([c], gib * 2**30, s, useful=w.rows * 4 // 3 + 2)
+        yield step_row(f"a step of {w.questions} x {w.group} in {gib:.0f} GiB", c, w, s, "cuda")
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def step_row(name: str, c: Config, w: Workload, s: plan.Settings, device: str) -> Row:
+    """Act and learn once, from loading on: seconds of each, and the peak beside the planner's."""
+    progress("gpu", name, s)
+    forget_peak()
+    body = random_body(c, s.dtype, device)
+    engine = Engine(
+        {r: (body, Silent()) for r in (POLICY, SIMULATOR)}, s.seats, s.seat_tokens, s.micro_tokens
+    )
+    optimizer = torch.optim.AdamW([body.adapter(POLICY)], lr=1e-5)
+    trajectories: list[Trajectory] = []
+
+    def act() -> None:
+        trajectories[:] = engine.run([forced_episode(w, row) for row in range(w.rows)])
+
+    def learn() -> None:
+        adv = grpo.advantages(torch.tensor(rewards(w.rows)).view(-1, w.group)).flatten().tolist()
+        batches = grpo.make_batches(trajectories, adv, s.micro_tokens, device)
+        grpo.learn(body, batches, optimizer, grpo.Objective(), bool(s.recompute))
+
+    acting, learning = timed(act), timed(learn)
+    planned, real = plan.budget([c], s)["total"], peak()
+    ours = f"act {acting:.3g} s ({w.decoded() / acting:,.0f} tok/s), learn {learning:.3g} s"
+    shown = f"peak {real / 2**30:.2f} GiB, planned {planned / 2**30:.2f}" if device == "cuda" else ""
+    return Row(f"{name}: {s}", ours, note=shown)
+
+
+def dry_run(c: Config) -> Iterator[Row]:
+    """What needs no arithmetic: every shape of a decode step and of training, and their bytes, on meta."""
+    with torch.device("meta"):
+        body = Model(c).to(torch.bfloat16)
+        body.cos, body.sin = (torch.empty(x.shape, device="meta") for x in (body.cos, body.sin))
+        for role in (POLICY, SIMULATOR):
+            body.roles[role] = models.Adapter(
+                torch.nn.Parameter(torch.empty(plan.adapter(c, 16))), rank=16, alpha=32.0
+            )
+    for seats in (1, 32, 128, 320):
+        progress("gpu", "dry run", seats, "seats")
+        cache = Cache(c, seats, 640, body.dtype, "meta")
+        start = torch.empty(seats, dtype=torch.long, device="meta")
+        window = cache.window(slice(0, seats), 640, start)
+        ids = torch.empty(seats, 1, dtype=torch.long, device="meta")
+        h = body(ids, start, window=window, lora=body.stacked().rows(start))
+        assert h.shape == (seats, 1, c.d) and body.logits(h).shape == (seats, 1, c.vocab)
+        planned = plan.cache([c], plan.Settings(seats, 640))
+        assert planned == 2 * cache.k.numel() * cache.k.element_size()
+        read = decode_bytes(c, seats, 576, body.dtype)
+        note = f"meta; the cache of 640 tokens a seat has {planned / 2**30:.2f} GiB"
+        yield Row(
+            f"dry run, decode, {seats} seats, 512 tokens before", f"{read / 1e9:.2f} GB a step", note=note
+        )
+    for recompute in (False, True):
+        yield dry_training(body, recompute)
+
+
+def dry_training(body: Model, recompute: bool) -> Row:
+    """A micro-batch on meta, where the references run: its peak beside the planner's. Rows are short, because
+    there attention keeps its weights, T x T, which it does on no real device."""
+    progress("gpu", "dry run", "training")
+    ids = torch.empty(64, 32, dtype=torch.long, device="meta")
+
+    def update() -> None:
+        h = body(ids, POLICY, recompute=recompute).flatten(0, 1)
+        linear_logp(h, body.head, ids.flatten())[0].sum().backward()
+
+    measured = metered(update).peak
+    body.adapter(POLICY).grad = None
+    s = plan.Settings(seat_tokens=2048, micro_tokens=2048, recompute=recompute, kernels=False)
+    planned = sum(plan.learning(body.config, s).values())
+    how = "computed again" if recompute else "kept"
+    shown = (f"{measured / 2**30:.2f} GiB", f"planned {planned / 2**30:.2f} GiB")
+    return Row(f"dry run, training, 2,048 tokens, activations {how}", *shown, planned / measured, note="meta")
 
 
 # ----------------------------------------------------------------------------------------------------- table
@@ -773,7 +964,13 @@ SECTIONS: dict[str, Callable[[Plan], Iterator[Row]]] = {
     "training": training,
     "growth": growth,
     "memory": memory,
+    "gpu": gpu,
 }
+
+
+def told(name: str) -> str:
+    """What a section says of itself."""
+    return " ".join(SECTIONS[name].__doc__.split())
 
 
 def machine() -> str:
@@ -817,13 +1014,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     a.add_argument("--quick", action="store_true", help="a smoke run: tiny sizes, meaningless figures")
     a.add_argument("--write", action="store_true", help="put the tables into --file")
     a.add_argument("--file", default="BENCH.md", help="what --write writes to [BENCH.md]")
+    a.add_argument(
+        "--plan", default="", metavar="BODY", help="measure nothing: plan for a preset or directory"
+    )
+    a.add_argument("--sim", default="", metavar="BODY", help="with --plan: the simulator's body, if another")
+    a.add_argument("--memory", type=float, default=24.0, metavar="GIB", help="with --plan: of the card [24]")
+    a.add_argument("--seat-tokens", type=int, default=4096, help="with --plan: of a seat [4096]")
+    a.add_argument("--rank", type=int, default=16, help="with --plan: of the adapters [16]")
     return a.parse_args(argv)
 
 
 def run_sections(names: list[str], p: Plan) -> Iterator[tuple[str, list[Row]]]:
     """Each section's rows, printed as they come."""
     for name in names:
-        print(f"\n{name}: {SECTIONS[name].__doc__}\n", flush=True)
+        print(f"\n{name}: {told(name)}\n", flush=True)
         rows = []
         for row in SECTIONS[name](p):
             rows.append(row)
@@ -831,9 +1035,19 @@ def run_sections(names: list[str], p: Plan) -> Iterator[tuple[str, list[Row]]]:
         yield name, rows
 
 
+def print_plan(a: argparse.Namespace) -> None:
+    """The largest settings that fit, and the bytes of each part."""
+    bodies = [plan.shape(name) for name in (a.plan, a.sim) if name]
+    s = plan.Settings(seat_tokens=a.seat_tokens, rank=a.rank, sim_rank=a.rank)
+    s, b = plan.fit(bodies, a.memory * 2**30, s)
+    print(f"{a.plan}{' with ' + a.sim if a.sim else ''} in {a.memory:g} GiB: {s}\n{plan.table(b)}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, and with --write put each section into the file as soon as it is done."""
     a = parse_arguments(argv)
+    if a.plan:
+        return print_plan(a)
     names = [n for n in a.only.split(",") if n]
     unknown = [n for n in names if n not in SECTIONS]
     if unknown:
@@ -848,7 +1062,7 @@ def main(argv: list[str] | None = None) -> None:
         if a.write:
             file = Path(a.file)
             text = file.read_text(encoding="utf-8") if file.exists() else "# Bench\n"
-            body = f"{SECTIONS[name].__doc__}\n{machine()}.\n\n{markdown(rows)}"
+            body = f"{told(name)}\n{machine()}.\n\n{markdown(rows)}"
             file.write_text(put(text, name, body), encoding="utf-8")
 
 

@@ -183,7 +183,7 @@ def budget(bodies: Sequence[Config], s: Settings) -> dict[str, int]:
         "gradient": 4 * n,
         "optimiser": 8 * n,
         f"cache of {s.seats} seats x {s.seat_tokens:,} tokens": cache(bodies, s),
-        "bookkeeping of the seats": len(bodies) * s.seats * (12 * s.seat_tokens + 52),
+        "bookkeeping of the seats": len(bodies) * s.seats * (16 * s.seat_tokens + 64),
     }
     feeding = max((acting(c, s) for c in bodies), key=lambda parts: sum(parts.values()))
     phases = {"learning": learning(bodies[0], s), "acting": feeding}
