@@ -370,11 +370,12 @@ def open_engine(args: argparse.Namespace, tok: Tokenizer | None = None) -> Searc
 
 
 def limits_for(args: argparse.Namespace, usual: Limits) -> Limits:
-    """The usual limits with those of the flags. A prompt may take half of an episode."""
+    """The usual limits with those of the flags. A prompt may take half of an episode; --ask: always."""
     told = {"turns": args.turns, "turn": args.turn_tokens}
     told |= {"observation": args.observation_tokens, "episode": args.episode_tokens}
     limits = replace(usual, **{k: v for k, v in told.items() if v is not None})
-    return replace(limits, prompt=min(usual.prompt, limits.episode // 2))
+    half = limits.episode // 2
+    return replace(limits, prompt=half if args.ask else min(usual.prompt, half))
 
 
 def words_of(args: argparse.Namespace) -> Words:

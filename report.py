@@ -328,7 +328,11 @@ def comparison(lines: dict[str, dict]) -> str:
     shown = {}
     for name, line in lines.items():
         low, high = line["95 %"]
-        shown[name] = line | {"B - A": f"{line['B - A']:+.3f}", "95 %": f"{low:+.3f} .. {high:+.3f}"}
+        shown[name] = line | {
+            "B - A": f"{line['B - A']:+.3f}",
+            "95 %": f"{low:+.3f} .. {high:+.3f}",
+            "p": f"{line['p']:.4f}",
+        }
     return table(shown) + (
         "\n95 %: bootstrap interval of B - A, paired by question; p: two-sided, twice the share of resampled "
         "differences at 0 or beyond"
