@@ -163,7 +163,8 @@ def matmul_rate() -> float:
     return 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3
 
 
-def _tensors(out: Tensor | tuple) -> list[Tensor]:
+def tensors(out: Tensor | tuple) -> list[Tensor]:
+    """What a case returns, as a list."""
     return [out] if isinstance(out, Tensor) else [t for t in out if t is not None]
 
 
@@ -175,9 +176,10 @@ def _or_nan(number: Callable[[], float]) -> float:
         return math.nan
 
 
-def _error(case: Case) -> float:
+def error(case: Case) -> float:
+    """The largest relative RMS error of a case's outputs against its first rival."""
     reference = next(iter(case.rivals.values()))()
-    pairs = zip(_tensors(case.run()), _tensors(reference), strict=True)
+    pairs = zip(tensors(case.run()), tensors(reference), strict=True)
     return max((relative_rms(x, y) for x, y in pairs), key=lambda e: (math.isnan(e), e))
 
 
@@ -193,7 +195,7 @@ def measure(case: Case) -> dict:
         row |= {"GB/s": rate / 1e9, "of copy": rate / ceiling if ceiling else 0.0}
     for name, rival in case.rivals.items():
         row[f"vs {name}"] = _or_nan(lambda rival=rival: milliseconds(rival)) / ms
-    return row | ({"error": _or_nan(lambda: _error(case))} if case.rivals else {})
+    return row | ({"error": _or_nan(lambda: error(case))} if case.rivals else {})
 
 
 def line(row: dict) -> str:

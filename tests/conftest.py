@@ -12,11 +12,32 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a machine with a GPU every kernel test is a test of the GPU: `-m gpu` finds them all."""
+    for item in items:
+        if torch.cuda.is_available() and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
+
+
 @pytest.fixture
 def device() -> str:
     """Where kernel tests put their tensors. Skips them where triton is not installed (macOS, Windows)."""
     pytest.importorskip("triton")
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def pretend_to_be(device):
+    """The blocks chosen for another GPU, by its name; skips where this one has not the memory for them."""
+    from kernels.launch import TARGETS, pretend, target
+
+    def enter(name: str):
+        if device == "cuda" and TARGETS[name].shared > target().shared:
+            pytest.skip(f"the blocks for {name} do not fit this GPU")
+        return pretend(TARGETS[name])
+
+    return enter
 
 
 @pytest.fixture(params=["forward", "reverse", "shuffled"])

@@ -7,7 +7,7 @@ import torch
 
 from kernels.cached_attention import cached_attention_torch, chunks, config
 from kernels.cached_attention import cached_attention_triton as cached_attention_at
-from kernels.launch import TARGETS, pretend
+from kernels.launch import TARGETS
 from kernels.measure import relative_rms
 from kernels.place import Place
 
@@ -62,13 +62,13 @@ def test_equals_fp64(device, B, T, H, KV, D, L, dtype):
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("T", [1, 3])
-def test_chunks_are_merged(device, program_order, T, dtype):
+def test_chunks_are_merged(device, pretend_to_be, program_order, T, dtype):
     """Rows of one key to all of them, over three chunks: empty, partial and full ones, in any order."""
     B, L = 4, 800
     q, k, v = seats(B, T, 4, 2, 32, L, dtype, device)
     assert chunks(B * 2, T == 1, L, TARGETS["sm_90"]) == 3
     start = torch.tensor([0, 255, 256, L - T], device=device)
-    with pretend(TARGETS["sm_90"]):
+    with pretend_to_be("sm_90"):
         mine = cached_attention_triton(q, k, v, start)
     assert relative_rms(mine, truth(q, k, v, start)) <= BOUND[dtype]
 
@@ -122,9 +122,9 @@ def test_tokens_one_by_one_or_at_once(device):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_choice_of_blocks(device, target):
+def test_every_choice_of_blocks(device, pretend_to_be, target):
     """The blocks chosen for each GPU give the same result here: 8, 40 and 160 rows, in chunks or not."""
-    with pretend(TARGETS[target]):
+    with pretend_to_be(target):
         for T in (1, 5, 20):
             q, k, v = seats(1, T, 8, 1, 128, 520, torch.bfloat16, device)
             start = torch.tensor([300], device=device)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from kernels.launch import TARGETS, pretend
 from kernels.lora import lora_torch, lora_triton
 from kernels.measure import relative_rms
 
@@ -62,11 +61,11 @@ def test_order_of_programs_changes_nothing(device, filled_with_nan, program_orde
 
 
 @pytest.mark.parametrize("name", ["sm_86", "gfx942"])
-def test_other_targets(device, name):
+def test_other_targets(device, pretend_to_be, name):
     """Fewer processors, smaller blocks: other splits of the same sum."""
     args = rows(20, 1, 1100, 40, 48, torch.bfloat16, device)
     want = truth(*args)
-    with pretend(TARGETS[name]):
+    with pretend_to_be(name):
         assert relative_rms(lora_triton(*args), want) <= BOUND[torch.bfloat16]
 
 

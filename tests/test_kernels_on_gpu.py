@@ -1,0 +1,70 @@
+"""What the interpreter cannot show: real shapes, CUDA graphs, the whole network compiled. Needs a GPU.
+
+There every kernel test runs on the device too, compiled (see conftest.py): `python -m pytest -m gpu`.
+"""
+
+import pytest
+import torch
+
+from kernels import measure
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+MODULES = dict(measure.modules())
+ONE_LAUNCH_AFTER_ANOTHER = ("cached_attention", "lora", "rms_norm", "rope_cache", "sample", "swiglu")
+
+
+def cases(file: str, model: str):
+    """The benchmark's calls, with the same numbers each time."""
+    torch.manual_seed(0)
+    return MODULES[file].cases(measure.MODELS[model], "cuda")
+
+
+@pytest.mark.parametrize("file", measure.FILES)
+def test_real_shapes_equal_the_reference(file):
+    """Offsets beyond 2^31, a launch too large, blocks that only long rows reach: toy shapes have none."""
+    for case in cases(file, "Qwen2.5-0.5B"):
+        assert measure.error(case) <= 1e-2, case.name  # both sides round to bf16
+
+
+@pytest.mark.parametrize("file", ONE_LAUNCH_AFTER_ANOTHER)
+def test_decoding_fits_a_graph(file):
+    """The engine replays its launches: one that waits for the device, or sizes itself by data, cannot be."""
+    for case in cases(file, "toy"):
+        if "backward" in case.name:
+            continue
+        eager = measure.tensors(case.run())  # compiles, which a capture may not
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = measure.tensors(case.run())
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True)), case.name
+
+
+def test_a_graph_serves_rows_of_any_length():
+    """Captured while the seats are nearly empty, replayed when they are full: the grid must cover both."""
+    from kernels.cached_attention import cached_attention_torch, cached_attention_triton
+    from kernels.place import Place
+
+    torch.manual_seed(0)
+    q, (k, v) = torch.randn(3, 1, 8, 64, device="cuda"), torch.randn(2, 3, 2, 700, 64, device="cuda")
+    place = Place(torch.tensor([0, 1, 5], device="cuda"), 1, 700)
+    cached_attention_triton(q, k, v, place)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = cached_attention_triton(q, k, v, place)
+    place.start.copy_(torch.tensor([699, 300, 0]))
+    graph.replay()
+    want = cached_attention_torch(q.double(), k.double(), v.double(), Place(place.start.clone(), 1, 700))
+    assert measure.relative_rms(o, want) <= 1e-5
+
+
+@pytest.mark.parametrize("file", ["attention", "linear_logp", "rms_norm", "rope", "swiglu"])
+def test_twice_the_same_bits(file):
+    """Programs that run at once, in an order of their own, must not change a gradient by a bit."""
+    for case in cases(file, "Qwen2.5-0.5B"):
+        once, again = (measure.tensors(case.run()) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True)), case.name
