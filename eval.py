@@ -150,12 +150,14 @@ class Screen:
 
     def __init__(self, tok: Tokenizer, write: Callable[[str], object], colour: bool):
         self.tok, self.write = tok, write
-        opened, closed = (("\033[90m", "\033[32m"), "\033[0m") if colour else (("[", ""), "")
-        self.opened, self.closed = opened, (closed or "]", closed)  # of given text, of sampled text
+        # before and after given text, before and after sampled text
+        self.opened = ("\033[90m", "\033[32m") if colour else ("[", "")
+        self.closed = ("\033[0m", "\033[0m") if colour else ("]", "")
         self.sampled: bool | None = None
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def show(self, ids: list[int], sampled: bool) -> None:
+        """Write tokens of one kind."""
         if ids and sampled != self.sampled:
             self.end()
             self.sampled = sampled
@@ -211,8 +213,10 @@ def ask(args: argparse.Namespace) -> None:
         s.tok, [question], s.search, s.limits, s.words, args.temperature, (args.seed, 0), args.mode
     )
     screen = Screen(s.tok, partial(print, end="", flush=True), colour)
-    (t,) = s.engine.run([live(run, s.tok, screen.show)])
-    screen.end()
+    try:
+        (t,) = s.engine.run([live(run, s.tok, screen.show)])
+    finally:
+        screen.end()  # Ctrl-C leaves no green terminal
     stats = s.engine.stats
     spent = f"{stats.decoded} tokens sampled in {stats.seconds:.1f} s"
     print(f"\n\n{spent}, searches: {len(t.searches)}, end: {t.end}")
