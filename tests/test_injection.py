@@ -63,26 +63,29 @@ def specials(tok, ids):
 
 
 def sample(tok, turn, text):
-    """What the engine would return of a policy that says `text`: cut at the first stop, token by token."""
-    ids = []
-    for i in tok.encode(text)[: turn.limit]:
-        ids.append(i)
-        if any(stop in tok.decode(ids) for stop in turn.stops):
-            return Sampled(ids, [-1.0] * len(ids), "stop")
-    end = sorted(tok.eos)[:1]
-    return Sampled(ids + end, [-1.0] * (len(ids) + len(end)), "eos")
+    """What the engine would return of a policy that goes on with `text`, and what is left of it: a turn is
+    cut at the first stop, token by token, and ends with the text."""
+    said = tok.encode(text)
+    for n in range(1, len(said) + 1):
+        if any(stop in tok.decode(said[:n]) for stop in turn.stops):
+            return Sampled(said[:n], [-1.0] * n, "stop"), tok.decode(said[n:])
+    said += sorted(tok.eos)[:1]
+    return Sampled(said, [-1.0] * len(said), "eos"), ""
 
 
 def drive(run, tok, says):
-    """Run a generator; the n-th turn samples says[n]. Returns its value, the turns, what was sampled."""
-    value, turns, sampled = None, [], []
+    """Run a generator; the n-th turn samples says[n]. Returns its value, the turns, what was sampled.
+
+    A turn that feeds nothing goes on with what is left of the turn before it, and is not counted.
+    """
+    value, turns, sampled, left = None, [], [], ""
     while True:
         try:
             turn = run.send(value)
         except StopIteration as end:
             return end.value, turns, sampled
-        value = sample(tok, turn, says[len(turns)])
-        turns.append(turn)
+        value, left = sample(tok, turn, says[len(turns)] if turn.ids else left)
+        turns += [turn] if turn.ids else []
         sampled += value.ids
 
 
