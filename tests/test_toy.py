@@ -81,6 +81,34 @@ def test_lookup_states_the_fact_unless_it_is_noisy_or_cannot():
     assert found(world, "home Kalan", 0.5, (1,)) == found(world, "home Kalan", 0.5, (1,))
 
 
+def test_a_collected_search_is_answered_in_its_questions_own_world():
+    """Rows from one world would be learnt by heart; rows without a best-first order would not be learnt."""
+    questions = toy.fresh_questions(40, seed=5)
+    assert questions == toy.fresh_questions(40, seed=5) != toy.fresh_questions(40, seed=6)
+    assert len({q.id for q in questions}) == 40
+    for q in questions:
+        world, asked = toy.World(int(q.id)), toy.parse(q.text)
+        assert q.answers == (world.follow(asked[0], asked[1:]),)
+        query = Query(toy.say(*asked[:2]), q, (0, 0, 1, 0, 0))
+        useful, noisy = (_returned(toy.lookup_anywhere(query, p)) for p in (0.0, 1.0))
+        first = useful.text.splitlines()[0]
+        assert first == f"Doc 1: {query.text} {world.fact(*asked[:2])}" and not useful.noisy
+        assert noisy.noisy and asked[0] not in noisy.text
+        ranked, shown = useful.text.splitlines(), found_in(world, query).text.splitlines()
+        assert sorted(line[7:] for line in ranked) == sorted(line[7:] for line in shown)  # the same luck
+
+
+def _returned(search) -> Documents:
+    with pytest.raises(StopIteration) as end:
+        next(search)
+    return end.value.value
+
+
+def found_in(world: toy.World, query: Query) -> Documents:
+    """What the world's own engine returns for the same query."""
+    return _returned(world.lookup(query))
+
+
 def test_every_word_is_one_token_and_tiktoken_agrees_with_transformers(tok):
     """A body of this size does not learn to copy names of several tokens."""
     words = [" " + w for w in [*toy.NAMES, *toy.RELATIONS, *toy.COLOURS, *toy.BEASTS, toy.UNKNOWN]]
