@@ -7,7 +7,8 @@
 Not a test of results, which the interpreter gives. Needs no driver and no toolkit: Triton brings ptxas along.
 The host code itself runs, on meta tensors, with the launch replaced by a compilation; so what is checked is
 each specialisation that a real run would ask for. Exit code 1 if one does not compile, spills, wants more
-shared memory than a block may have, or, on sm_90, if attention or the log-prob does without wgmma.
+shared memory than a block may have, waits for each wgmma in turn, or, on sm_90, if attention or the log-prob
+does without wgmma.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import struct
 import sys
 import tempfile
@@ -292,7 +294,10 @@ def main(argv: list[str] | None = None) -> int:
         print(r.line(), flush=True)
     bad = [r for r in reports if r.problems()]
     seconds = time.perf_counter() - started
-    print(f"{len(reports)} compilations, {len(bad)} with problems, {seconds:.0f} s")
+    work = sum(sum(resource.getrusage(of)[:2]) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(
+        f"{len(reports)} compilations, {len(bad)} with problems, {seconds:.0f} s, {work:.0f} s of processor"
+    )
     if a.json:
         with open(a.json, "w", encoding="utf-8") as f:
             json.dump([asdict(r) | {"problems": r.problems()} for r in reports], f, indent=1)

@@ -33,7 +33,13 @@ def truth(y, x, A, B, role, scale):
 @DTYPES
 @pytest.mark.parametrize(
     "b,T,i,o,k",
-    [(1, 1, 64, 96, 48), (65, 1, 48, 100, 16), (3, 1, 1100, 33, 96), (5, 13, 40, 72, 24)],
+    [
+        (1, 1, 64, 96, 48),
+        (65, 1, 48, 100, 16),
+        (3, 1, 1100, 33, 96),
+        (3, 21, 40, 72, 24),
+        (111, 1, 16, 40, 8),
+    ],
     ids=str,
 )
 def test_rows_with_roles_equal_fp64(device, filled_with_nan, function, b, T, i, o, k, dtype):

@@ -4,6 +4,7 @@ Each planted bug is one that the stock interpreter lets through. Beside that: th
 reference, and peace with the Hugging Face library that is also called `kernels`.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -218,6 +219,24 @@ def test_the_choice():
     without = "import sys; sys.modules['triton'] = None\n" + CALL  # macOS, Windows
     assert python(without).stdout.startswith("[[1.46")
     assert "pip install triton" in python(without, KERNELS="triton").stderr
+
+
+def test_the_benchmark_runs_to_its_end(tmp_path):
+    """It would else fail on the day that somebody has a GPU, and its figures would be of wrong results."""
+    from kernels import measure
+
+    out = tmp_path / "bench.json"
+    done = python(f"from kernels.__main__ import main; exit(main(['--toy', '--json', {str(out)!r}]))")
+    assert done.returncode == 0, done.stderr[-2000:]
+    bench = json.loads(out.read_text())
+    assert {r["kernel"] for r in bench["rows"]} == set(measure.FILES) and bench["torch"] == torch.__version__
+    assert all(r["error"] <= 1e-5 for r in bench["rows"])
+
+
+def test_without_a_gpu_it_lists():
+    """`python -m kernels` alone must not interpret for minutes, nor fail."""
+    done = python("from kernels.__main__ import main; exit(main([]))")
+    assert done.returncode == 0 and "SwiGLU" in done.stdout and "No GPU" in done.stdout
 
 
 USE = """
