@@ -11,9 +11,10 @@ import torch
 
 import grpo
 import plan
-from bench import Lesson, Meter
+from bench import Lesson, Meter, Silent
 from model import POLICY, SIMULATOR, Cache, Config, Model, read_json
 from plan import Settings
+from rollout import Engine
 
 ROOT = Path(__file__).parent.parent
 # Four of the 30 layers, a quarter of the words.
@@ -93,6 +94,19 @@ def test_what_is_held_is_exact(family, tied):
     assert b["optimiser"] == nbytes(*moments)
     assert b["cache of 5 seats x 100 tokens"] == nbytes(cache.k, cache.v)
     assert b["adapters again, for decoding"] == nbytes(*(x for p in body.stacked().pairs for x in p))
+
+
+def test_an_engine_takes_what_was_planned():
+    """The engine's columns and the adapters' copies are most of what is held beside weights and cache."""
+    body = Model(SMALL)
+    for role in (POLICY, SIMULATOR):
+        body.add_role(role, rank=8)
+    with Meter() as meter:
+        engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, 20, 300)
+        held = meter.live
+    b = plan.budget([SMALL], Settings(20, 300, 300, rank=8, sim_rank=8, dtype=torch.float32))
+    names = ("cache of 20 seats x 300 tokens", "bookkeeping of the seats", "adapters again, for decoding")
+    assert 0.95 < sum(b[name] for name in names) / held < 1.05 and engine.stats.steps == 0
 
 
 @pytest.mark.parametrize("recompute", [False, True])
