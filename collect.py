@@ -30,7 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model import REFERENCE
-from questions import cover_em, normalise
+from questions import cover_em, is_parquet, normalise
 from rollout import Documents, Engine, Limits, Query, Question, Search, Turn, Words, episode, fill
 from search import read_lines
 
@@ -129,39 +129,53 @@ def read_rows(source: str | Path, columns: dict[str, str] | None = None) -> list
     holds questions, no documents.) Raises ValueError that names file and line, or row, for what is broken.
     """
     path, parse = Path(source), partial(parse_row, columns=columns)
-    if path.suffix == ".parquet" or _listed(path) or _on_hub(path):
-        rows = [_numbered(source, i, row, parse) for i, row in enumerate(_table(path), 1)]
-    else:
+    table = _hub(str(path)) if _on_hub(path) else _parquet(path) if is_parquet(path) else _listed(path)
+    if table is None:
         rows = list(read_lines(path, parse))
+    else:
+        rows = [_numbered(source, i, row, parse) for i, row in enumerate(table, 1)]
     if not rows:
         raise ValueError(f"{source} holds no rows")
     return rows
-
-
-def _listed(path: Path) -> bool:
-    """Whether a file is one JSON list."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as f:
-        return f.read(64).lstrip()[:1] == b"["
 
 
 def _on_hub(path: Path) -> bool:
     return not path.exists() and str(path).count("/") == 1 and not path.suffix
 
 
-def _table(path: Path) -> Iterable[dict]:
-    """The rows of a JSON list, a parquet file or a set on the hub."""
+def _hub(name: str) -> Iterable[dict]:
+    """The rows of a set on the hub, or in its cache."""
     from datasets import load_dataset  # slow to import
 
-    kind = "parquet" if path.suffix == ".parquet" else "json"
     try:
-        if path.exists():
-            return load_dataset(kind, data_files=str(path), split="train")
-        return load_dataset(str(path), split="train")
-    except Exception as e:  # the hub's client and the readers raise dozens of types
+        return load_dataset(name, split="train")
+    except Exception as e:  # the hub's client raises dozens of types, all of them "could not be had"
         reason = (str(e).strip() or repr(e)).splitlines()[0]
-        raise ValueError(f"could not read {path} as {kind}, or from the hub: {reason}") from None
+        raise ValueError(f"could not download {name}: {reason}. Give a file") from None
+
+
+def _parquet(path: Path) -> list[dict]:
+    from pyarrow import ArrowException, parquet  # it comes with datasets, and is slow to import
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"{path} is damaged ({reason}): fetch or make it again") from None
+
+
+def _listed(path: Path) -> list[dict] | None:
+    """The rows of a file that is one JSON list; None where it is not."""
+    with open(path, "rb") as f:
+        if f.read(64).lstrip()[:1] != b"[":
+            return None
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON ({e}): fetch or make it again") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is a list of other things than JSON objects")
+    return rows
 
 
 def _numbered(source: str | Path, number: int, row: dict, parse: Callable[[dict], dict]) -> dict:

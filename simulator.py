@@ -505,7 +505,7 @@ def add_collect(verbs) -> argparse.ArgumentParser:
     c.add_argument(
         "--data", required=True, help="question files or sets, comma-separated; toy: the toy world's"
     )
-    c.add_argument("--limit", type=positive, help="questions a file, from the top (all)")
+    c.add_argument("--limit", type=positive, help="questions a file, drawn (all; toy: 20000)")
     c.add_argument(
         "--search", required=True, help="the real engine, as in eval.py: bm25:CORPUS, http://..., toy"
     )

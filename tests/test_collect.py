@@ -393,9 +393,10 @@ def test_released_sets_are_mapped(form, ending, tmp_path):
     """Query, question, answer and quality stand in the prompt; lost there, the simulator is trained blind."""
     path = tmp_path / f"set.{ending}"
     if ending == "parquet":
-        from datasets import Dataset
+        import pyarrow
+        from pyarrow import parquet
 
-        Dataset.from_list([EXCHANGES[form]] * 2).to_parquet(str(path))
+        parquet.write_table(pyarrow.Table.from_pylist([EXCHANGES[form]] * 2), path)
     else:
         text = json.dumps(EXCHANGES[form])
         path.write_text(f"[{text},\n{text}]" if ending == "json" else f"{text}\n{text}\n")
@@ -430,6 +431,24 @@ def test_unknown_columns_are_named(row, complaint, tmp_path):
         read_rows(path)
 
 
+@pytest.mark.parametrize(
+    "data, complaint",
+    [
+        (b"PAR1 and no more", "is damaged"),
+        (b'[{"query": ', "is not JSON"),
+        (b"[1, 2]", "other things than JSON objects"),
+        (b"[]", "holds no rows"),
+        (json.dumps([ROW, ROW | {"quality": "good"}]).encode(), "row 2: quality is 'good'"),
+    ],
+)
+def test_damaged_sets_are_one_line(data, complaint, tmp_path):
+    """Half a download must be told from a set of another form."""
+    (tmp_path / "set").write_bytes(data)
+    with pytest.raises(ValueError, match=complaint) as error:
+        read_rows(tmp_path / "set")
+    assert "\n" not in str(error.value)
+
+
 def test_a_set_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
     """The hub's client raises dozens of types, most of them pages long."""
     import datasets
@@ -438,7 +457,9 @@ def test_a_set_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
         raise RuntimeError("no route to host\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"could not read Alibaba-NLP/Sim.*: no route to host$"):
+    with pytest.raises(
+        ValueError, match=r"could not download Alibaba-NLP/Sim.*: no route to host\. Give a file$"
+    ):
         read_rows("Alibaba-NLP/SimulationTuning_wiki_dataset")
     with pytest.raises(OSError):
         read_rows(tmp_path / "absent.jsonl")
