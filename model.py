@@ -208,9 +208,11 @@ class Linear(nn.Module):
         return kernels.lora(y, x, lora.A, lora.B, lora.role, lora.scale)
 
 
-def memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def memory(free: bool = False) -> int:
+    """Bytes of this machine's memory, or of what is free of it (4 GiB where the system does not tell)."""
+    pages = "SC_AVPHYS_PAGES" if free else "SC_PHYS_PAGES"
+    known = pages in os.sysconf_names
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if known else 2**32
 
 
 def product(x: Tensor, weight: Tensor, packed: Tensor | None, bias: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -165,6 +165,7 @@ class Trajectory:
 
 ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 STOPS = ("</search>", "</answer>")
+QUERY = re.compile(r"\A(?:(?!<answer>).)*?<search>(?!.*</search>)", re.DOTALL)  # one that is not closed
 
 
 def action(text: str) -> tuple[str, str] | None:
@@ -173,6 +174,16 @@ def action(text: str) -> tuple[str, str] | None:
     if found is None or (found[1] == "search" and not found[2].strip()):
         return None
     return found[1], found[2].strip()
+
+
+def whole(turn: Turn, tok) -> Generator:
+    """Sample a turn of the policy. A query may hold an answer block: only </search> ends it."""
+    sampled = yield turn
+    while sampled.end == "stop" and len(sampled.ids) < turn.limit and QUERY.search(tok.decode(sampled.ids)):
+        n = len(sampled.ids)
+        more = yield replace(turn, ids=[], limit=turn.limit - n, address=(*turn.address, n))
+        sampled = Sampled(sampled.ids + more.ids, sampled.logps + more.logps, more.end)
+    return sampled
 
 
 def fill(template: str, **values: str) -> str:
@@ -227,7 +238,7 @@ def episode(
         room = limits.episode - len(t.ids)
         spare = room - answer_room - max(frame, len(notice))  # for this turn, if another is to follow
         last = call == limits.turns or spare < answer_room
-        sampled = yield Turn(
+        turn = Turn(
             t.ids[fed:],
             POLICY,
             limit=min(limits.turn, room if last else spare),
@@ -236,6 +247,7 @@ def episode(
             address=(*address, call, TOKENS),
             context=t,
         )
+        sampled = yield from whole(turn, tok)
         t.add(sampled.ids, sampled.logps)
         fed = len(t.ids)
         kind, text = action(tok.decode(sampled.ids)) or ("invalid", "")

@@ -33,12 +33,15 @@ from tqdm import tqdm
 import eval as judge_of
 import grpo
 import model as models
+import plan
 import simulator as simulators
 import toy
+from collect import audit_figures
 from model import POLICY, SIMULATOR, Model
-from questions import cover_em, exact_match, f1, load_questions
+from questions import exact_match, f1, load_questions
 from rollout import WORDS, Engine, Limits, Query, Question, Search, Trajectory, Words, episode, prompt, show
 from search import open_search
+from servers import Chat
 from simulator import Simulator, SimWords
 from tokenizer import Tokenizer
 
@@ -62,7 +65,12 @@ class Flag:
 FLAGS = [
     "bodies",
     Flag("policy", str, "tiny", "preset, directory or hub id of the body that learns to search"),
-    Flag("sim", str, "", "the simulator's body; by default the policy's: one copy then plays every role"),
+    Flag(
+        "sim",
+        str,
+        "",
+        "the simulator's body (the policy's: one copy plays every role), or http://HOST:PORT/v1",
+    ),
     Flag("adapter", str, "", "start from this policy adapter (PEFT directory)"),
     Flag("sim-adapter", str, "", "fine-tuned simulator (PEFT directory); without it, the body is prompted"),
     Flag("policy-prompt", str, "", "JSON file with other words for the policy: prompt, notice, system"),
@@ -72,7 +80,9 @@ FLAGS = [
     "questions",
     Flag("data", str, "", "question files, comma-separated (nq,hotpotqa; for the tiny body: the toy world)"),
     Flag("eval-data", str, "", "held-out question files, scored before and after"),
-    Flag("eval-search", str, "", "the engine that answers them: none, or bm25:CORPUS"),
+    Flag(
+        "eval-search", str, "", "the engine that answers them: none, bm25:CORPUS, http://HOST:PORT or serpapi"
+    ),
     Flag("eval-questions", int, 500, "how many of them (0: no evaluation)", toy=400),
     "how much",
     Flag("steps", int, 200, "updates of the policy", toy=64),
@@ -105,8 +115,19 @@ FLAGS = [
     Flag("grad-clip", float, 1.0, "largest norm of a gradient"),
     Flag("weight-decay", float, 0.01, "of AdamW"),
     Flag("updates", int, 1, "optimiser steps a rollout: more than one makes the clip matter"),
-    Flag("micro-tokens", int, 8192, "padded tokens in one forward and backward pass", toy=4096, cpu=4096),
-    Flag("recompute", bool, False, "keep no activations of the layers (less memory, a third more time)"),
+    Flag(
+        "micro-tokens",
+        int,
+        0,
+        "padded tokens in one forward and backward pass (0: as memory allows)",
+        toy=4096,
+    ),
+    Flag(
+        "recompute",
+        bool,
+        False,
+        "keep no activations of the layers (chosen where memory is short; a third slower)",
+    ),
     Flag("reward", ("f1", "em"), "f1", "of the answer, as in eval.py"),
     Flag("shuffle-rewards", bool, False, "a control: shuffled among siblings, rewards can teach nothing"),
     "lengths, in tokens",
@@ -118,6 +139,7 @@ FLAGS = [
     Flag("sim-tokens", int, 600, "what the simulator writes for one search", toy=40, cpu=256),
     Flag("seat-tokens", int, 4096, "an episode, or a simulator's prompt and documents", toy=256, cpu=2048),
     Flag("seats", int, 0, "rows decoded together (not tokens; 0: as many as fit and are of use)"),
+    Flag("memory", float, 0.0, "GiB to plan for (0: nine tenths of what is free, on a CPU half of it)"),
     "the simulator's fine-tuning (toy world only; elsewhere: python simulator.py sft, then --sim-adapter)",
     Flag("sft-steps", int, 0, "updates of the simulator before the policy's first", toy=250),
     Flag("sft-lr", float, 5e-3, "falls linearly to 0"),
@@ -158,6 +180,8 @@ def settle(given: dict[str, object]) -> argparse.Namespace:
             setattr(a, f.name.replace("-", "_"), given.get(f.name, f.default if default is None else default))
     a.device, a.dtype, a.sim = device, dtype, a.sim or a.policy
     a.data = a.data or ("toy" if in_toy else "nq,hotpotqa")
+    if "sft-steps" not in given and (at_server(a) or a.sim_adapter):
+        a.sft_steps = 0  # that simulator has been fine-tuned already
     check(a)
     return a
 
@@ -166,7 +190,7 @@ def check(a: argparse.Namespace) -> None:
     """Raise ValueError for values that cannot work, before anything is loaded or written."""
     if a.group < 2:
         raise ValueError("--group 1 has no siblings to be compared with: use 2 or more")
-    least = dict.fromkeys(("seed", "turns", "seats", "eval_questions", "sft_steps"), 0)
+    least = dict.fromkeys(("seed", "turns", "seats", "micro_tokens", "eval_questions", "sft_steps"), 0)
     for f in FLAGS:
         if isinstance(f, Flag) and f.kind in (int, float):
             value, low = getattr(a, f.name.replace("-", "_")), least.get(f.name.replace("-", "_"), 1)
@@ -187,6 +211,12 @@ def check(a: argparse.Namespace) -> None:
         raise ValueError("--episode-tokens leaves no room behind a prompt of --prompt-tokens: raise it")
     if a.toy and (a.eval_data or a.eval_search):
         raise ValueError("the toy world brings its own held-out questions: --eval-data needs --data")
+    if a.sim_adapter and a.sft_steps:
+        raise ValueError("--sim-adapter is fine-tuned already: leave --sft-steps out")
+    if at_server(a) and (a.sim_adapter or a.sft_steps):
+        raise ValueError(
+            "--sim-adapter and --sft-steps cannot be sent to a server: let --sim serve that simulator"
+        )
     if a.sft_steps and not a.toy:
         raise ValueError("--sft-steps is for the toy world: use simulator.py sft, then --sim-adapter")
     if bool(a.eval_data) != bool(a.eval_search):
@@ -224,16 +254,25 @@ class Setting:
         return self.bodies[POLICY][1]
 
 
+def at_server(a: argparse.Namespace) -> bool:
+    """Whether the simulator is an LLM behind an OpenAI-compatible server."""
+    return a.sim.startswith(("http://", "https://"))
+
+
 def load_setting(a: argparse.Namespace) -> Setting:
-    """Files first (cheap), then bodies; two roles of one checkpoint share one body."""
+    """What is cheap first (files, the plan), then bodies; two roles of one checkpoint share one body."""
     limits = Limits(a.prompt_tokens, a.episode_tokens, a.turn_tokens, a.observation_tokens, a.turns)
-    homes = {POLICY: models.resolve(a.policy), SIMULATOR: models.resolve(a.sim)}
+    homes = {POLICY: models.resolve(a.policy)}
+    server = Chat(a.sim) if at_server(a) else None
+    if server is None:
+        homes[SIMULATOR] = models.resolve(a.sim)
     questions, held, engine_of_held = questions_and_engine(a)
     words = judge_of.load_words(a.policy_prompt) if a.policy_prompt else toy.WORDS if a.toy else WORDS
     sim_words = load_sim_words(a)
     dtype = models.DTYPES[a.dtype]
     toks = {home: Tokenizer.load(home) for home in set(homes.values())}
     check_prompts(questions + held, toks[homes[POLICY]], words, limits.prompt)
+    print(plan_memory(a, list(dict.fromkeys(homes.values()))), flush=True)
     loaded = {home: (models.load(home, dtype, a.device), tok) for home, tok in toks.items()}
     bodies = {role: loaded[home] for role, home in homes.items()}
     body = bodies[POLICY][0]
@@ -245,10 +284,32 @@ def load_setting(a: argparse.Namespace) -> Setting:
         models.load_adapter(bodies[SIMULATOR][0], SIMULATOR, a.sim_adapter)
     elif a.sft_steps:
         bodies[SIMULATOR][0].add_role(SIMULATOR, a.rank, a.alpha, a.seed)
-    a.seats = a.seats or fitting_seats(a, [body for body, _ in loaded.values()])
     engine = Engine(bodies, a.seats, a.seat_tokens, prefill=a.micro_tokens)
-    simulator = Simulator(bodies[SIMULATOR][1], sim_words, shared=a.shared_coins, limit=a.sim_tokens)
+    tok = bodies.get(SIMULATOR, (None, None))[1]
+    simulator = Simulator(tok, sim_words, shared=a.shared_coins, limit=a.sim_tokens, server=server)
     return Setting(bodies, questions, held, engine_of_held, words, limits, simulator, engine)
+
+
+def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
+    """Settle the flags that memory decides; the budget as text. Raises ValueError where nothing fits."""
+    shapes = [plan.shape(str(home)) for home in homes]
+    memory = a.memory * 2**30 or free_memory(a.device)
+    sim_rank = a.rank if a.sim_adapter or a.sft_steps else 0
+    given = plan.Settings(
+        a.seats, a.seat_tokens, a.micro_tokens, a.recompute or None, a.rank, sim_rank,
+        models.DTYPES[a.dtype], a.device != "cpu",
+    )  # fmt: skip
+    useful = max(2, a.questions * a.group * (1 if at_server(a) else 4 / 3) // 1 + 2)
+    settled, budget = plan.fit(shapes, memory, given, int(useful))
+    a.seats, a.micro_tokens, a.recompute = settled.seats, settled.micro_tokens, bool(settled.recompute)
+    return f"plan for {memory / 2**30:.1f} GiB: {settled}\n{plan.table(budget)}"
+
+
+def free_memory(device: str) -> float:
+    """Bytes to plan for: nine tenths of what a GPU has free; half of it where other programs live too."""
+    if device != "cpu":
+        return 0.9 * torch.cuda.mem_get_info()[0]
+    return 0.5 * models.memory(free=True)
 
 
 def check_prompts(questions: list[Question], tok: Tokenizer, words: Words, limit: int) -> None:
@@ -259,29 +320,6 @@ def check_prompts(questions: list[Question], tok: Tokenizer, words: Words, limit
             raise ValueError(
                 f"the prompt of {q.text[:60]!r} has {n} tokens, over {limit}: raise --prompt-tokens"
             )
-
-
-def fitting_seats(a: argparse.Namespace, bodies: list[Model]) -> int:
-    """Seats for all of a step's episodes and their simulators, or as many as fill 40 % of the free memory."""
-    if a.device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        pages = os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 2**20  # macOS
-        free = pages * os.sysconf("SC_PAGE_SIZE")
-    seat = sum(cache_bytes(body) for body in bodies) * a.seat_tokens
-    fit, useful = int(0.4 * free / seat), a.questions * a.group * 4 // 3 + 2
-    if fit < 2:
-        raise ValueError(
-            f"{free / 2**20:,.0f} MiB are free, 40 % of which must hold 2 seats of {seat / 2**20:,.0f} MiB: "
-            "lower --seat-tokens and --episode-tokens"
-        )
-    return min(fit, useful)
-
-
-def cache_bytes(body: Model) -> int:
-    """Keys and values of one token."""
-    c = body.config
-    return 2 * c.layers * c.kv_heads * c.head_dim * body.embed.element_size()
 
 
 def questions_and_engine(a: argparse.Namespace) -> tuple[list[Question], list[Question], Search | None]:
@@ -378,14 +416,11 @@ def learn(
     return means | {"skipped_groups": len(rewards) - len(kept)}
 
 
-def figures_of(trajectories: list[Trajectory], rewards: torch.Tensor) -> dict:
-    """What the step's episodes were like."""
+def figures_of(trajectories: list[Trajectory], rewards: torch.Tensor, count: int) -> dict:
+    """What the step's episodes were like; count: documents that a search shall give."""
     summary = judge_of.summarise(trajectories)
-    written = [(d, q.question.answers) for t in trajectories for q, d in t.searches]
-    held = {
-        kind: [cover_em(d.text, golds) for d, golds in written if d.noisy is noisy]
-        for kind, noisy in (("useful_hit", False), ("noisy_hit", True))
-    }
+    written = [pair for t in trajectories for pair in t.searches]
+    noisy = sum(bool(documents.noisy) for _, documents in written)
     return {
         "reward": rewards.mean().item(),
         "em": summary["em"],
@@ -395,9 +430,21 @@ def figures_of(trajectories: list[Trajectory], rewards: torch.Tensor) -> dict:
         "sampled": sum(sum(t.mask) for t in trajectories) / len(trajectories),
         "invalid": sum(t.invalid for t in trajectories) / len(trajectories),
         "ends": summary["ends"],
-        "noise": len(held["noisy_hit"]) / max(1, len(written)),
-        **{kind: sum(x) / len(x) for kind, x in held.items() if x},  # the answer stands in the documents
+        "noise": noisy / max(1, len(written)),
+        "simulator": audit_figures(
+            written, count
+        ),  # answer in the documents, repeats, distinct, words, formed
     }
+
+
+def add_audit(whole: dict, step: dict) -> None:
+    """Weigh a step's audit into the whole run's: {quality: {"n", means}}, n searches each."""
+    for quality, part in step.items():
+        old = whole.setdefault(quality, {"n": 0})
+        n, more = old["n"], part["n"]
+        for name in part.keys() - {"n"}:
+            old[name] = (n * old.get(name, 0.0) + more * part[name]) / max(1, n + more)
+        old["n"] = n + more
 
 
 def tell(a: argparse.Namespace, s: Setting, step: int, row: dict, trajectories: list[Trajectory]) -> None:
@@ -464,13 +511,13 @@ def prepare(s: Setting, a: argparse.Namespace) -> dict:
     if s.held and a.eval_questions:
         facts["before"] = measure(s, a)
         print(table_of(before=facts["before"]), flush=True)
-    if a.sft_steps and not a.sim_adapter:
+    if a.sft_steps:
         tune_simulator(s, a)
         home = Path(a.out) / "simulator"
         models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
         simulators.save_words(s.simulator.words, home / simulators.WORDS_FILE)
     preview(s)
-    if a.toy:
+    if a.toy and not at_server(a):
         facts["simulator"] = toy.audit(partial(write, s), seed=a.seed)
         print("simulator: ", *(f"{k} {v:.3f} " for k, v in facts["simulator"].items()), flush=True)
     return facts
@@ -481,7 +528,11 @@ def finish(s: Setting, a: argparse.Namespace, facts: dict, began: float) -> None
     after = measure(s, a) if facts["before"] else {}
     result: dict = {f"before{k}": v for k, v in facts["before"].items()}
     result |= {f"after{k}": v for k, v in after.items()}
-    result |= {"simulator": facts["simulator"], "seconds": time.monotonic() - began}
+    simulator = facts["simulator"]
+    if not a.toy:  # no leak can be measured where nobody knows the facts; the others are the steps' own
+        hits = {f"{quality}_hit": simulator.get(quality, {}).get("answer") for quality in ("useful", "noisy")}
+        simulator = hits | {"leak": None} | simulator
+    result |= {"simulator": simulator, "seconds": time.monotonic() - began}
     (Path(a.out) / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     if after:
         print("\n" + table_of(before=facts["before"], after=after))
@@ -536,7 +587,8 @@ def open_run(given: dict[str, object]) -> tuple[argparse.Namespace, bool]:
     if unlike:
         was = ", ".join(f"--{k} {old['settled'].get(k.replace('-', '_'))}" for k in unlike)
         raise ValueError(f"--resume with other arguments: the run in {given['out']} was begun with {was}")
-    return settle(old["given"] | {"seats": old["settled"]["seats"]} | given), True
+    planned = {k: old["settled"][k.replace("-", "_")] for k in ("seats", "micro-tokens", "recompute")}
+    return settle(old["given"] | planned | given), True
 
 
 def save_state(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, facts: dict) -> None:
@@ -544,7 +596,7 @@ def save_state(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimiz
     tensors = {"policy": s.body.adapter(POLICY).detach()}
     state = optimizer.state.get(s.body.adapter(POLICY), {})
     tensors |= {f"adam.{k}": v for k, v in state.items()}
-    if SIMULATOR in s.bodies[SIMULATOR][0].roles:
+    if SIMULATOR in s.bodies and SIMULATOR in s.bodies[SIMULATOR][0].roles:
         tensors["simulator"] = s.bodies[SIMULATOR][0].adapter(SIMULATOR).detach()
     tensors = {k: v.cpu().contiguous() for k, v in tensors.items()}
     part = Path(a.out) / "state.part"
@@ -613,12 +665,18 @@ def main(argv: list[str] | None = None) -> None:
     for step in range(facts["step"], a.steps):
         t0 = time.monotonic()
         asked = ask(s, a, step)
-        trajectories = act(s, a, step, asked)
+        try:
+            trajectories = act(s, a, step, asked)
+        except OSError as e:  # a server out of reach: nothing of this step is kept
+            save_state(a, s, optimizer, facts)
+            raise OSError(
+                f"{e} Step {step + 1} is lost, no more: go on with --out {a.out} --resume"
+            ) from None
         t1 = time.monotonic()
         rewards = judge(trajectories, a)
         figures = learn(s, a, step, trajectories, rewards, optimizer)
         t2 = time.monotonic()
-        row = figures_of(trajectories, rewards) | figures
+        row = figures_of(trajectories, rewards, s.simulator.words.count) | figures
         row |= {"seconds_act": t1 - t0, "seconds_learn": t2 - t1}
         row |= {"tokens_per_second": s.engine.stats.decoded / (t1 - t0)}
         row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)}
@@ -626,8 +684,8 @@ def main(argv: list[str] | None = None) -> None:
             row["skips"] = toy.skipping(trajectories)
         tell(a, s, step, row, trajectories)
         facts |= {"step": step + 1, "seconds": time.monotonic() - began}
-        if not a.toy:  # no audit: what the last step's documents held
-            facts["simulator"] = {k: row.get(k) for k in ("useful_hit", "noisy_hit")} | {"leak": None}
+        if not a.toy:
+            add_audit(facts["simulator"], row["simulator"])
         if pause.asked or (step + 1) % a.save_every == 0 or step + 1 == a.steps:
             save_state(a, s, optimizer, facts)
         if pause.asked:

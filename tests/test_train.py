@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from test_servers import Place, say, written
 
 import model as models
+import servers
 import toy
 import train
 from model import Config, Model, save_model
@@ -183,3 +186,48 @@ def test_the_learning_rate_is_whole_at_once_and_falls_to_the_end(tiny, monkeypat
     for step in range(10):
         train.learn(s, a, step, [t, t], torch.tensor([[0.0, 1.0]]), optimizer)
     assert rates == pytest.approx([a.lr * (1 - i / 10) for i in range(10)])
+
+
+def test_what_cannot_fit_is_refused_with_the_arithmetic(tiny, tmp_path, capsys):
+    """A run that dies of memory after an hour has wasted it: the plan is made before a body is loaded."""
+    err = fails(capsys, "--out", tmp_path / "run", "--memory", "0.001", *SHORT)
+    assert "GiB even with --seats 2" in err and "weights" in err and not (tmp_path / "run").exists()
+
+
+def test_memory_settles_what_was_not_given(tiny, tmp_path, capsys):
+    """The plan is what the run does: printed at the start, kept in args.json, the same when it goes on."""
+    out = tmp_path / "run"
+    run("--out", out, *SHORT, "--memory", "0.06")
+    settled = json.loads((out / "args.json").read_text())["settled"]
+    assert settled["seats"] >= 2 and f"--seats {settled['seats']} " in capsys.readouterr().out
+
+
+SERVED = [
+    *("--steps", "3", "--questions", "4", "--group", "4", "--eval-questions", "0"),
+    *("--save-every", "9", "--show-every", "9", "--noise-start", "0.5"),
+]
+
+
+def test_a_simulator_on_a_server_may_fail_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
+    """Defect 11: failed searches were retried for ever, or became text to learn from. A fault ends the run in
+    one line, nothing of its step is kept, and the run that goes on equals one without a fault."""
+    monkeypatch.setattr(servers, "PAUSE", 0.02)
+    models_of, good = say({"data": [{"id": "sim"}]}), say(written("Doc 1: red amber"))
+    place = Place(models_of, good)
+    sim = ["--sim", f"{place.address}/v1", *SERVED]
+    run("--out", tmp_path / "whole", *sim)
+    asked = [body for _, body, *_ in place.requests if body]
+    assert len(asked) > 10 and any("noisy" in json.dumps(body).lower() for body in asked)
+
+    place.requests.clear()
+    place.script = [models_of, *[good] * (len(asked) // 2), say(b"<html>out of order")]
+    err = fails(capsys, "--out", tmp_path / "cut", *sim)
+    assert place.address in err
+    place.requests.clear()
+    place.script = [models_of, good]
+    run("--out", tmp_path / "cut", "--resume")
+    whole, cut = (load_file(tmp_path / d / "state.safetensors") for d in ("whole", "cut"))
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    place.close()
