@@ -56,14 +56,12 @@ def _cached(
     m_row = i_row < T * G
     i_t, i_h = i_row // G, kv * G + i_row % G
     start = tl.load(p_start + b).to(tl.int32)
-    n_keys = tl.minimum(
-        start + (tl.minimum(m + BM, T * G) - 1) // G + 1, L
-    )  # that some query of the tile sees
+    last_t = (tl.minimum(m + BM, T * G) - 1) // G  # of the tile's queries
+    n_keys = tl.minimum(start + last_t + 1, L)  # that some of them see
     first = c * chunk
     last = tl.minimum(first + chunk, n_keys)
-    whole = tl.minimum(
-        tl.maximum((start + m // G + 1) // BN * BN, first), last
-    )  # that all queries see, up to here
+    whole = (start + m // G + 1) // BN * BN  # that all of them see
+    whole = tl.minimum(tl.maximum(whole, first), last)
     p_k += b * s_kb + kv * s_kh
     p_v += b * s_vb + kv * s_vh
     m_row = m_row & (first < last)
@@ -92,9 +90,7 @@ def _merge(p_part, p_lse, p_o, n_chunks, n_rows, D: tl.constexpr, BD: tl.constex
     i_c, i_d = tl.arange(0, BC), tl.arange(0, BD)
     lse = tl.load(p_lse + i_c * n_rows + row, mask=i_c < n_chunks, other=float("-inf"))  # (BC,)
     weight = tl.exp2(lse - tl.max(lse, 0))
-    m_part = (lse > float("-inf"))[:, None] & (i_d < D)[
-        None, :
-    ]  # what lies past the row's end was not written
+    m_part = (lse > float("-inf"))[:, None] & (i_d < D)[None, :]  # no chunk past a row's end was written
     at = (i_c[:, None] * n_rows + row) * D + i_d[None, :]
     part = tl.load(p_part + at, mask=m_part, other=0.0)  # (BC, BD)
     o = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
