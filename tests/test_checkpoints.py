@@ -17,8 +17,9 @@ import kernels
 import model as models
 import simulator
 import tokenizer
+import train as story
 from model import POLICY, SIMULATOR
-from prompts import SimWords, prompt
+from prompts import SimWords, prompt, save_words
 from rollout import WORDS, Engine, Limits, Query, Question, Turn, Words, episode
 from simulator import Simulator
 from tokenizer import Tokenizer
@@ -321,6 +322,24 @@ def test_fine_tuning_and_audit_on_a_real_layout(homes, tmp_path, monkeypatch, ca
     for adapter in ("--adapter a", ""):
         simulator.main(f"audit {line} {adapter} --limit 3 --json f.json".split())
         assert json.loads((tmp_path / "f.json").read_text())["audit"]["useful"]["n"] == 3
+
+
+def test_training_opens_another_body_with_its_adapter(homes, tmp_path):
+    """--sim with weights of its own, and an adapter by path: on the policy's body, or in its ids, the
+    simulator would write what nobody trained it to."""
+    other = models.load(homes["qwen-instruct"])
+    other.add_role(SIMULATOR, rank=4, alpha=8.0, seed=3)
+    models.save_adapter(other, SIMULATOR, tmp_path / "adapter", homes["qwen-instruct"])
+    save_words(SIM_WORDS, tmp_path / "adapter" / simulator.WORDS_FILE)
+    (tmp_path / "q.jsonl").write_text('{"question": "who", "answer": "Ann"}\n')
+    flags = {"policy": homes["llama-base"], "sim": homes["qwen-instruct"], "data": str(tmp_path / "q.jsonl")}
+    flags |= {"sim-adapter": str(tmp_path / "adapter"), "seats": 2, "device": "cpu", "dtype": "fp32"}
+    s = story.load_setting(story.settle(flags))
+    theirs, their = s.bodies[SIMULATOR]
+    assert theirs is not s.body and set(theirs.roles) == {SIMULATOR} and set(s.body.roles) == {POLICY}
+    assert torch.equal(theirs.adapter(SIMULATOR), other.adapter(SIMULATOR))
+    assert s.simulator.tok is their is not s.tok and s.simulator.words == SIM_WORDS
+    assert story.write(s, [IT], noisy=False)
 
 
 def test_a_template_that_refuses_is_one_clear_line(homes, tmp_path):
