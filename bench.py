@@ -52,6 +52,7 @@ from rollout import DOCUMENTS, TOKENS, Engine, Episode, Question, Trajectory, Tu
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
+DEVICE = models.machine(None, None)[0]  # of ours and theirs
 
 # ------------------------------------------------------------------------------------------------- measuring
 
@@ -77,8 +78,8 @@ HEADS = ("", "ours", "theirs", "ratio", "spread", "")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run of the bench has at hand. checkpoint: a directory, or "" for the toy body alone."""
+class Run:
+    """How to run. checkpoint: a directory, or "" for the toy body alone."""
 
     checkpoint: str = ""
     quick: bool = False
@@ -107,7 +108,7 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def alternate(p: Plan, ours: Callable, theirs: Callable) -> tuple[list[float], list[float]]:
+def alternate(p: Run, ours: Callable, theirs: Callable) -> tuple[list[float], list[float]]:
     """Seconds of ours and theirs, in turn: 2 to 7 times each, as `p.seconds` allows (once in a smoke run)."""
     spans: tuple[list[float], list[float]] = [], []
     least, most = p.few((1, 1), (2, 7))
@@ -258,7 +259,7 @@ def transformers_body(home: str | Path, dtype: torch.dtype):
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    theirs = AutoModelForCausalLM.from_pretrained(str(home), dtype=dtype).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(str(home), dtype=dtype).to(DEVICE).eval()
     theirs.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
     return theirs
 
@@ -286,8 +287,8 @@ def generate_ours(engine: Engine, rows: list[list[int]], n: int, temperature: fl
 def generate_theirs(theirs, rows: list[list[int]], n: int, temperature: float) -> list[list[int]]:
     """The same by transformers; prompts of unlike lengths are padded on the left."""
     longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows])
-    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+    ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows], device=DEVICE)
+    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=DEVICE)
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     out = theirs.generate(ids, attention_mask=mask, max_new_tokens=n, **how)
     assert out.size(1) == longest + n, "transformers stopped early: the lengths are not forced"
@@ -307,14 +308,14 @@ def agreement(theirs, rows: list[list[int]], a: list[list[int]], b: list[list[in
     for row, p, q in zip(rows, a, b):
         if p != q:
             i = next(i for i, (x, y) in enumerate(zip(p, q)) if x != y)
-            z = theirs(torch.tensor([row + q[:i]])).logits[0, -1].float()
+            z = theirs(torch.tensor([row + q[:i]], device=DEVICE)).logits[0, -1].float()
             height = 2.0 ** math.floor(math.log2(z[q[i]].abs().item()))
             step = height * torch.finfo(theirs.dtype).eps
             gaps.append((z[q[i]] - z[p[i]]).abs().item() / step)
     return f"{equal:.1%} of greedy ids equal; rows part at {max(gaps):.0f} steps of the type at most"
 
 
-def sampling(p: Plan) -> Iterator[Row]:
+def sampling(p: Run) -> Iterator[Row]:
     """The engine against `transformers.generate`: greedy, and at the end once at temperature 1."""
     yield from sampling_of(p, "toy", models.PRESETS["tiny"], torch.float32, 1)
     if p.checkpoint:
@@ -322,14 +323,14 @@ def sampling(p: Plan) -> Iterator[Row]:
             yield from sampling_of(p, Path(p.checkpoint).name, p.checkpoint, dtype, p.threads)
 
 
-def sampling_of(p: Plan, name: str, home: str, dtype: torch.dtype, n_threads: int) -> Iterator[Row]:
+def sampling_of(p: Run, name: str, home: str, dtype: torch.dtype, n_threads: int) -> Iterator[Row]:
     """The rows of one body and type."""
     kind = "bf16" if dtype == torch.bfloat16 else "fp32"
     if not installed("transformers"):
         yield absent(f"{name} {kind}")
         return
     batches, lengths, start = p.few((1, 3), (1, 8, 32)), p.few((8,), (64, 256)), 32
-    ours, theirs = models.load(home, dtype), transformers_body(home, dtype)
+    ours, theirs = models.load(home, dtype, DEVICE), transformers_body(home, dtype)
     with threads(n_threads):
         for batch, n in itertools.product(batches, lengths):
             engine = Engine({POLICY: (ours, Silent())}, batch, start + n + 1)
@@ -429,7 +430,7 @@ def two_roles(body: Model, rank: int = 16) -> Model:
     return body
 
 
-def episodes(p: Plan) -> Iterator[Row]:
+def episodes(p: Run) -> Iterator[Row]:
     """Whole episodes: ours with two adapters, in one batch; theirs with none, as if merged, in lock step."""
     small = Workload(2, 2, 20, 2, 2, 6, 8, 10)
     w = p.few(small, Workload())
@@ -440,13 +441,13 @@ def episodes(p: Plan) -> Iterator[Row]:
         yield episodes_of(p, name, p.checkpoint, torch.bfloat16, p.threads, w)
 
 
-def episodes_of(p: Plan, name: str, home: str, dtype: torch.dtype, n_threads: int, w: Workload) -> Row:
+def episodes_of(p: Run, name: str, home: str, dtype: torch.dtype, n_threads: int, w: Workload) -> Row:
     name += f", {w.questions} questions x {w.group}"
     if not installed("transformers"):
         return absent(name)
     progress("episodes", name)
     with stretched(home, w.context + 1) as longer, threads(n_threads):
-        body, theirs = two_roles(models.load(longer, dtype)), transformers_body(longer, dtype)
+        body, theirs = two_roles(models.load(longer, dtype, DEVICE)), transformers_body(longer, dtype)
         seats = w.rows * 4 // 3 + 2  # as train.py has them
         engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, seats, w.context + 1)
         generate_ours(engine, [[1, 2, 3]], 2, 1.0), generate_theirs(theirs, [[1, 2, 3]], 2, 1.0)  # warm
@@ -467,7 +468,7 @@ def episodes_of(p: Plan, name: str, home: str, dtype: torch.dtype, n_threads: in
 class Lesson:
     """Trajectories to be learnt from, and how. Each micro-batch has `micro` rows, ours and theirs."""
 
-    questions: int = 2
+    questions: int = 1
     group: int = 4
     prompt: int = 96
     sampled: int = 60  # in each of three turns, give or take a half
@@ -475,7 +476,7 @@ class Lesson:
     micro: int = 2
     recompute: bool = True
     kl: float = 1e-3
-    steps: int = 2  # that are timed, after one to warm up
+    steps: int = 1  # that are timed, after one to warm up
 
     def trajectories(self, vocab: int) -> list[Trajectory]:
         rng, out = random.Random(0), []
@@ -501,7 +502,7 @@ def rewards(n: int) -> list[float]:
 def train_ours(home: str, lesson: Lesson, n_threads: int) -> dict:
     """Seconds of each step, peak bytes above the loaded model, trained tokens. Runs in its own process."""
     torch.set_num_threads(n_threads)
-    body = models.load(home)
+    body = models.load(home, device=DEVICE)
     base = forget_peak()
     body.add_role(POLICY, rank=16, alpha=32)
     optimizer = torch.optim.AdamW([body.adapter(POLICY)], lr=1e-5)
@@ -512,7 +513,7 @@ def train_ours(home: str, lesson: Lesson, n_threads: int) -> dict:
     def step():
         reward = torch.tensor(rewards(len(trajectories))).view(-1, lesson.group)
         adv = grpo.advantages(reward).flatten().tolist()
-        batches = grpo.make_batches(trajectories, adv, tokens)
+        batches = grpo.make_batches(trajectories, adv, tokens, DEVICE)
         health.update(grpo.learn(body, batches, optimizer, o, lesson.recompute))
 
     for _ in range(1 + lesson.steps):
@@ -529,11 +530,11 @@ def train_theirs(home: str, lesson: Lesson, n_threads: int) -> dict:
     torch.set_num_threads(n_threads)
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     body = transformers_body(home, torch.float32)
-    base, began = forget_peak(), []
+    base, began, ended = forget_peak(), [], []
     trajectories = lesson.trajectories(body.config.vocab_size)
     rows = len(trajectories)
 
@@ -547,6 +548,11 @@ def train_theirs(home: str, lesson: Lesson, n_threads: int) -> dict:
             "env_mask": [t.mask[cut:] for t in trajectories],
         }
 
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            synchronise()
+            ended.append(time.perf_counter())
+
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
             output_dir=out,
@@ -557,13 +563,13 @@ def train_theirs(home: str, lesson: Lesson, n_threads: int) -> dict:
             gradient_checkpointing=lesson.recompute,
             beta=lesson.kl,
             learning_rate=1e-5,
-            max_steps=2 + lesson.steps,  # a step ends where the next begins
+            max_steps=1 + lesson.steps,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
             logging_steps=1000,
             bf16=False,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=DEVICE == "cpu",
         )
         trainer = GRPOTrainer(
             body,
@@ -575,10 +581,11 @@ def train_theirs(home: str, lesson: Lesson, n_threads: int) -> dict:
                 r=16, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
             ),
             rollout_func=rollout,
+            callbacks=[Watch()],
         )
         with redirect_stdout(io.StringIO()):
             trainer.train()
-    spans = [b - a for a, b in itertools.pairwise(began)]
+    spans = [b - a for a, b in zip(began, ended)]
     return {"seconds": spans[1:], "peak": peak() - base, "tokens": sum(sum(t.mask) for t in trajectories)}
 
 
@@ -588,17 +595,19 @@ def apart(f: Callable, *arguments) -> dict:
         return pool.apply(f, arguments)
 
 
-def training(p: Plan) -> Iterator[Row]:
+def training(p: Run) -> Iterator[Row]:
     """A whole update against TRL's GRPOTrainer with PEFT's LoRA of rank 16 on all seven matrices, fp32."""
     small = Lesson(2, 2, 12, 6, 4, steps=1)
-    homes = {"toy": (models.PRESETS["tiny"], 1)}
-    if p.checkpoint:
-        homes[Path(p.checkpoint).name] = (p.checkpoint, p.threads)
-    for (name, (home, n)), recompute in itertools.product(homes.items(), p.few((True,), (True, False))):
-        yield from training_of(p, name, home, n, replace(p.few(small, Lesson()), recompute=recompute))
+    real = Path(p.checkpoint).name
+    for recompute in p.few((True,), (True, False)):
+        lesson = replace(p.few(small, Lesson(questions=2, steps=5)), recompute=recompute)
+        yield from training_of(p, "toy", models.PRESETS["tiny"], 1, lesson)
+    for recompute in p.few((True,), (True, False)) if p.checkpoint else ():
+        lesson = replace(p.few(small, Lesson()), recompute=recompute)
+        yield from training_of(p, real, p.checkpoint, p.threads, lesson)
 
 
-def training_of(p: Plan, name: str, home: str, n_threads: int, lesson: Lesson) -> Iterator[Row]:
+def training_of(p: Run, name: str, home: str, n_threads: int, lesson: Lesson) -> Iterator[Row]:
     how = "activations computed again" if lesson.recompute else "activations kept"
     name = f"{name} fp32, {how}"
     if not installed("trl", "peft", "datasets"):
@@ -643,7 +652,7 @@ def turn_seconds(engine: Engine, rows: int, history: int, feed: int, decode: int
     return max(end for _, end in spans) - min(began for began, _ in spans)
 
 
-def growth(p: Plan) -> Iterator[Row]:
+def growth(p: Run) -> Iterator[Row]:
     """What grows, and how fast: an exponent of 0 is flat, of 1 in proportion."""
     with stretched(models.PRESETS["tiny"], 2048) as home, threads(1):
         body = two_roles(models.load(home))
@@ -653,12 +662,12 @@ def growth(p: Plan) -> Iterator[Row]:
         yield from vocabulary_rows(p)
 
 
-def median_of(p: Plan, call: Callable[[], float]) -> float:
+def median_of(p: Run, call: Callable[[], float]) -> float:
     call()
     return statistics.median(call() for _ in range(p.few(1, 5)))
 
 
-def history_row(p: Plan, body: Model) -> Row:
+def history_row(p: Run, body: Model) -> Row:
     progress("growth", "history")
     sizes = p.few([16, 32], [128, 256, 512, 1024])
     engine = Engine({POLICY: (body, Silent())}, 8, sizes[-1] + 70)
@@ -667,7 +676,7 @@ def history_row(p: Plan, body: Model) -> Row:
     return grows(f"a turn (8 rows, {n} tokens fed, {n} sampled): history", sizes, spans, "seconds")
 
 
-def turns_rows(p: Plan, body: Model) -> Iterator[Row]:
+def turns_rows(p: Run, body: Model) -> Iterator[Row]:
     progress("growth", "turns")
     sizes = p.few([2, 3], [2, 4, 8, 16])
     works = [Workload(2, 4, 64, n, 12, 12, 12, 32, body.config.vocab) for n in sizes]
@@ -683,7 +692,7 @@ def turns_rows(p: Plan, body: Model) -> Iterator[Row]:
     yield grows("their peak beyond the cache: turns", sizes, peaks, "bytes", sampled)
 
 
-def group_rows(p: Plan, body: Model) -> Iterator[Row]:
+def group_rows(p: Run, body: Model) -> Iterator[Row]:
     progress("growth", "group")
     sizes = p.few([2, 4], [4, 8, 16, 32])
     spans, learnt, peaks = [], [], []
@@ -725,7 +734,7 @@ def logp_inputs(n: int, d: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
     return h, W, torch.randint(vocab, (n,), generator=g)
 
 
-def vocabulary_rows(p: Plan) -> Iterator[Row]:
+def vocabulary_rows(p: Run) -> Iterator[Row]:
     progress("growth", "vocabulary")
     sizes = p.few([1024, 2048], [8192, 32768, 65536, 151936])
     spans, peaks = [], []
@@ -740,7 +749,7 @@ def vocabulary_rows(p: Plan) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-def memory(p: Plan) -> Iterator[Row]:
+def memory(p: Run) -> Iterator[Row]:
     """Nothing V wide: the largest tensor of a step, and the log-prob's peak beside the naive one's."""
     vocab, n, d = p.few((2048, 64, 32), (151936, 1024, 128))
     x = logp_inputs(n, d, vocab)
@@ -754,7 +763,7 @@ def memory(p: Plan) -> Iterator[Row]:
     yield largest_tensor(p, vocab)
 
 
-def largest_tensor(p: Plan, vocab: int) -> Row:
+def largest_tensor(p: Run, vocab: int) -> Row:
     progress("memory", "largest tensor of a step")
     body = Model(replace(toy_shape(), vocab=vocab)).init(0)
     body.add_role(POLICY)
@@ -773,7 +782,7 @@ def largest_tensor(p: Plan, vocab: int) -> Row:
 # ----------------------------------------------------------------------------------------------------- a GPU
 
 
-def gpu(p: Plan) -> Iterator[Row]:
+def gpu(p: Run) -> Iterator[Row]:
     """Random weights in the shape of Qwen2.5-3B, bf16. Without a GPU, a dry run: shapes and bytes on the meta
     device, and the same functions on the CPU with a small body."""
     c, small = plan.shape("3b"), replace(toy_shape(), vocab=512)
@@ -868,7 +877,7 @@ def pass_rows(body: Model, rows: int, length: int) -> Iterator[Row]:
         yield share(title, rate, measure.matmul_rate(), "TFLOP/s", "matmul")
 
 
-def step_rows(p: Plan, c: Config) -> Iterator[Row]:
+def step_rows(p: Run, c: Config) -> Iterator[Row]:
     """The whole step of `--policy 3b --sim 3b` as planned for this card, and as planned for one of 24 GiB."""
     w = p.few(Workload(2, 2, 32, 2, 4, 8, 16, 16), Workload(64, 5, vocab=c.vocab))
     card = torch.cuda.get_device_properties(0).total_memory
@@ -958,7 +967,7 @@ def dry_training(body: Model, recompute: bool) -> Row:
 
 # ----------------------------------------------------------------------------------------------------- table
 
-SECTIONS: dict[str, Callable[[Plan], Iterator[Row]]] = {
+SECTIONS: dict[str, Callable[[Run], Iterator[Row]]] = {
     "sampling": sampling,
     "episodes": episodes,
     "training": training,
@@ -1024,7 +1033,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return a.parse_args(argv)
 
 
-def run_sections(names: list[str], p: Plan) -> Iterator[tuple[str, list[Row]]]:
+def run_sections(names: list[str], p: Run) -> Iterator[tuple[str, list[Row]]]:
     """Each section's rows, printed as they come."""
     for name in names:
         print(f"\n{name}: {told(name)}\n", flush=True)
@@ -1056,7 +1065,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--quick measures nothing worth keeping: leave out --write")
     if a.checkpoint:
         models.read_json(Path(a.checkpoint) / "config.json", "a checkpoint directory")
-    p = Plan(a.checkpoint, a.quick, a.threads, a.seconds)
+    p = Run(a.checkpoint, a.quick, a.threads, a.seconds)
     print(machine(), flush=True)
     for name, rows in run_sections(names, p):
         if a.write:

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import plan
-from bench import Lesson, Meter, Plan, Row, Silent, Workload
+from bench import Lesson, Meter, Row, Run, Silent, Workload
 from model import POLICY, REFERENCE, SIMULATOR, Config, Model, command_line
 from rollout import Engine
 
-QUICK = Plan(quick=True)
+QUICK = Run(quick=True)
 SHAPE = Config("qwen2", vocab=128, d=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, context=512)
 
 
@@ -70,7 +70,7 @@ def test_the_two_take_turns():
     """Ten runs of one and then ten of the other measure the machine's mood, not the programs."""
     said = []
     ours, theirs = (lambda: said.append("ours"), lambda: said.append("theirs"))
-    spans = bench.alternate(Plan(seconds=0), ours, theirs)
+    spans = bench.alternate(Run(seconds=0), ours, theirs)
     assert said == ["ours", "theirs"] * 2 and len(spans[0]) == len(spans[1]) == 2
 
 
