@@ -16,7 +16,6 @@ An evaluation with --json FILE keeps each answered question in FILE.part at once
 import argparse
 import codecs
 import os
-import re
 import sys
 import time
 from collections import Counter
@@ -34,7 +33,20 @@ from model import POLICY, SIMULATOR, Model
 from modes import MODE_WORDS, MODES
 from questions import SETS, cover_em, exact_match, f1, load_questions
 from report import Ledger, table
-from rollout import WORDS, Engine, Episode, Limits, Question, Sampled, Search, Stats, Trajectory, Turn, Words
+from rollout import (
+    WORDS,
+    Engine,
+    Episode,
+    Limits,
+    Question,
+    Sampled,
+    Search,
+    Stats,
+    Trajectory,
+    Turn,
+    Words,
+    harmless,
+)
 from search import BM25, open_bm25, open_search
 from servers import Chat
 from simulator import Simulator, words_for
@@ -139,9 +151,6 @@ def retrieval(index: BM25, questions: list[Question], depths: tuple[int, ...] = 
 # ------------------------------------------------------------------------------------------------------- live
 
 
-CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")  # a text must not steer the terminal
-
-
 class Screen:
     """Writes tokens as they come: sampled ones green, given ones grey, or in [brackets] without colour.
 
@@ -172,7 +181,7 @@ class Screen:
         self.sampled = None
 
     def _text(self, data: bytes, final: bool = False) -> None:
-        self.write(CONTROL.sub("\ufffd", self.decoder.decode(data, final)))
+        self.write(harmless(self.decoder.decode(data, final)))
 
 
 def live(run: Episode, tok: Tokenizer, show: Callable[[list[int], bool], None]) -> Episode:
@@ -220,7 +229,7 @@ def ask(args: argparse.Namespace) -> None:
     stats = s.engine.stats
     spent = f"{stats.decoded} tokens sampled in {stats.seconds:.1f} s"
     print(f"\n\n{spent}, searches: {len(t.searches)}, end: {t.end}")
-    print("(no answer)" if t.answer is None else CONTROL.sub("\ufffd", " ".join(t.answer.split())))
+    print("(no answer)" if t.answer is None else harmless(" ".join(t.answer.split())))
 
 
 # ----------------------------------------------------------------------------------------------- command line

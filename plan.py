@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model import DTYPES, PRESETS, ROLES, Config, read_json, resolve
+from model import DTYPES, PRESETS, ROLES, Config, packs, read_json, resolve
 
 SPARE = 0.08  # share of the memory that is left to the driver, fragments and libraries
 ENOUGH = 128  # seats: rows to share one reading of the weights; more of them are worth less and less
@@ -104,6 +104,12 @@ def adapter(c: Config, rank: int) -> int:
     return c.layers * sum(rank * (len(parts) * d_in + sum(parts)) for d_in, parts in linears(c))
 
 
+def packed(c: Config, dtype: torch.dtype) -> int:
+    """Bytes of the copies that `Model.pack` makes on a CPU."""
+    matrices = sum(d_in * sum(parts) for d_in, parts in linears(c)) * c.layers + c.vocab * c.d
+    return matrices * dtype.itemsize if packs(parameters(c) * dtype.itemsize) else 0
+
+
 def blocks(c: Config, rank: int) -> tuple[int, int]:
     """Numbers in all A and in all block-diagonal B of a role, as the forward pass uses them."""
     A = sum(len(parts) * rank * d_in for d_in, parts in linears(c))
@@ -178,6 +184,7 @@ def budget(bodies: Sequence[Config], s: Settings) -> dict[str, int]:
     stacks = sum(ROLES * sum(blocks(c, k)) * s.dtype.itemsize for c, k in zip(bodies, widest))
     held = {
         "weights": sum(parameters(c) * s.dtype.itemsize + _tables(c) for c in bodies),
+        "weights again, packed": 0 if s.kernels else sum(packed(c, s.dtype) for c in bodies),
         "adapters": 4 * (n + n_sim),
         "adapters again, for decoding": stacks,
         "gradient": 4 * n,

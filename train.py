@@ -128,7 +128,7 @@ FLAGS = [
         False,
         "keep no activations of the layers (chosen where memory is short; a third slower)",
     ),
-    Flag("reward", ("f1", "em"), "f1", "of the answer, as in eval.py"),
+    Flag("reward", ("f1", "em"), "f1", "of the answer, as in questions.py"),
     Flag("shuffle-rewards", bool, False, "a control: shuffled among siblings, rewards can teach nothing"),
     "lengths, in tokens",
     Flag("turns", int, 5, "searches before the last generation (not tokens)", toy=4, cpu=2),
@@ -464,7 +464,8 @@ def tell(a: argparse.Namespace, s: Setting, step: int, row: dict, trajectories: 
         f.write(json.dumps({"step": step + 1, **row}) + "\n")
     if step == 0 or (step + 1) % a.show_every == 0:
         best = max(trajectories, key=lambda t: (len(t.searches), t.answer is not None))
-        print("\n" + show(best, s.tok, sys.stdout.isatty()) + f"\n  -> golden: {best.question.answers}\n")
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print("\n" + show(best, s.tok, colour) + f"\n  -> golden: {best.question.answers}\n")
 
 
 # ------------------------------------------------------------------------------------------- before and after
