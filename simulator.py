@@ -403,6 +403,11 @@ def limits_for(args: argparse.Namespace, usual: Limits) -> Limits:
 
 def load_collection(args: argparse.Namespace) -> tuple[list[Question], Collector]:
     """The questions that --data names, and all of the collector but its tokenizer."""
+    for name, least in (("rows", 2), ("turns", 0), ("temperature", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if args.noise is not None and not 0 <= args.noise <= 1:
+        raise ValueError(f"--noise is a share, within 0..1, not {args.noise}")
     if args.data == "toy":
         if args.search != "toy":
             raise ValueError(f"--data toy is answered by --search toy, not {args.search}")
@@ -515,7 +520,10 @@ def add_collect(verbs) -> argparse.ArgumentParser:
     # what is kept
     c.add_argument("--rows", type=positive, required=True, help="half of them useful, half noisy")
     c.add_argument(
-        "--judge", choices=collecting.LABELS, default="judge", help="the label that becomes the quality"
+        "--judge",
+        choices=collecting.LABELS,
+        default="judge",
+        help="the label that becomes the quality (judge)",
     )
     c.add_argument(
         "--out", required=True, help="file of rows (JSON lines); beside it the log of all episodes"

@@ -346,6 +346,9 @@ def test_an_engine_that_fails_stops_the_run_and_keeps_what_is_done(tmp_path, mon
         ("--data toy --search none", "answered by --search toy"),
         ("--data questions.jsonl --search none --noise .3", "--noise is for --search toy"),
         ("--data questions.jsonl --search google", "unknown search engine"),
+        ("--data toy --search toy --noise 30", "within 0..1, not 30"),
+        ("--data toy --search toy --rows 1", "--rows must be at least 2"),
+        ("--data toy --search toy --turns -1", "--turns must be at least 0"),
     ],
 )
 def test_flags_that_contradict_each_other(tmp_path, monkeypatch, flags, complaint):
