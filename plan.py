@@ -182,9 +182,9 @@ def budget(bodies: Sequence[Config], s: Settings) -> dict[str, int]:
     n, n_sim = adapter(bodies[0], s.rank), adapter(bodies[-1], s.sim_rank)
     widest = [max(s.rank, s.sim_rank)] if len(bodies) == 1 else [s.rank, s.sim_rank]
     stacks = sum(ROLES * sum(blocks(c, k)) * s.dtype.itemsize for c, k in zip(bodies, widest))
+    again = 0 if s.kernels else sum(packed(c, s.dtype) for c in bodies)
     held = {
         "weights": sum(parameters(c) * s.dtype.itemsize + _tables(c) for c in bodies),
-        "weights again, packed": 0 if s.kernels else sum(packed(c, s.dtype) for c in bodies),
         "adapters": 4 * (n + n_sim),
         "adapters again, for decoding": stacks,
         "gradient": 4 * n,
@@ -192,6 +192,7 @@ def budget(bodies: Sequence[Config], s: Settings) -> dict[str, int]:
         f"cache of {s.seats} seats x {s.seat_tokens:,} tokens": cache(bodies, s),
         "bookkeeping of the seats": len(bodies) * s.seats * (16 * s.seat_tokens + 64),
     }
+    held |= {"weights again, packed": again} if again else {}
     feeding = max((acting(c, s) for c in bodies), key=lambda parts: sum(parts.values()))
     phases = {"learning": learning(bodies[0], s), "acting": feeding}
     height = max(sum(parts.values()) for parts in phases.values())
