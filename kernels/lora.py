@@ -95,9 +95,8 @@ def config(n: int, i: int, o: int, R: int, k: int, bits: int, t: Target) -> tupl
     blocks = triton.cdiv(n, rows["BLOCK_N"]) * triton.cdiv(R * k, columns["BLOCK_C"])
     splits = triton.next_power_of_2(max(1, min(8, i // 512, t.processors // 2 // blocks)))
     depth = {"BLOCK_I": _block(i, 1024 // bits), "num_warps": 4, "num_stages": 2 if t.hip else 4}
-    warps = 4 if t.arch == 100 else 8  # the other choice spills, and so do two stages
-    expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o, 64), "num_warps": warps}
-    return rows | columns | depth, rows | expand | {"num_stages": 1}
+    expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o, 1024 // bits), "num_warps": 8}
+    return rows | columns | depth, rows | expand | {"num_stages": 1}  # two spill
 
 
 def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale: Tensor) -> Tensor:
@@ -127,20 +126,21 @@ def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, role: Tensor, scale:
 lora = choose(lora_torch, lora_triton)
 
 
-def layers(m: measure.Model) -> Iterator[tuple[str, int, int, int]]:
+def layers(m: measure.Model, rank: int) -> Iterator[tuple[str, int, int, int]]:
     """The four fused linear layers: name, inputs, outputs, rank of all their adapters together."""
     q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    yield "qkv", m.d, q + 2 * kv, 3 * m.rank
-    yield "out", q, m.d, m.rank
-    yield "gate_up", m.d, 2 * m.ffn, 2 * m.rank
-    yield "down", m.ffn, m.d, m.rank
+    yield "qkv", m.d, q + 2 * kv, 3 * rank
+    yield "out", q, m.d, rank
+    yield "gate_up", m.d, 2 * m.ffn, 2 * rank
+    yield "down", m.ffn, m.d, rank
 
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """One row, all seats, and a prefill of 128 tokens a seat, through each of the four layers."""
-    for name, i, o, k in layers(m):
-        for b, T in ((1, 1), (m.seats, 1), (m.seats, 128 if m.seats > 3 else 3)):
-            yield _case(name, b, T, i, o, k, m.dtype, device)
+    for rank in (m.rank, 4 * m.rank):
+        for name, i, o, k in layers(m, rank):
+            for b, T in ((1, 1), (m.seats, 1), (m.seats, 128 if m.seats > 3 else 3)):
+                yield _case(name, b, T, i, o, k, m.dtype, device)
 
 
 def _case(name: str, b: int, T: int, i: int, o: int, k: int, dtype, device) -> measure.Case:

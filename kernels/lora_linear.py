@@ -70,7 +70,7 @@ def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Forward and backward of each of the four layers, over a training batch."""
-    for name, i, o, k in layers(m):
+    for name, i, o, k in layers(m, m.rank):
         yield _case(name, m.batch * m.length, i, o, k, m.dtype, device)
 
 

@@ -52,7 +52,7 @@ class Model:
     length: int = 2048  # tokens of each
     seats: int = 64  # rows decoded together
     context: int = 2048  # tokens that each has in the cache
-    rank: int = 64  # of the adapters
+    rank: int = 16  # of the adapters, and four times that
 
 
 TOY = Model("toy", 128, 4, 2, 32, 384, 416, torch.float32, 2, 63, 3, 65, 8)
