@@ -143,8 +143,8 @@ def head_chunk(c: Config, s: Settings, tokens: int) -> int:
         some = max(128, (160 << 20) // (c.vocab * size) // 128 * 128)
         partials = min(tokens, 2048) * 24 * math.ceil(c.vocab / 128)  # forward, of each stripe of words
         return max(min(tokens, some) * c.vocab * size, partials)
-    some = max(128, (1 << 20) // c.vocab)  # three such tensors in fp32, the logits before they are widened
-    return min(tokens, some) * c.vocab * (12 + size % 4)
+    words = min(2048, c.vocab)  # three tiles in fp32, and those words' rows of the head, widened
+    return min(tokens, (1 << 20) // words) * words * 12 + (words * c.d * 4 if size < 4 else 0)
 
 
 def learning(c: Config, s: Settings) -> dict[str, float]:

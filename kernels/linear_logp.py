@@ -10,7 +10,9 @@ and t = sum e^(z - m) (z - m). From all the stripes of a row
     lse = m' + log s'        H = log s' - t' / s'
 
 Backward: some hundreds of tokens at a time, z once more and its gradient dz (linear_logp_backward.py), then
-dh = dz W / tau by cuBLAS. The kernels work in base 2 (z log2 e): an exponential is then one instruction.
+dh = dz W / tau by cuBLAS. The reference goes tile by tile both ways, in fp32 also for halves: logits rounded
+to bf16 make p wrong by a percent. The kernels work in base 2 (z log2 e): an exponential is then one
+instruction.
 
     python -m kernels.linear_logp        the benchmark
 """
@@ -23,40 +25,68 @@ from torch import Tensor
 
 from . import measure
 from .launch import check, choose, target, tl, triton
-from .linear_logp_backward import dlogits_torch, dlogits_triton, wide_logits
-from .logits_tile import chunks, config, first_row_and_word, logits_tile
+from .linear_logp_backward import dlogits_torch, dlogits_triton
+from .logits_tile import chunks, config, first_row_and_word, logits_tile, wide
 
-CHUNK = 1 << 20  # logits that the reference holds at a time: they stay in a CPU's cache
+TILE = 1 << 20  # logits that the reference holds at a time: they stay in a CPU's cache
+WORDS = 2048  # of them in a row, at most
 STRIPED = 2048  # tokens a launch: the partials of their stripes take up to 58 MB at V = 151,936
 BUFFER = 160 << 20  # bytes of dz held at a time: 512 tokens at V = 151,936 in bf16
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _tiles(h: Tensor, W: Tensor, tau: float) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows, words, those words' rows of W and the tile of logits (rows, words), all in fp32 or wider."""
+    h, step = wide(h), TILE // min(WORDS, len(W))
+    for v in chunks(len(W), WORDS):
+        w = wide(W[v])
+        for n in chunks(len(h), step):
+            yield n, v, w, (h[n] @ w.T).div_(tau)
+
+
+def _within(targets: Tensor, v: slice) -> tuple[Tensor, Tensor]:
+    """targets (N,) -> which of them are among the words v, and where (others: anywhere)."""
+    at = targets - v.start
+    return (at >= 0) & (targets < v.stop), at.clamp(0, v.stop - v.start - 1)
 
 
 def _statistics_torch(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
     """h (N, d), W (V, d), targets (N,) -> log-probs, entropies and log-sum-exps (N,), in fp32 or wider."""
-    logp, entropy, lse = (_wide(h[:, 0]).new_empty(len(h)) for _ in range(3))
-    for c in chunks(len(h), max(128, CHUNK // len(W))):
-        z = wide_logits(h[c], W).div_(tau)  # (C, V)
-        top = z.amax(-1, keepdim=True)
-        e = z.sub_(top).exp()
-        s = e.sum(-1)
-        logp[c] = z.gather(1, targets[c, None])[:, 0] - s.log()
-        entropy[c] = s.log() - torch.linalg.vecdot(e, z) / s
-        lse[c] = top[:, 0] + s.log()
-    return logp, entropy, lse
+    s, t, z_at, top = wide(h[:, 0]).new_zeros(4, len(h))
+    top -= 1e30
+    for n, v, _, z in _tiles(h, W, tau):
+        mine, at = _within(targets[n], v)
+        z_at[n] = torch.where(mine, z.gather(1, at[:, None])[:, 0], z_at[n])
+        higher = torch.maximum(top[n], z.amax(-1))
+        e = z.sub_(higher[:, None]).exp()
+        gap = top[n] - higher
+        t[n] = gap.exp() * (t[n] + gap * s[n]) + torch.linalg.vecdot(e, z)
+        s[n] = gap.exp() * s[n] + e.sum(-1)
+        top[n] = higher
+    return z_at - top - s.log(), s.log() - t / s, top + s.log()
+
+
+def _gradient_torch(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
+    """All (N, ...) but W and tau; dentropy may be None -> the gradient of h (N, d), in fp32 or wider."""
+    dh = wide(h).new_empty(h.shape)
+    for n, v, w, z in _tiles(h, W, tau):
+        dz = dlogits_torch(z, lse[n], entropy[n], dlogp[n], None if dentropy is None else dentropy[n])
+        mine, at = _within(targets[n], v)
+        dz.scatter_add_(1, at[:, None], torch.where(mine, dlogp[n], 0)[:, None]).div_(tau)
+        if v.start:
+            dh[n].addmm_(dz, w)
+        else:
+            torch.mm(dz, w, out=dh[n])
+    return dh
 
 
 class _LinearLogp(torch.autograd.Function):
-    """For the reference and for the kernels, which differ in `statistics` and `dlogits`."""
+    """For the reference and for the kernels, which differ in `statistics` and `gradient`."""
 
     @staticmethod
-    def forward(ctx, h, W, targets, tau, statistics, dlogits, step):
+    def forward(ctx, h, W, targets, tau, statistics, gradient):
         logp, entropy, lse = statistics(h, W, targets, tau)
         ctx.save_for_backward(h, W, targets, lse, entropy)
-        ctx.tau, ctx.dlogits, ctx.step = tau, dlogits, step
+        ctx.tau, ctx.gradient = tau, gradient
         ctx.set_materialize_grads(False)
         return logp, entropy
 
@@ -64,12 +94,9 @@ class _LinearLogp(torch.autograd.Function):
     def backward(ctx, dlogp, dentropy):
         h, W, targets, lse, entropy = ctx.saved_tensors
         dlogp = torch.zeros_like(lse) if dlogp is None else dlogp.contiguous()
-        dh = torch.empty_like(h)
-        for c in chunks(len(h), ctx.step):
-            mine = None if dentropy is None else dentropy[c].contiguous()
-            dz = ctx.dlogits(h[c], W, targets[c], ctx.tau, lse[c], entropy[c], dlogp[c], mine)
-            torch.mm(dz, W, out=dh[c])
-        return dh, None, None, None, None, None, None
+        dentropy = None if dentropy is None else dentropy.contiguous()
+        dh = ctx.gradient(h, W, targets, ctx.tau, lse, entropy, dlogp, dentropy)
+        return dh.to(h.dtype), None, None, None, None, None
 
 
 def linear_logp_torch(
@@ -79,8 +106,7 @@ def linear_logp_torch(
 
     Gradients flow into h alone: the head is frozen.
     """
-    step = max(128, CHUNK // len(W))
-    return _LinearLogp.apply(h, W, targets, temperature, _statistics_torch, dlogits_torch, step)
+    return _LinearLogp.apply(h, W, targets, temperature, _statistics_torch, _gradient_torch)
 
 
 @triton.jit
@@ -150,6 +176,16 @@ def _statistics_triton(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tup
     return logp, entropy, lse
 
 
+def _gradient_triton(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
+    """As _gradient_torch, in the type of h; log-sum-exps are in base 2."""
+    dh = torch.empty_like(h)
+    for n in chunks(len(h), max(128, BUFFER // (len(W) * h.element_size()) // 128 * 128)):
+        mine = None if dentropy is None else dentropy[n]
+        dz = dlogits_triton(h[n], W, targets[n], tau, lse[n], entropy[n], dlogp[n], mine)
+        torch.mm(dz, W, out=dh[n])
+    return dh
+
+
 def linear_logp_triton(
     h: Tensor, W: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -161,9 +197,8 @@ def linear_logp_triton(
     check(h.dtype == W.dtype, f"h is {h.dtype}, W {W.dtype}: must be the same")
     check(h.dtype != torch.float64, "fp64 has no kernel: set KERNELS=torch")
     check(W.is_contiguous(), "W must be contiguous: it is too large to copy")
-    step = max(128, BUFFER // (len(W) * h.element_size()) // 128 * 128)
     h, targets = h.contiguous(), targets.contiguous()
-    return _LinearLogp.apply(h, W, targets, temperature, _statistics_triton, dlogits_triton, step)
+    return _LinearLogp.apply(h, W, targets, temperature, _statistics_triton, _gradient_triton)
 
 
 linear_logp = choose(linear_logp_torch, linear_logp_triton)

@@ -8,37 +8,19 @@ multiplies it by W. The logits are computed again: keeping them is what this fil
 
 import math
 
-import torch
 from torch import Tensor
 
 from .launch import target, tl, triton
-from .logits_tile import chunks, config, first_row_and_word, logits_tile
-
-WORDS = 4096  # rows of a head of halves that are widened at a time on a CPU
+from .logits_tile import config, first_row_and_word, logits_tile
 
 
-def wide_logits(h: Tensor, W: Tensor) -> Tensor:
-    """h (N, d), W (V, d) -> h W^T (N, V) in fp32 or wider: rounded to bf16 they make p wrong by a percent."""
-    if h.dtype not in (torch.bfloat16, torch.float16):
-        return h @ W.T
-    if h.is_cuda and torch.version.hip is None:
-        return torch.mm(h, W.T, out_dtype=torch.float32)
-    z, h = h.new_empty(len(h), len(W), dtype=torch.float32), h.float()
-    for v in chunks(len(W), WORDS):
-        z[:, v] = h @ W[v].float().T
-    return z
-
-
-def dlogits_torch(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
-    """All (N, ...) but W and tau; dentropy may be None -> the gradient of h W^T, (N, V) in the type of h."""
-    dz = wide_logits(h, W).div_(tau).sub_(lse[:, None])  # (N, V) log p
+def dlogits_torch(z, lse, entropy, dlogp, dentropy) -> Tensor:
+    """z (N, words), others (N,), dentropy may be None -> tau dz, but for the targets' share; z is used up."""
+    z.sub_(lse[:, None])  # log p
     if dentropy is None:
-        dz.exp_().mul_(-dlogp[:, None])
-    else:
-        p = dz.exp()
-        dz.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None]).mul_(p).neg_()
-    dz.scatter_add_(1, targets[:, None], dlogp[:, None])
-    return dz.div_(tau).to(h.dtype)
+        return z.exp_().mul_(-dlogp[:, None])
+    p = z.exp()
+    return z.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None]).mul_(p).neg_()
 
 
 @triton.jit
@@ -77,7 +59,7 @@ def _dlogits(
 
 
 def dlogits_triton(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
-    """As dlogits_torch, with log-sum-exps in base 2."""
+    """h (N, d), W (V, d), others (N,), log-sum-exps in base 2 -> dz (N, V), in the type of h."""
     (N, d), V, c = h.shape, len(W), config(h.dtype, h.size(1), target())
     dz = h.new_empty(N, V)
     grid = (triton.cdiv(N, c["BLOCK_N"]) * triton.cdiv(V, c["BLOCK_V"]),)

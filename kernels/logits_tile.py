@@ -9,6 +9,7 @@ Not here: what is done with the logits; that is the business of linear_logp.py a
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from .launch import Target, tl, triton
 
@@ -57,3 +58,8 @@ def config(dtype: torch.dtype, d: int, t: Target) -> dict:
 def chunks(n: int, step: int) -> Iterator[slice]:
     """0..n in slices of at most `step`."""
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
