@@ -448,7 +448,7 @@ def episodes_of(p: Run, name: str, home: str, dtype: torch.dtype, n_threads: int
     progress("episodes", name)
     with stretched(home, w.context + 1) as longer, threads(n_threads):
         body, theirs = two_roles(models.load(longer, dtype, DEVICE)), transformers_body(longer, dtype)
-        seats = w.rows * 4 // 3 + 2  # as train.py has them
+        seats = 2 * w.rows  # as train.py has them
         engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, seats, w.context + 1)
         generate_ours(engine, [[1, 2, 3]], 2, 1.0), generate_theirs(theirs, [[1, 2, 3]], 2, 1.0)  # warm
 
@@ -699,7 +699,7 @@ def group_rows(p: Run, body: Model) -> Iterator[Row]:
     optimizer = torch.optim.AdamW([body.adapter(POLICY)], lr=1e-5)
     for group in sizes:
         w = Workload(1, group, 64, 2, *p.few((4, 8, 8), (16, 48, 64)), 32, body.config.vocab)
-        engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, group * 4 // 3 + 2, w.context + 1)
+        engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, 2 * group, w.context + 1)
 
         def act(e=engine, w=w) -> list[Trajectory]:
             return e.run([forced_episode(w, row) for row in range(w.rows)])
@@ -887,7 +887,7 @@ def step_rows(p: Run, c: Config) -> Iterator[Row]:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / card))
         s = plan.Settings(seat_tokens=w.context + 1)
-        s, _ = plan.fit([c], gib * 2**30, s, useful=w.rows * 4 // 3 + 2)
+        s, _ = plan.fit([c], gib * 2**30, s, useful=2 * w.rows)
         yield step_row(f"a step of {w.questions} x {w.group} in {gib:.0f} GiB", c, w, s, "cuda")
     torch.cuda.set_per_process_memory_fraction(1.0)
 

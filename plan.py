@@ -220,7 +220,7 @@ def table(b: dict[str, int]) -> str:
 
 
 def fit(
-    bodies: Sequence[Config], memory: float, s: Settings, useful: int = 428
+    bodies: Sequence[Config], memory: float, s: Settings, useful: int = 640
 ) -> tuple[Settings, dict[str, int]]:
     """Choose what `s` leaves open (0 or None) so that a step fits into `memory` bytes, less SPARE.
 

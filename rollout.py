@@ -618,7 +618,7 @@ class Engine:
             if shared and seats < 2:
                 raise ValueError("two roles need at least 2 seats: one to wait in, one to write documents in")
             if id(model) not in pools:
-                reserve = max(1, seats // 4) if shared else 0
+                reserve = max(1, 2 * seats // 5) if shared else 0
                 pools[id(model)] = Pool(model, tok, seats, capacity, prefill, reserve)
         self.pools = {role: pools[id(model)] for role, (model, _) in bodies.items()}
 

@@ -299,8 +299,8 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
         a.seats, a.seat_tokens, a.micro_tokens, a.recompute or None, a.rank, sim_rank,
         models.DTYPES[a.dtype], a.device != "cpu",
     )  # fmt: skip
-    useful = max(2, a.questions * a.group * (1 if at_server(a) else 4 / 3) // 1 + 2)
-    settled, budget = plan.fit(shapes, memory, given, int(useful))
+    useful = a.questions * a.group * (1 if at_server(a) else 2)  # all may wait for documents at once
+    settled, budget = plan.fit(shapes, memory, given, useful)
     a.seats, a.micro_tokens, a.recompute = settled.seats, settled.micro_tokens, bool(settled.recompute)
     return f"plan for {memory / 2**30:.1f} GiB: {settled}\n{plan.table(budget)}"
 

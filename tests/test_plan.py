@@ -139,7 +139,7 @@ def test_the_settings_found_fit_and_are_not_timid():
         s, b = plan.fit(bodies, gib * 2**30, Settings())
         room = gib * 2**30 * (1 - plan.SPARE)
         assert b == plan.budget(bodies, s) and b["total"] <= room
-        assert s.seats == 428 or plan.budget(bodies, replace(s, seats=s.seats + 1))["total"] > room
+        assert s.seats == 640 or plan.budget(bodies, replace(s, seats=s.seats + 1))["total"] > room
     small, large = (plan.fit(bodies, gib * 2**30, Settings())[0] for gib in (16, 80))
     assert small.recompute and not large.recompute and large.seats > small.seats
 

@@ -264,7 +264,7 @@ def test_shared_prompts_change_no_result(body, monkeypatch):
     clear = Pool.clear
     monkeypatch.setattr(Pool, "clear", lambda pool: (clear(pool), setattr(pool, "prompts", Nothing())))
     got, stats = roam(body, 5)
-    assert stats.copied == 0 and got == want
+    assert stats.copied == 0 and [g[0] for g in got] == [w[0] for w in want]
 
 
 def test_rows_that_are_not_on_change_nothing(body, monkeypatch):
