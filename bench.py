@@ -315,8 +315,31 @@ def agreement(theirs, rows: list[list[int]], a: list[list[int]], b: list[list[in
     return f"{equal:.1%} of greedy ids equal; rows part at {max(gaps):.0f} steps of the type at most"
 
 
+@torch.inference_mode()
+def products_alone(body: Model, rows: int, fed: int, sampled: int) -> float:
+    """Seconds of the matrix products of so many rows' prompts and tokens: with nothing else, a limit."""
+
+    def seconds(tokens: int, head: bool) -> float:
+        x = {
+            n: torch.randn(tokens, n, dtype=body.dtype, device=DEVICE)
+            for n in (linear.d_in for linear in linears)
+        }
+
+        def multiply():
+            for linear in linears:
+                linear(x[linear.d_in], None)
+            if head:
+                body.logits(x[body.config.d])
+
+        return min(timed(multiply) for _ in range(3))
+
+    linears = list(body.linears())
+    return seconds(rows * fed, False) + sampled * seconds(rows, True)
+
+
 def sampling(p: Run) -> Iterator[Row]:
-    """The engine against `transformers.generate`: greedy, and at the end once at temperature 1."""
+    """The engine against `transformers.generate`: greedy, and at the end once at temperature 1. "Products
+    alone" is what the matrix products of prompts and tokens would allow us, were there nothing else."""
     yield from sampling_of(p, "toy", models.PRESETS["tiny"], torch.float32, 1)
     if p.checkpoint:
         for dtype in (torch.float32, torch.bfloat16):
@@ -348,6 +371,8 @@ def sampling_of(p: Run, name: str, home: str, dtype: torch.dtype, n_threads: int
                 ours_says(4), theirs_says(4)  # to warm up
                 spans = alternate(p, ours_says, theirs_says)
                 note = "" if temperature else agreement(theirs, rows, said["ours"], said["theirs"])
+                limit = batch * n / products_alone(ours, batch, start, n)
+                note = "; ".join(filter(None, (note, f"products alone: {limit:,.0f} tok/s")))
                 how = ", temperature 1" if temperature else ""
                 yield versus(f"{name} {kind}, batch {batch}, {n} tokens{how}", spans, batch * n, note)
 
