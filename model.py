@@ -569,7 +569,7 @@ def load_adapter(model: Model, role: int, path: str | Path) -> None:
     Raises ValueError where the adapter uses what this network does not implement, or does not fit the body.
     """
     path = Path(path)
-    c = read_json(path / "adapter_config.json", "a PEFT adapter directory")
+    c = read_json(path / "adapter_config.json", "a PEFT adapter directory", r=int, lora_alpha=(int, float))
     for key in (
         "use_dora",
         "use_rslora",
@@ -706,7 +706,7 @@ def _shards(path: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
-    names = sorted(set(read_json(index, "a sharded checkpoint")["weight_map"].values()))
+    names = sorted(set(read_json(index, "a sharded checkpoint", weight_map=dict)["weight_map"].values()))
     absent = [n for n in names if not (path / n).exists()]
     if absent:
         raise ValueError(f"{path}: the shard {absent[0]} is missing: download the checkpoint again")
@@ -724,8 +724,11 @@ def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{file} is corrupt ({e}): download it again") from None
 
 
-def read_json(file: Path, what: str) -> dict:
-    """Read a JSON object. Raises ValueError that names the file and what it should belong to."""
+def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
+    """Read a JSON object. Raises ValueError that names the file and what it should belong to.
+
+    needed: names that it must have, with the type of their values.
+    """
     if not file.exists():
         raise ValueError(f"{file} does not exist: {file.parent} is not {what}")
     try:
@@ -734,6 +737,9 @@ def read_json(file: Path, what: str) -> dict:
         raise ValueError(f"{file} is not JSON ({e})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} does not hold a JSON object")
+    for name, kind in needed.items():
+        if not isinstance(value.get(name), kind):
+            raise ValueError(f"{file} has no {name}, or not as it should be: is {file.parent} {what}?")
     return value
 
 

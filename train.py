@@ -582,7 +582,8 @@ def open_run(given: dict[str, object]) -> tuple[argparse.Namespace, bool]:
         return a, False
     if "out" not in given:
         raise ValueError("--resume needs the --out of the run to go on with")
-    old = models.read_json(Path(given["out"]) / "args.json", "the directory of a run")
+    file = Path(given["out"]) / "args.json"
+    old = models.read_json(file, "the directory of a run", given=dict, settled=dict)
     free = ("out", "resume", "save-every", "show-every")
     unlike = [k for k, v in given.items() if k not in free and v != old["settled"].get(k.replace("-", "_"))]
     if unlike:

@@ -245,3 +245,26 @@ def test_missing_and_corrupt_files(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         M.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, text, read",
+    [
+        ("model.safetensors.index.json", '{"metadata": {}}', lambda path: M._shards(path)),
+        (
+            "adapter_config.json",
+            '{"peft_type": "LORA"}',
+            lambda path: M.load_adapter(None, POLICY, path),
+        ),
+        (
+            "adapter_config.json",
+            '{"r": "8", "lora_alpha": 16}',
+            lambda path: M.load_adapter(None, POLICY, path),
+        ),
+    ],
+)
+def test_json_that_lacks_what_is_needed_is_one_clear_line(tmp_path, name, text, read):
+    """A file cut short or of another program would end in a KeyError, which tells a user nothing."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} has no (weight_map|r|lora_alpha), or not as it should be"):
+        read(tmp_path)
