@@ -25,36 +25,18 @@ from torch import Tensor
 
 from . import measure
 from .launch import check, choose, target, tl, triton
-from .linear_logp_backward import dlogits_torch, dlogits_triton
-from .logits_tile import chunks, config, first_row_and_word, logits_tile, wide
+from .linear_logp_backward import gradient_torch, gradient_triton
+from .logits_tile import chunks, config, first_row_and_word, logits_tile, tiles, wide, within
 
-TILE = 1 << 20  # logits that the reference holds at a time: they stay in a CPU's cache
-WORDS = 2048  # of them in a row, at most
 STRIPED = 2048  # tokens a launch: the partials of their stripes take up to 58 MB at V = 151,936
-BUFFER = 160 << 20  # bytes of dz held at a time: 512 tokens at V = 151,936 in bf16
-
-
-def _tiles(h: Tensor, W: Tensor, tau: float) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Rows, words, those words' rows of W and the tile of logits (rows, words), all in fp32 or wider."""
-    h, step = wide(h), TILE // min(WORDS, len(W))
-    for v in chunks(len(W), WORDS):
-        w = wide(W[v])
-        for n in chunks(len(h), step):
-            yield n, v, w, (h[n] @ w.T).div_(tau)
-
-
-def _within(targets: Tensor, v: slice) -> tuple[Tensor, Tensor]:
-    """targets (N,) -> which of them are among the words v, and where (others: anywhere)."""
-    at = targets - v.start
-    return (at >= 0) & (targets < v.stop), at.clamp(0, v.stop - v.start - 1)
 
 
 def _statistics_torch(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
     """h (N, d), W (V, d), targets (N,) -> log-probs, entropies and log-sum-exps (N,), in fp32 or wider."""
     s, t, z_at, top = wide(h[:, 0]).new_zeros(4, len(h))
     top -= 1e30
-    for n, v, _, z in _tiles(h, W, tau):
-        mine, at = _within(targets[n], v)
+    for n, v, _, z in tiles(h, W, tau):
+        mine, at = within(targets[n], v)
         z_at[n] = torch.where(mine, z.gather(1, at[:, None])[:, 0], z_at[n])
         higher = torch.maximum(top[n], z.amax(-1))
         e = z.sub_(higher[:, None]).exp()
@@ -63,20 +45,6 @@ def _statistics_torch(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tupl
         s[n] = gap.exp() * s[n] + e.sum(-1)
         top[n] = higher
     return z_at - top - s.log(), s.log() - t / s, top + s.log()
-
-
-def _gradient_torch(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
-    """All (N, ...) but W and tau; dentropy may be None -> the gradient of h (N, d), in fp32 or wider."""
-    dh = wide(h).new_empty(h.shape)
-    for n, v, w, z in _tiles(h, W, tau):
-        dz = dlogits_torch(z, lse[n], entropy[n], dlogp[n], None if dentropy is None else dentropy[n])
-        mine, at = _within(targets[n], v)
-        dz.scatter_add_(1, at[:, None], torch.where(mine, dlogp[n], 0)[:, None]).div_(tau)
-        if v.start:
-            dh[n].addmm_(dz, w)
-        else:
-            torch.mm(dz, w, out=dh[n])
-    return dh
 
 
 class _LinearLogp(torch.autograd.Function):
@@ -106,7 +74,7 @@ def linear_logp_torch(
 
     Gradients flow into h alone: the head is frozen.
     """
-    return _LinearLogp.apply(h, W, targets, temperature, _statistics_torch, _gradient_torch)
+    return _LinearLogp.apply(h, W, targets, temperature, _statistics_torch, gradient_torch)
 
 
 @triton.jit
@@ -176,16 +144,6 @@ def _statistics_triton(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tup
     return logp, entropy, lse
 
 
-def _gradient_triton(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
-    """As _gradient_torch, in the type of h; log-sum-exps are in base 2."""
-    dh = torch.empty_like(h)
-    for n in chunks(len(h), max(128, BUFFER // (len(W) * h.element_size()) // 128 * 128)):
-        mine = None if dentropy is None else dentropy[n]
-        dz = dlogits_triton(h[n], W, targets[n], tau, lse[n], entropy[n], dlogp[n], mine)
-        torch.mm(dz, W, out=dh[n])
-    return dh
-
-
 def linear_logp_triton(
     h: Tensor, W: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -198,7 +156,7 @@ def linear_logp_triton(
     check(h.dtype != torch.float64, "fp64 has no kernel: set KERNELS=torch")
     check(W.is_contiguous(), "W must be contiguous: it is too large to copy")
     h, targets = h.contiguous(), targets.contiguous()
-    return _LinearLogp.apply(h, W, targets, temperature, _statistics_triton, _gradient_triton)
+    return _LinearLogp.apply(h, W, targets, temperature, _statistics_triton, gradient_triton)
 
 
 linear_logp = choose(linear_logp_torch, linear_logp_triton)

@@ -2,16 +2,19 @@
 
     z = h W^T / tau        log p = z - lse(z)        dz = (onehot(target) - p) dlogp - p (log p + H) dH
 
-Here is dz alone, of some hundreds of tokens at a time, into a buffer in the type of h; linear_logp.py then
-multiplies it by W. The logits are computed again: keeping them is what this file is there to avoid.
+The kernel makes dz of some hundreds of tokens at a time, in a buffer in the type of h, and cuBLAS multiplies
+it by W. The logits are computed again: keeping them is what this file is there to avoid.
 """
 
 import math
 
+import torch
 from torch import Tensor
 
 from .launch import target, tl, triton
-from .logits_tile import config, first_row_and_word, logits_tile
+from .logits_tile import chunks, config, first_row_and_word, logits_tile, tiles, wide, within
+
+BUFFER = 160 << 20  # bytes of dz held at a time: 512 tokens at V = 151,936 in bf16
 
 
 def dlogits_torch(z, lse, entropy, dlogp, dentropy) -> Tensor:
@@ -21,6 +24,20 @@ def dlogits_torch(z, lse, entropy, dlogp, dentropy) -> Tensor:
         return z.exp_().mul_(-dlogp[:, None])
     p = z.exp()
     return z.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None]).mul_(p).neg_()
+
+
+def gradient_torch(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
+    """All (N, ...) but W and tau; dentropy may be None -> the gradient of h (N, d), in fp32 or wider."""
+    dh = wide(h).new_empty(h.shape)
+    for n, v, w, z in tiles(h, W, tau):
+        dz = dlogits_torch(z, lse[n], entropy[n], dlogp[n], None if dentropy is None else dentropy[n])
+        mine, at = within(targets[n], v)
+        dz.scatter_add_(1, at[:, None], torch.where(mine, dlogp[n], 0)[:, None]).div_(tau)
+        if v.start:
+            dh[n].addmm_(dz, w)
+        else:
+            torch.mm(dz, w, out=dh[n])
+    return dh
 
 
 @triton.jit
@@ -68,3 +85,13 @@ def dlogits_triton(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
         ENTROPY=dentropy is not None, **c,
     )  # fmt: skip
     return dz
+
+
+def gradient_triton(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
+    """As gradient_torch, in the type of h; log-sum-exps are in base 2."""
+    dh = torch.empty_like(h)
+    for n in chunks(len(h), max(128, BUFFER // (len(W) * h.element_size()) // 128 * 128)):
+        mine = None if dentropy is None else dentropy[n]
+        dz = dlogits_triton(h[n], W, targets[n], tau, lse[n], entropy[n], dlogp[n], mine)
+        torch.mm(dz, W, out=dh[n])
+    return dh

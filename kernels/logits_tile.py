@@ -3,6 +3,8 @@
 A program has BLOCK_N rows of h (N, d) and BLOCK_V rows of the head W (V, d), and walks along d in steps of
 BLOCK_D. Neighbouring programs have the same words, so that W streams through the L2 cache once.
 
+The reference has tiles too, of a size that stays in a CPU's cache: `tiles`.
+
 Not here: what is done with the logits; that is the business of linear_logp.py and linear_logp_backward.py.
 """
 
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor
 
 from .launch import Target, tl, triton
+
+TILE = 1 << 20  # logits that the reference holds at a time: they stay in a CPU's cache
+WORDS = 2048  # of them in a row, at most
 
 
 @triton.jit
@@ -63,3 +68,18 @@ def chunks(n: int, step: int) -> Iterator[slice]:
 def wide(x: Tensor) -> Tensor:
     """x in fp32, or in fp64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def tiles(h: Tensor, W: Tensor, tau: float) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows, words, those words' rows of W and the tile of logits (rows, words), all in fp32 or wider."""
+    h, step = wide(h), TILE // min(WORDS, len(W))
+    for v in chunks(len(W), WORDS):
+        w = wide(W[v])
+        for n in chunks(len(h), step):
+            yield n, v, w, (h[n] @ w.T).div_(tau)
+
+
+def within(targets: Tensor, v: slice) -> tuple[Tensor, Tensor]:
+    """targets (N,) -> which of them are among the words v, and where (others: anywhere)."""
+    at = targets - v.start
+    return (at >= 0) & (targets < v.stop), at.clamp(0, v.stop - v.start - 1)

@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from kernels import linear_logp_backward, logits_tile
 from kernels.linear_logp import linear_logp_torch, linear_logp_triton
 from kernels.measure import relative_rms
 
@@ -82,10 +83,17 @@ def test_one_gradient_alone(device, function):
 
 def test_backward_in_bounded_pieces(device, monkeypatch):
     """The buffer of dz holds some rows only: a piece that overwrote another's gradient would show here."""
-    module = import_module("kernels.linear_logp")  # `kernels.linear_logp` itself is the function
-    monkeypatch.setattr(module, "BUFFER", 1)
-    monkeypatch.setattr(module, "STRIPED", 64)
+    monkeypatch.setattr(linear_logp_backward, "BUFFER", 1)
+    # `kernels.linear_logp` itself is the function
+    monkeypatch.setattr(import_module("kernels.linear_logp"), "STRIPED", 64)
     compare(linear_logp_triton, *case(150, 70, 32, torch.float32, device), tau=1.0)
+
+
+def test_the_reference_in_tiles(device, monkeypatch):
+    """Words in several tiles, the last of them narrow: another tile's maximum or target must not be lost."""
+    monkeypatch.setattr(logits_tile, "WORDS", 32)
+    monkeypatch.setattr(logits_tile, "TILE", 32 * 40)
+    compare(linear_logp_torch, *case(150, 70, 32, torch.float32, device), tau=0.7)
 
 
 def test_extreme_logits_stay_finite(device):
