@@ -209,10 +209,13 @@ class Linear(nn.Module):
 
 
 def memory(free: bool = False) -> int:
-    """Bytes of this machine's memory, or of what is free of it (4 GiB where the system does not tell)."""
-    pages = "SC_AVPHYS_PAGES" if free else "SC_PHYS_PAGES"
-    known = pages in os.sysconf_names
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if known else 2**32
+    """Bytes of this machine's memory, or of what programs may still take (4 GiB where nothing tells)."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        name = "MemAvailable" if free else "MemTotal"
+        return next(int(line.split()[1]) * 1024 for line in info.open() if line.startswith(name))
+    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 if free else 1) if known else 2**32
 
 
 def packs(size: int) -> bool:

@@ -12,6 +12,7 @@ What this is not: an inference server. There is no paging, no preemption and no 
     trajectories = engine.run([episode(q, search, tok) for q in questions])
 """
 
+import math
 import re
 import time
 from collections import deque
@@ -534,7 +535,7 @@ class Pool:
         stats.decoded += len(seats)
         for seat in seats:
             seat.fed += 1
-        due = self.due[: self.busy].nonzero()[:, 0].tolist()  # the only transfer of a step
+        due = self.due[: self.busy].nonzero()[:, 0].tolist()  # all that is fetched, unless a turn may be over
         ended = [(seats[i], self.ended(seats[i])) for i in due]
         return [(seat.task, self.finish(seat, end)) for seat, end in ended if end]
 
@@ -587,6 +588,8 @@ class Pool:
         """Take a row out of the batch: its place goes to the last busy row."""
         r, n = seat.row, int(self.count[seat.row])
         ids, logps = self.ids[r, :n].tolist(), self.logps[r, :n].tolist()
+        if not math.isfinite(sum(logps)):
+            raise ValueError("sampling met logits that are not finite: use --dtype bf16 or fp32")
         seat.pending = ids[-1:]
         self.busy -= 1
         if r != self.busy:

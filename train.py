@@ -139,7 +139,7 @@ FLAGS = [
     Flag("sim-tokens", int, 600, "what the simulator writes for one search", toy=40, cpu=256),
     Flag("seat-tokens", int, 4096, "an episode, or a simulator's prompt and documents", toy=256, cpu=2048),
     Flag("seats", int, 0, "rows decoded together (not tokens; 0: as many as fit and are of use)"),
-    Flag("memory", float, 0.0, "GiB to plan for (0: nine tenths of what is free, on a CPU half of it)"),
+    Flag("memory", float, 0.0, "GiB to plan for (0: what is free, on a CPU half of it)"),
     "the simulator's fine-tuning (toy world only; elsewhere: python simulator.py sft, then --sim-adapter)",
     Flag("sft-steps", int, 0, "updates of the simulator before the policy's first", toy=250),
     Flag("sft-lr", float, 5e-3, "falls linearly to 0"),
@@ -173,7 +173,7 @@ def settle(given: dict[str, object]) -> argparse.Namespace:
     device, dtype = models.machine(given.get("device"), given.get("dtype"))
     in_toy = given.get("policy", "tiny") == "tiny" and not given.get("data")
     column = "toy" if in_toy else "cpu" if device == "cpu" else "default"
-    a = argparse.Namespace(toy=in_toy)
+    a = argparse.Namespace(toy=in_toy, going_on=False)
     for f in FLAGS:
         if isinstance(f, Flag):
             default = getattr(f, column)
@@ -291,25 +291,34 @@ def load_setting(a: argparse.Namespace) -> Setting:
 
 
 def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
-    """Settle the flags that memory decides; the budget as text. Raises ValueError where nothing fits."""
+    """Settle the flags that memory decides; the budget as text. Raises ValueError where nothing fits.
+
+    A run that goes on keeps what was settled at its start, whatever is free today.
+    """
     shapes = [plan.shape(str(home)) for home in homes]
     memory = a.memory * 2**30 or free_memory(a.device)
-    sim_rank = a.rank if a.sim_adapter or a.sft_steps else 0
-    given = plan.Settings(
-        a.seats, a.seat_tokens, a.micro_tokens, a.recompute or None, a.rank, sim_rank,
-        models.DTYPES[a.dtype], a.device != "cpu",
+    rank, sim_rank = (rank_of(a, adapter) for adapter in (a.adapter, a.sim_adapter))
+    settings = plan.Settings(
+        a.seats, a.seat_tokens, a.micro_tokens, a.recompute or None, rank,
+        sim_rank if a.sim_adapter or a.sft_steps else 0, models.DTYPES[a.dtype], a.device != "cpu",
     )  # fmt: skip
+    if a.going_on:
+        return f"as planned at the start: {settings}"
     useful = a.questions * a.group * (1 if at_server(a) else 2)  # all may wait for documents at once
-    settled, budget = plan.fit(shapes, memory, given, useful)
-    a.seats, a.micro_tokens, a.recompute = settled.seats, settled.micro_tokens, bool(settled.recompute)
-    return f"plan for {memory / 2**30:.1f} GiB: {settled}\n{plan.table(budget)}"
+    settings, budget = plan.fit(shapes, memory, settings, useful)
+    a.seats, a.micro_tokens, a.recompute = settings.seats, settings.micro_tokens, bool(settings.recompute)
+    return f"plan for {memory / 2**30:.1f} GiB: {settings}\n{plan.table(budget)}"
+
+
+def rank_of(a: argparse.Namespace, adapter: str) -> int:
+    """The rank of an adapter on disk, or of the one that is to be made."""
+    file = Path(adapter) / "adapter_config.json"
+    return models.read_json(file, "a PEFT adapter directory", r=int)["r"] if adapter else a.rank
 
 
 def free_memory(device: str) -> float:
-    """Bytes to plan for: nine tenths of what a GPU has free; half of it where other programs live too."""
-    if device != "cpu":
-        return 0.9 * torch.cuda.mem_get_info()[0]
-    return 0.5 * models.memory(free=True)
+    """Bytes to plan for: what a GPU has free; half of it on a CPU, where other programs live too."""
+    return torch.cuda.mem_get_info()[0] if device != "cpu" else 0.5 * models.memory(free=True)
 
 
 def check_prompts(questions: list[Question], tok: Tokenizer, words: Words, limit: int) -> None:
@@ -584,13 +593,15 @@ def open_run(given: dict[str, object]) -> tuple[argparse.Namespace, bool]:
         raise ValueError("--resume needs the --out of the run to go on with")
     file = Path(given["out"]) / "args.json"
     old = models.read_json(file, "the directory of a run", given=dict, settled=dict)
-    free = ("out", "resume", "save-every", "show-every")
+    free = ("out", "resume", "save-every", "show-every", "seats", "micro-tokens", "recompute", "memory")
     unlike = [k for k, v in given.items() if k not in free and v != old["settled"].get(k.replace("-", "_"))]
     if unlike:
         was = ", ".join(f"--{k} {old['settled'].get(k.replace('-', '_'))}" for k in unlike)
         raise ValueError(f"--resume with other arguments: the run in {given['out']} was begun with {was}")
     planned = {k: old["settled"][k.replace("-", "_")] for k in ("seats", "micro-tokens", "recompute")}
-    return settle(old["given"] | planned | given), True
+    a = settle(old["given"] | planned | given)
+    a.going_on = True
+    return a, True
 
 
 def save_state(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, facts: dict) -> None:

@@ -109,7 +109,8 @@ def config(rows: int, D: int, wide: bool, t: Target) -> dict:
         stages = stages if roomy or D <= 64 else min(stages, 2)
         return {"BM": 16, "BN": BN, "num_warps": 4, "num_stages": stages}
     if rows <= 64:
-        return {"BM": 64, "BN": 64 if t.arch in (90, 100) else 32, "num_warps": 4, "num_stages": stages}
+        blocks = {"BN": 32, "num_warps": 8} if mma else {"BN": 64, "num_warps": 4}  # sm_86 spills with 4
+        return {"BM": 64, "num_stages": stages} | blocks
     return {"BM": 128, "BN": 32 if mma and D > 64 else 64, "num_warps": 8, "num_stages": stages}
 
 
@@ -159,6 +160,7 @@ def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     yield _case(m, device, m.seats, 1, "decode")
     yield _case(m, device, m.seats, 1, "decode, unequal")
     yield _case(m, device, 1, 1, "decode")
+    yield _case(m, device, m.seats, 64 * m.kv_heads // m.heads, "a few tokens")
     yield _case(m, device, min(8, m.seats), m.context // 8, "extend")
     yield _case(m, device, min(8, m.seats), m.context, "prefill")
 

@@ -24,7 +24,7 @@ def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """mass (B, n), u (B,) in [0, 1), fp64 -> the index (B,) whose interval holds u; where in it."""
     cdf = mass.cumsum(-1)
     at = (u.clamp(max=1 - 2**-53) * cdf[:, -1])[:, None]
-    i = torch.searchsorted(cdf, at, right=True)  # (B, 1)
+    i = torch.searchsorted(cdf, at, right=True).clamp(max=mass.size(1) - 1)  # (B, 1); beyond for NaN alone
     mine = mass.gather(1, i)
     return i[:, 0], ((at - cdf.gather(1, i) + mine).clamp(min=0) / mine)[:, 0]
 
@@ -36,7 +36,8 @@ def _draw(p: Tensor, u: Tensor) -> Tensor:
     stripes = F.pad(p, (0, -p.size(1) % WIDTH)).unflatten(1, (-1, WIDTH))
     stripe, left = _invert(stripes.sum(-1).double(), u.double())
     mine = stripes[torch.arange(len(p), device=p.device), stripe]  # (B, WIDTH)
-    return stripe * WIDTH + _invert(mine.double(), left)[0]
+    ids = stripe * WIDTH + _invert(mine.double(), left)[0]
+    return ids.clamp(max=p.size(1) - 1)  # NaN alone may point into the padding
 
 
 def sample_torch(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,6 +95,7 @@ def _pick(
     top = tl.max(tops, 0)
     masses = tl.exp2((tops - top) * scale) * tl.load(p_mass + i, m, other=0.0)
     stripe, left = _inverted(masses, i_s, tl.load(p_u + row).to(tl.float32))
+    stripe = tl.minimum(stripe, n_stripes - 1)  # logits that are not finite choose none
     p_z += row.to(tl.int64) * s_row
     i_v = stripe * STRIPE + tl.arange(0, STRIPE)
     z = tl.load(p_z + i_v, i_v < n_words, other=-1e30).to(tl.float32)
@@ -101,6 +103,7 @@ def _pick(
     first = tl.load(p_first + i, m, other=n_words)
     first = tl.min(tl.where(tops == top, first, n_words), 0)
     chosen = tl.where(tl.load(p_temperature + row) == 0, first, chosen)
+    chosen = tl.minimum(chosen, n_words - 1)
     z = tl.load(p_z + chosen).to(tl.float32)
     tl.store(p_ids + row, chosen.to(tl.int64))
     tl.store(p_logp + row, 0.6931471805599453 * ((z - top) * scale - tl.log2(tl.sum(masses, 0))))

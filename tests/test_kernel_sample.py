@@ -99,3 +99,16 @@ def test_bad_input(device):
     for bad in ((logits, u, tau[:2]), (logits, u[:1], tau), (logits.T.contiguous().T, u, tau)):
         with pytest.raises(ValueError):
             sample_triton(*bad)
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("v", [300, 5000])
+def test_logits_that_are_not_finite_choose_a_word_without_log_prob(device, function, bad, v):
+    """After an overflow in fp16: an id beyond the vocabulary would read beyond the embedding, on a GPU in
+    silence. The engine sees that the log-prob is not finite."""
+    logits, u, tau = case(4, v, torch.float32, device)
+    logits[0], logits[1, 7], tau[2] = bad, bad, 0.0
+    logits[2] = bad
+    ids, logp = function(logits, u, tau)
+    assert (ids >= 0).all() and (ids < v).all() and not logp[:3].isfinite().any() and logp[3].isfinite()

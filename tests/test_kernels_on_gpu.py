@@ -22,7 +22,7 @@ def cases(file: str, model: str):
     return MODULES[file].cases(measure.MODELS[model], "cuda")
 
 
-@pytest.mark.parametrize("file", measure.FILES)
+@pytest.mark.parametrize("file", [file for file in measure.FILES if file != "sample"])
 def test_real_shapes_equal_the_reference(file):
     """Offsets beyond 2^31, a launch too large, blocks that only long rows reach: toy shapes have none."""
     for case in cases(file, "Qwen2.5-0.5B"):
@@ -68,3 +68,59 @@ def test_twice_the_same_bits(file):
     for case in cases(file, "Qwen2.5-0.5B"):
         once, again = (measure.tensors(case.run()) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True)), case.name
+
+
+def test_sampling_of_real_vocabularies():
+    """Sums of 151,936 words in another order move a boundary now and then: a neighbour is no error."""
+    from kernels.sample import sample_torch, sample_triton
+
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(512, 151936, device="cuda", dtype=torch.bfloat16)
+    u, tau = torch.rand(512, device="cuda"), torch.ones(512, device="cuda")
+    (mine, logp), (theirs, want) = (f(logits, u, tau) for f in (sample_triton, sample_torch))
+    same = mine == theirs
+    assert same.float().mean() > 0.95 and (logp - want)[same].abs().max() < 1e-4
+
+
+def test_the_engine_in_graphs_says_what_it_says_without(monkeypatch):
+    """Rows beyond the busy ones, addresses that changed since the recording, adapters that were trained in
+    between: each would make the episodes of a replayed graph other ones."""
+    from model import POLICY, SIMULATOR, Config, Model
+    from rollout import Engine, Pool, Turn
+
+    shape = Config("qwen2", 300, 64, 2, 4, 2, 32, 96, context=512)
+    body = Model(shape).init(0, std=0.3).cuda()
+    body.rotary()
+    for role in (POLICY, SIMULATOR):
+        body.add_role(role, 8, 16.0, role)
+
+    class Silent:
+        eos = frozenset()
+
+        def token_bytes(self, i):
+            return b""
+
+        def decode(self, ids):
+            return ""
+
+    def talk(n):
+        context, said = object(), []
+        for call in range(3):
+            given = [n + call + 1] * (5 + n)
+            policy = yield Turn(given, POLICY, 3 + n % 5, 1.0, (), (n, call, 1), context)
+            other = yield Turn(given + policy.ids, SIMULATOR, 4, 0.8, (), (n, call, 2))
+            said += policy.ids + other.ids
+        return said
+
+    def eager(pool, n):
+        pool.decode(n, pool.capacity, pool.role[:n], pool.on[:n])
+
+    engine, replay = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, 7, 128), Pool.replay
+    for seed in (1, 2):  # the second time the graphs are there, and the adapters are others
+        for role in (POLICY, SIMULATOR):
+            noise = torch.randn(body.adapter(role).shape, generator=torch.Generator().manual_seed(seed))
+            body.adapter(role).data += 0.05 * noise.cuda()
+        monkeypatch.setattr(Pool, "replay", replay)
+        graphs = engine.run(map(talk, range(12)))
+        monkeypatch.setattr(Pool, "replay", eager)
+        assert graphs == engine.run(map(talk, range(12)))
