@@ -109,8 +109,9 @@ def config(rows: int, D: int, wide: bool, t: Target) -> dict:
         stages = stages if roomy or D <= 64 else min(stages, 2)
         return {"BM": 16, "BN": BN, "num_warps": 4, "num_stages": stages}
     if rows <= 64:
-        blocks = {"BN": 32, "num_warps": 8} if mma else {"BN": 64, "num_warps": 4}  # sm_86 spills with 4
-        return {"BM": 64, "num_stages": stages} | blocks
+        narrow = mma or (t.arch == 90 and D > 64)  # wider ones spill in groups of 3 and 7
+        warps = 8 if mma and D > 64 else 4  # sm_86 spills with 4 at D = 128, sm_120 with 8 at D = 64
+        return {"BM": 64, "BN": 32 if narrow else 64, "num_warps": warps, "num_stages": stages}
     return {"BM": 128, "BN": 32 if mma and D > 64 else 64, "num_warps": 8, "num_stages": stages}
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import wait
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -466,7 +467,9 @@ def test_the_command_line_fails_in_one_line_and_can_be_interrupted(place):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"error: {p.address}/retrieve: answered 404")
-    waiting = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
+    waiting = subprocess.Popen(command, cwd=ROOT, preexec_fn=heard, **pipes)
     while len(p.requests) < 2:
         assert waiting.poll() is None
         time.sleep(0.05)
