@@ -362,12 +362,13 @@ class Collector:
 
 
 def raw_row(query: Query, documents: str) -> dict:
-    """A row that has no quality yet."""
+    """A row that has no quality yet. Its answer is the first golden one that stands in the documents."""
     question = query.question
+    held = [gold for gold in question.answers if stands(documents, [gold])]
     row = {
         "query": query.text,
         "question": question.text,
-        "answer": question.answers[0],
+        "answer": (held or question.answers)[0],
         "documents": documents,
     }
     return row | ({"earlier": [list(search) for search in query.earlier]} if query.earlier else {})

@@ -296,6 +296,8 @@ def _first_model(answer: object) -> str:
 
 def _said(answer: object) -> str:
     match answer:
-        case {"choices": [{"message": {"content": str(text)}}, *_]}:
+        case {"choices": [{"message": {"content": str(text)}} as choice, *_]}:
+            if (why := choice.get("finish_reason")) not in (None, "stop", "length"):
+                raise ValueError(f"an answer that was broken off: finish_reason {why!r}")
             return "\n".join(map(one_line, text.splitlines()))
     raise ValueError('no {"choices": [{"message": {"content": ...}}]}')

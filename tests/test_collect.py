@@ -527,3 +527,10 @@ def test_bodies_and_shortened_documents():
     with pytest.raises(StopIteration) as end:
         next(run)
     assert end.value.value == Documents("Doc 1: one two\nDoc 2: four")
+
+
+def test_a_row_holds_the_alias_that_its_documents_hold():
+    """A simulator told "NYC" for documents that say "New York" learns that answers need not stand there."""
+    query = Query("q", Question("big apple?", ("NYC", "New York")), (0,))
+    assert collect.raw_row(query, "Doc 1: New York is large")["answer"] == "New York"
+    assert collect.raw_row(query, "Doc 1: nothing")["answer"] == "NYC"

@@ -401,11 +401,15 @@ def test_a_named_model_is_not_asked_for(place):
     assert len(p.requests) == 1 and "Authorization" not in p.requests[0][2]
 
 
+ABORTED = {"choices": [{"message": {"content": "Doc 1: half a"}, "finish_reason": "abort"}]}
+
+
 @pytest.mark.parametrize(
     "answer, status, words",
     [
         ({"choices": []}, 200, 'no {"choices"'),
         (written(None), 200, 'no {"choices"'),
+        (ABORTED, 200, "broken off"),
         ({"error": {"message": "hunter2 is wrong"}}, 401, "*** is wrong"),
         ({"message": "maximum context length is 4096"}, 400, "maximum context length is 4096"),
         (HTML, 200, "no JSON"),
