@@ -30,7 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model import REFERENCE
-from questions import cover_em, is_parquet, normalise
+from questions import cover_em, hub_rows, is_parquet, normalise, numbered, parquet_rows
 from rollout import Documents, Engine, Limits, Query, Question, Search, Turn, Words, episode, fill
 from search import read_lines
 
@@ -129,11 +129,11 @@ def read_rows(source: str | Path, columns: dict[str, str] | None = None) -> list
     holds questions, no documents.) Raises ValueError that names file and line, or row, for what is broken.
     """
     path, parse = Path(source), partial(parse_row, columns=columns)
-    table = _hub(str(path)) if _on_hub(path) else _parquet(path) if is_parquet(path) else _listed(path)
-    if table is None:
-        rows = list(read_lines(path, parse))
+    if _on_hub(path):
+        table = hub_rows(str(path), split="train", instead="a file")
     else:
-        rows = [_numbered(source, i, row, parse) for i, row in enumerate(table, 1)]
+        table = parquet_rows(path) if is_parquet(path) else _listed(path)
+    rows = list(read_lines(path, parse) if table is None else numbered(source, table, parse))
     if not rows:
         raise ValueError(f"{source} holds no rows")
     return rows
@@ -141,27 +141,6 @@ def read_rows(source: str | Path, columns: dict[str, str] | None = None) -> list
 
 def _on_hub(path: Path) -> bool:
     return not path.exists() and str(path).count("/") == 1 and not path.suffix
-
-
-def _hub(name: str) -> Iterable[dict]:
-    """The rows of a set on the hub, or in its cache."""
-    from datasets import load_dataset  # slow to import
-
-    try:
-        return load_dataset(name, split="train")
-    except Exception as e:  # the hub's client raises dozens of types, all of them "could not be had"
-        reason = (str(e).strip() or repr(e)).splitlines()[0]
-        raise ValueError(f"could not download {name}: {reason}. Give a file") from None
-
-
-def _parquet(path: Path) -> list[dict]:
-    from pyarrow import ArrowException, parquet  # it comes with datasets, and is slow to import
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"{path} is damaged ({reason}): fetch or make it again") from None
 
 
 def _listed(path: Path) -> list[dict] | None:
@@ -176,13 +155,6 @@ def _listed(path: Path) -> list[dict] | None:
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is a list of other things than JSON objects")
     return rows
-
-
-def _numbered(source: str | Path, number: int, row: dict, parse: Callable[[dict], dict]) -> dict:
-    try:
-        return parse({k: v for k, v in row.items() if v is not None})
-    except ValueError as e:
-        raise ValueError(f"{source}, row {number}: {e}") from None
 
 
 def row_query(row: dict) -> Query:

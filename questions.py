@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rollout import Question
-from search import read_lines
+from search import Row, read_lines
 
 # ----------------------------------------------------------------------------------------------------- scores
 
@@ -113,9 +113,9 @@ def load_questions(source: str | Path, limit: int | None = None, train: bool = F
     where there is no file.
     """
     if str(source) in SETS and not Path(source).exists():
-        rows = map(parse_question, download(str(source), train))
+        rows = map(parse_question, set_rows(str(source), train))
     elif is_parquet(source):
-        rows = read_parquet(source)
+        rows = numbered(source, parquet_rows(source), parse_question)
     else:
         rows = read_lines(source, parse_question)
     questions = list(rows)
@@ -130,38 +130,49 @@ def draw(questions: list[Question], limit: int | None) -> list[Question]:
     return [questions[i] for i in sorted(numbers[:limit])]
 
 
+def set_rows(name: str, train: bool) -> Iterable[dict]:
+    """The rows of a set of `SETS`. Raises ValueError where it cannot be had."""
+    split = SETS[name][0 if train else 1]
+    if split is None:
+        raise ValueError(f"{name} has no questions to train on: it is a test set")
+    return hub_rows(HUB, name, split=split, instead="a question file")
+
+
 def is_parquet(path: str | Path) -> bool:
     """Told by the content, as gzip is: a parquet file begins with PAR1."""
     with open(path, "rb") as file:
         return file.read(4) == b"PAR1"
 
 
-def read_parquet(path: str | Path) -> Iterator[Question]:
-    """`parse_question` of each row. Raises ValueError with the number of a broken row, from 1."""
+def parquet_rows(path: str | Path) -> list[dict]:
+    """The rows of a parquet file. Raises ValueError where it is damaged."""
     from pyarrow import ArrowException, parquet  # it comes with datasets, and is slow to import
 
     try:
-        batches = parquet.ParquetFile(path).iter_batches()
-        rows = [row for batch in batches for row in batch.to_pylist()]
+        return [row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist()]
     except (ArrowException, OSError) as e:
         raise ValueError(f"{path} is damaged ({str(e).splitlines()[0]}): fetch or make it again") from None
-    for number, row in enumerate(rows, 1):
-        try:
-            question = parse_question({k: v for k, v in row.items() if v is not None})
-        except ValueError as e:
-            raise ValueError(f"{path}, row {number}: {e}") from None
-        yield question
 
 
-def download(name: str, train: bool) -> Iterable[dict]:
-    """The rows of a set of `SETS`, from the hub or its cache. Raises ValueError where it cannot be had."""
+def hub_rows(*where: str, split: str, instead: str) -> Iterable[dict]:
+    """The rows of a set on the hub, or in its cache; where: its repository, and its name in it if it has one.
+
+    Raises ValueError where it cannot be had, with the advice to give `instead`.
+    """
     from datasets import load_dataset  # not on every machine, and slow to import
 
-    split = SETS[name][0 if train else 1]
-    if split is None:
-        raise ValueError(f"{name} has no questions to train on: it is a test set")
     try:
-        return load_dataset(HUB, name, split=split)
+        return load_dataset(*where, split=split)
     except Exception as e:  # the hub's client raises dozens of types, all of them "could not be had"
-        reason = (str(e).strip() or repr(e)).splitlines()[0]
-        raise ValueError(f"could not download {name} from {HUB}: {reason}. Give a question file") from None
+        what, reason = " from ".join(reversed(where)), (str(e).strip() or repr(e)).splitlines()[0]
+        raise ValueError(f"could not download {what}: {reason}. Give {instead}") from None
+
+
+def numbered(source: str | Path, rows: Iterable[dict], parse: Callable[[dict], Row]) -> Iterator[Row]:
+    """`parse` of each row, without its nulls. Raises ValueError with the number of a broken row, from 1."""
+    for number, row in enumerate(rows, 1):
+        try:
+            parsed = parse({k: v for k, v in row.items() if v is not None})
+        except ValueError as e:
+            raise ValueError(f"{source}, row {number}: {e}") from None
+        yield parsed
