@@ -49,7 +49,7 @@ from rollout import (
 )
 from search import BM25, open_bm25, open_search
 from servers import Chat
-from simulator import Simulator, words_for
+from simulator import Simulator, limits_for, words_for
 from tokenizer import Tokenizer
 
 __all__ = ["evaluate", "load_words", "show_progress", "summarise", "table"]  # what training asks for
@@ -382,15 +382,6 @@ def open_engine(args: argparse.Namespace, tok: Tokenizer | None = None) -> Searc
     return simulator if own else toy.shuffled(simulator)
 
 
-def limits_for(args: argparse.Namespace, usual: Limits) -> Limits:
-    """The usual limits with those of the flags. A prompt may take half of an episode; --ask: always."""
-    told = {"turns": args.turns, "turn": args.turn_tokens}
-    told |= {"observation": args.observation_tokens, "episode": args.episode_tokens}
-    limits = replace(usual, **{k: v for k, v in told.items() if v is not None})
-    half = limits.episode // 2
-    return replace(limits, prompt=half if args.ask else min(usual.prompt, half))
-
-
 def words_of(args: argparse.Namespace) -> Words:
     """The policy's words for the mode: of a file, of the toy world, or the usual ones."""
     words = MODE_WORDS[args.mode]
@@ -420,6 +411,8 @@ class Setting:
 def setting(args: argparse.Namespace) -> Setting:
     """Load and open what the flags name."""
     limits = limits_for(args, toy.LIMITS if "toy" in (args.data, args.search) else LIMITS)
+    if args.ask:
+        limits = replace(limits, prompt=limits.episode // 2)  # a question of one's own may be a long one
     words = words_of(args)
     here = args.search == "sim" and not elsewhere(args)
     names = {POLICY: args.policy} | ({SIMULATOR: args.sim or args.policy} if here else {})
