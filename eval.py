@@ -48,7 +48,7 @@ from rollout import (
     harmless,
 )
 from search import BM25, open_bm25, open_search
-from servers import Chat
+from servers import Chat, is_address
 from simulator import Simulator, limits_for, words_for
 from tokenizer import Tokenizer
 
@@ -343,7 +343,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--ask needs a question")
     if args.ask is not None and args.search == "sim" and not args.answer:
         raise ValueError("a simulator is told the golden answer, in order to write documents: give --answer")
-    if elsewhere(args) and args.sim_adapter:
+    if args.search == "sim" and is_address(args.sim) and args.sim_adapter:
         raise ValueError("--sim-adapter cannot be sent to a server: let --sim serve it")
     if not 0 <= args.noise <= 1:
         raise ValueError(f"--noise is a share, within 0..1, not {args.noise}")
@@ -364,18 +364,13 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--resume goes on with what --json FILE has kept: give both")
 
 
-def elsewhere(args: argparse.Namespace) -> bool:
-    """Whether the simulator is a server's, and not a body here."""
-    return args.search == "sim" and (args.sim or "").startswith(("http://", "https://"))
-
-
 def open_engine(args: argparse.Namespace, tok: Tokenizer | None = None) -> Search:
     """The search that --search names; `tok` is the simulator's tokenizer."""
     if args.search == "toy":
         return partial(toy.World(args.world).lookup, noise=args.noise)
     if args.search != "sim":
         return open_search(args.search, args.documents)
-    server = Chat(args.sim) if elsewhere(args) else None
+    server = Chat(args.sim) if is_address(args.sim) else None
     own = server or args.sim_adapter or args.sim_prompt or args.data != "toy"
     words = words_for(args.sim_adapter, args.sim_prompt) if own else toy.SIM_WORDS
     simulator = Simulator(tok, words, args.noise, limit=600 if own else 40, server=server)
@@ -414,7 +409,7 @@ def setting(args: argparse.Namespace) -> Setting:
     if args.ask:
         limits = replace(limits, prompt=limits.episode // 2)  # a question of one's own may be a long one
     words = words_of(args)
-    here = args.search == "sim" and not elsewhere(args)
+    here = args.search == "sim" and not is_address(args.sim)
     names = {POLICY: args.policy} | ({SIMULATOR: args.sim or args.policy} if here else {})
     homes = {role: models.resolve(name) for role, name in names.items()}
     toks = {home: Tokenizer.load(home) for home in dict.fromkeys(homes.values())}

@@ -243,6 +243,11 @@ def _retry_after(response: http.client.HTTPResponse) -> int:
     return int(told) if re.fullmatch("[0-9]{1,6}", told) else 0
 
 
+def is_address(name: str | None) -> bool:
+    """Whether a name is a server's address, and not a body's."""
+    return (name or "").startswith(("http://", "https://"))
+
+
 def environment_key(name: str) -> str:
     """A key from the environment, "" where there is none. Raises ValueError for what no header can hold."""
     key = os.environ.get(name, "").strip()

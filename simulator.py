@@ -41,7 +41,7 @@ from prompts import PROMPTED_WORDS, SFT_WORDS, SimWords, load_words, messages, p
 from questions import load_questions
 from rollout import DOCUMENTS, WORDS, Documents, Engine, Limits, Query, Question, Turn, coin, uniforms
 from search import open_search
-from servers import Chat
+from servers import Chat, is_address
 from sft import Example, Progress, adamw, fine_tune, held_out_loss
 from tokenizer import Tokenizer
 
@@ -348,7 +348,7 @@ def column_names(text: str | None) -> dict[str, str]:
 def load_simulator(args: argparse.Namespace) -> tuple[Model | None, Simulator]:
     """The simulator that the flags name, and its body with its adapter: None where --sim is a server."""
     words = words_for(args.adapter, args.sim_prompt, usual_words(args, PROMPTED_WORDS))
-    if args.sim.startswith(("http://", "https://")):
+    if is_address(args.sim):
         return None, replace(sampler(args, None, words), server=Chat(args.sim))
     body, tok = load_body(args)
     if args.adapter:

@@ -41,7 +41,7 @@ from model import POLICY, SIMULATOR, Model
 from questions import exact_match, f1, load_questions
 from rollout import WORDS, Engine, Limits, Query, Question, Search, Trajectory, Words, episode, prompt, show
 from search import open_search
-from servers import Chat
+from servers import Chat, is_address
 from simulator import Simulator, SimWords
 from tokenizer import Tokenizer
 
@@ -180,7 +180,7 @@ def settle(given: dict[str, object]) -> argparse.Namespace:
             setattr(a, f.name.replace("-", "_"), given.get(f.name, f.default if default is None else default))
     a.device, a.dtype, a.sim = device, dtype, a.sim or a.policy
     a.data = a.data or ("toy" if in_toy else "nq,hotpotqa")
-    if "sft-steps" not in given and (at_server(a) or a.sim_adapter):
+    if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter):
         a.sft_steps = 0  # that simulator has been fine-tuned already
     check(a)
     return a
@@ -213,7 +213,7 @@ def check(a: argparse.Namespace) -> None:
         raise ValueError("the toy world brings its own held-out questions: --eval-data needs --data")
     if a.sim_adapter and a.sft_steps:
         raise ValueError("--sim-adapter is fine-tuned already: leave --sft-steps out")
-    if at_server(a) and (a.sim_adapter or a.sft_steps):
+    if is_address(a.sim) and (a.sim_adapter or a.sft_steps):
         raise ValueError(
             "--sim-adapter and --sft-steps cannot be sent to a server: let --sim serve that simulator"
         )
@@ -254,16 +254,11 @@ class Setting:
         return self.bodies[POLICY][1]
 
 
-def at_server(a: argparse.Namespace) -> bool:
-    """Whether the simulator is an LLM behind an OpenAI-compatible server."""
-    return a.sim.startswith(("http://", "https://"))
-
-
 def load_setting(a: argparse.Namespace) -> Setting:
     """What is cheap first (files, the plan), then bodies; two roles of one checkpoint share one body."""
     limits = Limits(a.prompt_tokens, a.episode_tokens, a.turn_tokens, a.observation_tokens, a.turns)
     homes = {POLICY: models.resolve(a.policy)}
-    server = Chat(a.sim) if at_server(a) else None
+    server = Chat(a.sim) if is_address(a.sim) else None
     if server is None:
         homes[SIMULATOR] = models.resolve(a.sim)
     questions, held, engine_of_held = questions_and_engine(a)
@@ -304,7 +299,7 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
     )  # fmt: skip
     if a.going_on:
         return f"as planned at the start: {settings}"
-    useful = a.questions * a.group * (1 if at_server(a) else 2)  # all may wait for documents at once
+    useful = a.questions * a.group * (1 if is_address(a.sim) else 2)  # all may wait for documents at once
     settings, budget = plan.fit(shapes, memory, settings, useful)
     a.seats, a.micro_tokens, a.recompute = settings.seats, settings.micro_tokens, bool(settings.recompute)
     return f"plan for {memory / 2**30:.1f} GiB: {settings}\n{plan.table(budget)}"
@@ -527,7 +522,7 @@ def prepare(s: Setting, a: argparse.Namespace) -> dict:
         models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
         simulators.save_words(s.simulator.words, home / simulators.WORDS_FILE)
     preview(s)
-    if a.toy and not at_server(a):
+    if a.toy and not is_address(a.sim):
         facts["simulator"] = toy.audit(partial(write, s), seed=a.seed)
         print("simulator: ", *(f"{k} {v:.3f} " for k, v in facts["simulator"].items()), flush=True)
     return facts
