@@ -746,6 +746,14 @@ def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
     return value
 
 
+def write_json(file: Path, value: dict, errors: str = "strict") -> None:
+    """Write a JSON object whole or not at all. errors: "replace" makes "?" of half a surrogate pair."""
+    whole = file.with_name(f"{file.name}.tmp")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    whole.write_text(text, encoding="utf-8", errors=errors)
+    whole.replace(file)
+
+
 class OneLine(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage. No flag may be shortened."""
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model import PRESETS, read_json
+from model import PRESETS, read_json, write_json
 from questions import SETS
 from rollout import Question
 
@@ -98,11 +98,8 @@ class Ledger:
 
 
 def save(path: str, result: dict) -> None:
-    """Write JSON whole or not at all; what was kept of the run before is not needed any more."""
-    whole = Path(f"{path}.tmp")
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    whole.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair becomes "?"
-    whole.replace(path)
+    """Write figures and rows; what was kept of the run before is not needed any more."""
+    write_json(Path(path), result, errors="replace")  # an answer may hold half a surrogate pair
     Path(f"{path}.part").unlink(missing_ok=True)
 
 

@@ -17,7 +17,6 @@ Source: ZeroSearch, arXiv 2505.04588 (simulator, curriculum).
 """
 
 import argparse
-import json
 import math
 import random
 import shutil
@@ -300,7 +299,7 @@ def command_sft(args: argparse.Namespace) -> None:
             now = {"step": p.step, "adapter": adapter, "optimizer": optimizer.state_dict(), "flags": flags}
             save_run(out, body, words, now | {"before": before}, args.sim)
     result = {"before": before, "after": look("after"), "rows": len(rows), "held": len(exam), "flags": flags}
-    write_json(out / RESULT_FILE, result)
+    models.write_json(out / RESULT_FILE, result)
     print(report(before, result["after"]))
     (out / STATE_FILE).unlink()
     print(f"saved to {out}")
@@ -328,13 +327,6 @@ def report(before: dict, after: dict) -> str:
     loss = f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f} nats a token"
     audits = {"before": before["audit"], "after": after["audit"]}
     return f"{loss}\n{audit_table(audits)}" if before["audit"] else loss
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def column_names(text: str | None) -> dict[str, str]:
@@ -368,7 +360,7 @@ def command_audit(args: argparse.Namespace) -> None:
     print(audit_table({"asked for": figures}))
     if args.json:
         flags = {k: v for k, v in vars(args).items() if k != "run"}
-        write_json(Path(args.json), {"audit": figures, "flags": flags})
+        models.write_json(Path(args.json), {"audit": figures, "flags": flags})
 
 
 def side_by_side(left: str, right: str, width: int) -> str:
