@@ -376,9 +376,7 @@ def act(s: Setting, a: argparse.Namespace, step: int, asked: list[tuple[int, Que
         for number, question in asked
         for sibling in range(a.group)
     ]
-    with tqdm(
-        total=len(episodes), desc=f"step {step + 1}", unit=" episodes", leave=False, disable=None
-    ) as bar:
+    with progress(f"step {step + 1}", len(episodes)) as bar:
         return s.engine.run(episodes, lambda done, of, stats: bar.update(done - bar.n))
 
 
