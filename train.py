@@ -433,9 +433,7 @@ def figures_of(trajectories: list[Trajectory], rewards: torch.Tensor, count: int
         "invalid": sum(t.invalid for t in trajectories) / len(trajectories),
         "ends": summary["ends"],
         "noise": noisy / max(1, len(written)),
-        "simulator": audit_figures(
-            written, count
-        ),  # answer in the documents, repeats, distinct, words, formed
+        "simulator": audit_figures(written, count),  # its documents: answer, repeats, distinct, words, formed
     }
 
 
@@ -491,9 +489,7 @@ def measure(s: Setting, a: argparse.Namespace) -> dict[str, dict]:
             )
         out[suffix] = {k: summary[k] for k in ("f1", "em", "cover_em", "searches", "n", "by_hop")}
         if a.toy:
-            out[suffix]["skips"] = toy.skipping(
-                trajectories
-            )  # does the policy live off the simulator's leak?
+            out[suffix]["skips"] = toy.skipping(trajectories)  # does it live off the simulator's leak?
     return out
 
 
