@@ -26,7 +26,7 @@ from rollout import Documents, Limits, Query, Question, Sampled, Words
 
 
 class Letters:
-    """One id a character; no chat template."""
+    """A tokenizer of one id a character, without a chat template; id 0 ends a turn."""
 
     eos, bos, vocab_size, has_template = frozenset({0}), None, 0x110000, False
 

@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from test_collect import Letters
 
 import eval as evaluation
 import model as models
@@ -23,21 +24,6 @@ from tokenizer import Tokenizer
 def lines_file(path, *lines):
     path.write_text("\n".join(map(json.dumps, lines)), "utf-8")
     return path
-
-
-class Letters:
-    """A tokenizer of one token a character; token 0 ends a turn."""
-
-    eos = frozenset({0})
-
-    def encode(self, text, special=False):
-        return [ord(c) for c in text]
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
-
-    def chat(self, messages):
-        return self.encode("".join(m["content"] for m in messages))
 
 
 class Script:
