@@ -44,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import grpo
+import kernels
 import model as models
 import plan
 from kernels import linear_logp, measure
@@ -456,34 +457,116 @@ def two_roles(body: Model, rank: int = 16) -> Model:
 
 
 def episodes(p: Run) -> Iterator[Row]:
-    """Whole episodes: ours with two adapters, in one batch; theirs with none, as if merged, in lock step."""
+    """Whole episodes: theirs in lock step, without adapters; ours in one batch, with those of both roles, and
+    again without."""
     small = Workload(2, 2, 20, 2, 2, 6, 8, 10)
     w = p.few(small, Workload())
-    yield episodes_of(p, "toy fp32", models.PRESETS["tiny"], torch.float32, 1, w)
+    yield from episodes_of(p, "toy fp32", models.PRESETS["tiny"], torch.float32, 1, w)
     if p.checkpoint:
         name = f"{Path(p.checkpoint).name} bf16"
         w = p.few(small, Workload(group=4))
-        yield episodes_of(p, name, p.checkpoint, torch.bfloat16, p.threads, w)
+        yield from episodes_of(p, name, p.checkpoint, torch.bfloat16, p.threads, w)
 
 
-def episodes_of(p: Run, name: str, home: str, dtype: torch.dtype, n_threads: int, w: Workload) -> Row:
+def both_roles(body: Model, w: Workload) -> Engine:
+    """An engine for the workload, with as many seats as train.py gives it."""
+    return Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, 2 * w.rows, w.context + 1)
+
+
+def act(engine: Engine, w: Workload) -> list[Trajectory]:
+    """All episodes of the workload."""
+    return engine.run([forced_episode(w, row) for row in range(w.rows)])
+
+
+def episodes_of(
+    p: Run, name: str, home: str, dtype: torch.dtype, n_threads: int, w: Workload
+) -> Iterator[Row]:
     name += f", {w.questions} questions x {w.group}"
     if not installed("transformers"):
-        return absent(name)
-    progress("episodes", name)
+        yield absent(name)
+        return
     with stretched(home, w.context + 1) as longer, threads(n_threads):
         body, theirs = two_roles(models.load(longer, dtype, DEVICE)), transformers_body(longer, dtype)
-        seats = 2 * w.rows  # as train.py has them
-        engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, seats, w.context + 1)
-        generate_ours(engine, [[1, 2, 3]], 2, 1.0), generate_theirs(theirs, [[1, 2, 3]], 2, 1.0)  # warm
+        engine = both_roles(body, w)
+        for adapters in ("", ", no adapters"):
+            progress("episodes", name + adapters)
+            if adapters:
+                body.roles.clear()
+            generate_ours(engine, [[1, 2, 3]], 2, 1.0), generate_theirs(theirs, [[1, 2, 3]], 2, 1.0)  # warm
+            spans = alternate(p, partial(act, engine, w), lambda: lock_step(theirs, w))
+            s = engine.stats
+            note = f"{s.decoded:,} tokens sampled, {s.prefilled:,} fed and {s.copied:,} copied by ours"
+            yield versus(name + adapters, spans, w.decoded(), note)
 
-        def ours():
-            return engine.run([forced_episode(w, row) for row in range(w.rows)])
 
-        spans = alternate(p, ours, lambda: lock_step(theirs, w))
-    s = engine.stats
-    note = f"{s.decoded:,} tokens sampled, {s.prefilled:,} fed and {s.copied:,} copied by ours"
-    return versus(name, spans, w.decoded(), note)
+# -------------------------------------------------------------------------------------------- where time goes
+
+PARTS = {
+    "products": (models, "product"),
+    "adapters": (kernels, "lora"),
+    "attention": (kernels, "cached_attention"),
+    "RMSNorm": (kernels, "rms_norm"),
+    "RoPE and cache": (kernels, "rope_cache"),
+    "SwiGLU": (kernels, "swiglu"),
+    "sampling": (kernels, "sample"),
+}
+
+
+@contextmanager
+def clocked() -> Iterator[dict[str, float]]:
+    """Seconds spent in each of PARTS while the block runs, by the CPU's clock."""
+    spent, kept = dict.fromkeys(PARTS, 0.0), {part: getattr(*where) for part, where in PARTS.items()}
+
+    def clock(part: str, *args, **kwargs):
+        began = time.perf_counter()
+        out = kept[part](*args, **kwargs)
+        spent[part] += time.perf_counter() - began
+        return out
+
+    for part, (module, name) in PARTS.items():
+        setattr(module, name, partial(clock, part))
+    try:
+        yield spent
+    finally:
+        for part, (module, name) in PARTS.items():
+            setattr(module, name, kept[part])
+
+
+def profile(p: Run) -> Iterator[Row]:
+    """Where our time goes, by clocks around the kernels' functions: the rest is Python, small operations and
+    what the clocks cost."""
+    if DEVICE == "cuda":
+        yield Row("on a GPU the clock would stop before the work does", "", note="python -m kernels")
+        return
+    runs = [("toy", models.PRESETS["tiny"], torch.float32, 1, 32)]
+    if p.checkpoint:
+        name = Path(p.checkpoint).name
+        cases = ((torch.float32, 1), (torch.float32, 32), (torch.bfloat16, 32))
+        runs += [(name, p.checkpoint, dtype, p.threads, batch) for dtype, batch in cases]
+    n, start = p.few(4, 64), 32
+    for name, home, dtype, n_threads, batch in runs:
+        with threads(n_threads):
+            engine = Engine({POLICY: (models.load(home, dtype, DEVICE), Silent())}, batch, start + n + 1)
+            rows = prompts(home, batch, start)
+            kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+            title = f"{name} {kind}, batch {batch}, {n} tokens: of a step"
+            yield shares(title, partial(generate_ours, engine, rows, n, 0.0), n)
+    w = p.few(Workload(2, 2, 20, 2, 2, 6, 8, 10), Workload())
+    with stretched(models.PRESETS["tiny"], w.context + 1) as longer, threads(1):
+        engine = both_roles(two_roles(models.load(longer, torch.float32, DEVICE)), w)
+        yield shares(f"toy fp32, episodes, {w.questions} questions x {w.group}", partial(act, engine, w), 1)
+
+
+def shares(name: str, call: Callable[[], object], steps: int) -> Row:
+    """The row of a call: milliseconds a step without clocks, and the share of each part with them."""
+    progress("profile", name)
+    call()
+    plain = min(timed(call) for _ in range(2))
+    with clocked() as spent:
+        whole = timed(call)
+    spent["the rest"] = whole - sum(spent.values())
+    note = ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in spent.items() if seconds)
+    return Row(name, f"{1e3 * plain / steps:,.3g} ms", note=note)
 
 
 # ------------------------------------------------------------------------------------------- a training step
@@ -961,7 +1044,7 @@ def dry_run(c: Config) -> Iterator[Row]:
         h = body(ids, start, window=window, lora=body.stacked().rows(start))
         assert h.shape == (seats, 1, c.d) and body.logits(h).shape == (seats, 1, c.vocab)
         planned = plan.cache([c], plan.Settings(seats, 640))
-        assert planned == 2 * cache.k.numel() * cache.k.element_size()
+        assert planned == cache.kv.nbytes
         read = decode_bytes(c, seats, 576, body.dtype)
         note = f"meta; the cache of 640 tokens a seat has {planned / 2**30:.2f} GiB"
         yield Row(
@@ -995,6 +1078,7 @@ def dry_training(body: Model, recompute: bool) -> Row:
 SECTIONS: dict[str, Callable[[Run], Iterator[Row]]] = {
     "sampling": sampling,
     "episodes": episodes,
+    "profile": profile,
     "training": training,
     "growth": growth,
     "memory": memory,

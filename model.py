@@ -192,20 +192,19 @@ class Linear(nn.Module):
         self.d_in, self.parts = d_in, parts
         self.weight = nn.Parameter(torch.empty(sum(parts.values()), d_in), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(sum(parts.values())), requires_grad=False) if bias else None
-
-        self.packed: Tensor | None = None  # see Model.pack
+        self.packed: kernels.Packed | None = None  # see Model.pack
 
     def forward(self, x: Tensor, lora: "Update | None") -> Tensor:
         """x (B, T, d_in) -> (B, T, sum of the parts), with the role's update."""
-        if lora is not None and lora.role is None and torch.is_grad_enabled():
+        if lora is not None and lora.weight is None and torch.is_grad_enabled():
             return kernels.lora_linear(x, self.weight, self.bias, lora.A, lora.B, lora.scale)
+        kind, x = x.dtype, fast(x, self.packed)
         y = product(x, self.weight, self.packed, self.bias)
-        if lora is None:
-            return y
-        if lora.role is None:  # one adapter for all rows
+        if lora is not None and lora.weight is not None:
+            kernels.lora(y, x, lora.A, lora.B, lora.weight)
+        elif lora is not None:  # one adapter for all rows
             y.flatten(0, -2).addmm_(x.flatten(0, -2) @ lora.A.T, lora.B.T, alpha=lora.scale)
-            return y
-        return kernels.lora(y, x, lora.A, lora.B, lora.role, lora.scale)
+        return y.to(kind)
 
 
 def memory(free: bool = False) -> int:
@@ -223,28 +222,33 @@ def packs(size: int) -> bool:
     return 2**26 < size < memory() / 8
 
 
-def product(x: Tensor, weight: Tensor, packed: Tensor | None, bias: Tensor | None = None) -> Tensor:
+def fast(x: Tensor, packed: "kernels.Packed | None") -> Tensor:
+    """x in the type of the packed copy, where `product` will use it."""
+    return x if packed is None or torch.is_grad_enabled() else x.to(packed.weight.dtype)
+
+
+def product(x: Tensor, weight: Tensor, packed: "kernels.Packed | None", bias: Tensor | None = None) -> Tensor:
     """x (..., d_in) -> x W^T + bias, from the packed copy where there is one and no gradient is wanted."""
     if packed is None or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    return kernels.packed_linear(x, weight, packed, bias)
+    return kernels.packed_linear(x, weight, packed)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What LoRA adds to one Linear: scale (x A^T) B^T, for all rows or for each row its role's."""
+    """What LoRA adds to one Linear: scale (x A^T) B^T for all rows, or for each a mixture of all roles'."""
 
-    A: Tensor  # (k, d_in), or (R, k, d_in) where rows have their own roles
-    B: Tensor  # (d_out, k), or (R, d_out, k)
-    scale: Tensor | float
-    role: Tensor | None = None  # (B,)
+    A: Tensor  # (k, d_in), or (R, k, d_in) for a mixture
+    B: Tensor  # (d_out, k), or (R, k, d_out)
+    scale: Tensor | float = 1.0
+    weight: Tensor | None = None  # (B, R) of a mixture: the scale of each row's role, 0 for the others
 
 
 @dataclass(frozen=True)
 class Window:
     """Some neighbouring rows of the cache, and what a forward pass is to do with them."""
 
-    layers: list[tuple[Tensor, Tensor]]  # of each layer: k and v (B, KV, L, D)
+    layers: tuple[Tensor, ...]  # of each layer: the heads of k, then those of v (B, 2 KV, L, D)
     start: Tensor  # (B,) tokens that each row already holds
     lens: Tensor | None  # (B,) new tokens of each row; None: all are real
 
@@ -254,25 +258,22 @@ class Cache:
 
     def __init__(self, c: Config, seats: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
         self.seats, self.capacity = seats, capacity
-        shape = (c.layers, seats, c.kv_heads, capacity, c.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        shape = (c.layers, seats, 2 * c.kv_heads, capacity, c.head_dim)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
     def window(self, rows: slice, upto: int, start: Tensor, lens: Tensor | None = None) -> Window:
         """A view of neighbouring rows, cut after `upto` positions."""
-        k, v = self.k[:, rows, :, :upto], self.v[:, rows, :, :upto]
-        return Window(list(zip(k.unbind(), v.unbind())), start, lens)
+        return Window(self.kv[:, rows, :, :upto].unbind(), start, lens)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give the target seat the first `length` tokens of the source."""
-        for x in (self.k, self.v):
-            x[:, target, :, :length] = x[:, source, :, :length]
+        self.kv[:, target, :, :length] = self.kv[:, source, :, :length]
 
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange two seats, of which the longer holds `length` tokens."""
-        for x in (self.k, self.v):
-            kept = x[:, a, :, :length].clone()
-            x[:, a, :, :length] = x[:, b, :, :length]
-            x[:, b, :, :length] = kept
+        kept = self.kv[:, a, :, :length].clone()
+        self.copy(b, a, length)
+        self.kv[:, b, :, :length] = kept
 
 
 class Layer(nn.Module):
@@ -302,11 +303,12 @@ class Layer(nn.Module):
             y = kernels.rms_norm(x, self.norm_1, eps)
         else:
             y, x = kernels.rms_norm(delta, self.norm_1, eps, residual=x)
-        q, k, v = self.qkv(y, updates[0]).split(list(self.qkv.parts.values()), dim=-1)
-        q, k, v = (z.unflatten(-1, (-1, c.head_dim)) for z in (q, k, v))  # (B, T, heads, D)
+        qkv = self.qkv(y, updates[0]).unflatten(-1, (-1, c.head_dim))  # (B, T, H + 2 KV, D)
         if c.qk_norm:
+            q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), 2)
             q, k = kernels.rms_norm(q, self.q_norm, eps), kernels.rms_norm(k, self.k_norm, eps)
-        delta = self.out(attend(q, k, v).flatten(-2), updates[1])
+            qkv = torch.cat((q, k, v), 2)
+        delta = self.out(attend(qkv).flatten(-2), updates[1])
         y, x = kernels.rms_norm(delta, self.norm_2, eps, residual=x)
         return x, self.down(kernels.swiglu(self.gate_up(y, updates[2])), updates[3])
 
@@ -321,7 +323,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
         self.norm = nn.Parameter(torch.ones(c.d), requires_grad=False)
         self.untied = None if c.tied else nn.Parameter(torch.empty(c.vocab, c.d), requires_grad=False)
-        self.packed_head: Tensor | None = None
+        self.packed_head: kernels.Packed | None = None
         self.roles: dict[int, Adapter] = {}
         self.rotary()
 
@@ -374,8 +376,10 @@ class Model(nn.Module):
 
     def _alone(self, lengths: Tensor | None) -> Iterator[Callable]:
         """For every layer: attention among the rows' own tokens."""
+        heads = self.config.heads, self.config.kv_heads, self.config.kv_heads
 
-        def attend(q, k, v):
+        def attend(qkv):
+            q, k, v = qkv.split(heads, 2)
             q, k = kernels.rope(q, k, self.cos, self.sin)
             return kernels.attention(q, k, v, lengths)
 
@@ -383,30 +387,32 @@ class Model(nn.Module):
 
     def _cached(self, w: Window, T: int) -> Iterator[Callable]:
         """For each layer: attention that first writes its T new keys and values into the layer's cache."""
-        L = w.layers[0][0].size(2)
+        L = w.layers[0].size(2)
         place = kernels.Place(w.start, T, L, w.lens, self.cos, self.sin, self.dtype)
 
-        def attend(k_cache, v_cache, q, k, v):
-            q = kernels.rope_cache(q, k, v, k_cache, v_cache, place)
-            return kernels.cached_attention(q, k_cache, v_cache, place)
+        def attend(cache, qkv):
+            q = kernels.rope_cache(qkv, cache, place)
+            return kernels.cached_attention(q, *cache.chunk(2, 1), place)
 
-        return (partial(attend, *layer) for layer in w.layers)
+        return (partial(attend, layer) for layer in w.layers)
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., d) -> (..., V)."""
-        return product(h, self.head, self.packed_head)
+        return product(fast(h, self.packed_head), self.head, self.packed_head)
 
-    def pack(self) -> None:
-        """On a CPU: lay copies of the matrices out for sampling, where that pays (`packs`).
+    def pack(self, rows: int) -> None:
+        """On a CPU: lay copies of the matrices out for sampling so many rows, where that pays (`packs`).
 
         In fp32 with 8 rows products are nearly 3 times as fast for a body of 135M; a tiny one gains nothing.
         """
-        size = sum(p.numel() * p.element_size() for p in self.parameters())
-        if self.device.type != "cpu" or self.packed_head is not None or not packs(size):
+        kind = kernels.fast_type(self.dtype, rows)
+        size = sum(p.numel() for p in self.parameters()) * kind.itemsize
+        done = self.packed_head is not None and self.packed_head.weight.dtype == kind
+        if self.device.type != "cpu" or done or not packs(size):
             return
         for linear in self.linears():
-            linear.packed = kernels.pack(linear.weight.data)
-        self.packed_head = kernels.pack(self.head.data)
+            linear.packed = kernels.pack(linear.weight.data, linear.bias, kind)
+        self.packed_head = kernels.pack(self.head.data, None, kind)
 
     # roles
 
@@ -431,7 +437,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def stacked(self, old: "Stack | None" = None) -> "Stack":
-        """All roles' adapters in the body's type, for decoding with one role a row.
+        """All roles' adapters in the type of the products, for decoding with one role a row.
 
         A copy: take a new one after the adapters have changed; an old one of the same shape is overwritten in
         place, so that CUDA graphs go on reading it. Roles of unlike rank are padded with zeros.
@@ -440,17 +446,20 @@ class Model(nn.Module):
         pairs = {role: a.pairs(linears) for role, a in self.roles.items()}
         scales = [self.roles[r].scale if r in pairs else 0.0 for r in range(1, ROLES + 1)]
         k = [max((p[i][0].size(0) for p in pairs.values()), default=1) for i in range(len(linears))]
-        if old is None or old.scales != scales or [A.size(1) for A, _ in old.pairs] != k:
-            like = dict(dtype=self.dtype, device=self.device)
+        like = dict(dtype=self.dtype, device=self.device)
+        if self.packed_head is not None:
+            like["dtype"] = self.packed_head.weight.dtype
+        if old is None or not old.fits(scales, k, like["dtype"]):
             sizes = [(x.d_in, x.weight.size(0)) for x in linears]
             empty = [
-                (torch.zeros(ROLES, n, i, **like), torch.zeros(ROLES, o, n, **like))
+                (torch.zeros(ROLES, n, i, **like), torch.zeros(ROLES, n, o, **like))
                 for n, (i, o) in zip(k, sizes)
             ]
-            old = Stack(empty, scales, torch.tensor(scales, device=self.device))
+            roles = torch.arange(1, ROLES + 1, device=self.device)
+            old = Stack(empty, scales, torch.tensor(scales, device=self.device), roles)
         for role, mine in pairs.items():
             for (A, B), (a, b) in zip(old.pairs, mine):
-                A[role - 1, : len(a)], B[role - 1, :, : len(a)] = a, b
+                A[role - 1, : len(a)], B[role - 1, : len(a)] = a, b.T
         return old
 
     def init(self, seed: int, std: float = 0.02) -> "Model":
@@ -466,20 +475,29 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Stack:
-    """Every linear's adapters of all roles, A (R, k, d_in) and B (R, d_out, k), and the roles' scales."""
+    """Every linear's adapters of all roles, A (R, k, d_in) and B (R, k, d_out), and the roles' scales."""
 
     pairs: list[tuple[Tensor, Tensor]]
     scales: list[float]
     scale: Tensor  # (R,), the same
+    roles: Tensor  # (R,): 1, 2
+
+    def fits(self, scales: list[float], ranks: list[int], dtype: torch.dtype) -> bool:
+        """Whether adapters of these scales and this type, side by side of these ranks, can be put here."""
+        mine = [A.size(1) for A, _ in self.pairs]
+        return self.scales == scales and mine == ranks and self.pairs[0][0].dtype == dtype
 
     def rows(self, role: Tensor | int) -> list[Update | None]:
         """The updates for a batch: role (B,) one a row, or one for all rows (cheaper)."""
+        if not any(self.scales):
+            return [None] * len(self.pairs)
         if isinstance(role, Tensor):
-            return [Update(A, B, self.scale, role) for A, B in self.pairs]
+            weight = torch.where(role[:, None] == self.roles, self.scale, 0.0)  # (B, R)
+            return [Update(A, B, weight=weight) for A, B in self.pairs]
         scale = self.scales[role - 1] if role != REFERENCE else 0.0
         if not scale:
             return [None] * len(self.pairs)
-        return [Update(A[role - 1], B[role - 1], scale) for A, B in self.pairs]
+        return [Update(A[role - 1], B[role - 1].T, scale) for A, B in self.pairs]
 
 
 # --------------------------------------------------------------------------------------------------- adapters

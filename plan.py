@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+import kernels
 from model import DTYPES, PRESETS, ROLES, Config, packs, read_json, resolve
 
 SPARE = 0.08  # share of the memory that is left to the driver, fragments and libraries
@@ -104,10 +105,11 @@ def adapter(c: Config, rank: int) -> int:
     return c.layers * sum(rank * (len(parts) * d_in + sum(parts)) for d_in, parts in linears(c))
 
 
-def packed(c: Config, dtype: torch.dtype) -> int:
+def packed(c: Config, s: "Settings") -> int:
     """Bytes of the copies that `Model.pack` makes on a CPU."""
     matrices = sum(d_in * sum(parts) for d_in, parts in linears(c)) * c.layers + c.vocab * c.d
-    return matrices * dtype.itemsize if packs(parameters(c) * dtype.itemsize) else 0
+    size = kernels.fast_type(s.dtype, s.seats).itemsize
+    return matrices * size if not s.kernels and packs(parameters(c) * size) else 0
 
 
 def blocks(c: Config, rank: int) -> tuple[int, int]:
@@ -181,8 +183,9 @@ def budget(bodies: Sequence[Config], s: Settings) -> dict[str, int]:
     """
     n, n_sim = adapter(bodies[0], s.rank), adapter(bodies[-1], s.sim_rank)
     widest = [max(s.rank, s.sim_rank)] if len(bodies) == 1 else [s.rank, s.sim_rank]
-    stacks = sum(ROLES * sum(blocks(c, k)) * s.dtype.itemsize for c, k in zip(bodies, widest))
-    again = 0 if s.kernels else sum(packed(c, s.dtype) for c in bodies)
+    copies = [packed(c, s) for c in bodies]
+    sizes = [(kernels.fast_type(s.dtype, s.seats) if copy else s.dtype).itemsize for copy in copies]
+    stacks = sum(ROLES * sum(blocks(c, k)) * size for c, k, size in zip(bodies, widest, sizes))
     held = {
         "weights": sum(parameters(c) * s.dtype.itemsize + _tables(c) for c in bodies),
         "adapters": 4 * (n + n_sim),
@@ -192,7 +195,7 @@ def budget(bodies: Sequence[Config], s: Settings) -> dict[str, int]:
         f"cache of {s.seats} seats x {s.seat_tokens:,} tokens": cache(bodies, s),
         "bookkeeping of the seats": len(bodies) * s.seats * (16 * s.seat_tokens + 64),
     }
-    held |= {"weights again, packed": again} if again else {}
+    held |= {"weights again, packed": sum(copies)} if any(copies) else {}
     feeding = max((acting(c, s) for c in bodies), key=lambda parts: sum(parts.values()))
     phases = {"learning": learning(bodies[0], s), "acting": feeding}
     height = max(sum(parts.values()) for parts in phases.values())

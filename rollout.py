@@ -348,7 +348,7 @@ class Pool:
             raise ValueError(
                 f"seats of {capacity} tokens are longer than the {model.cos.size(0)} this body can read"
             )
-        model.pack()
+        model.pack(seats)
         self.model, self.tok = model, tok
         self.capacity, self.prefill, self.reserve = capacity, prefill, reserve
         self.cache = Cache(model.config, seats, capacity, model.dtype, model.device)

@@ -36,10 +36,10 @@ def cached_attention_torch(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Ten
     B, T, H, D = q.shape
     KV = k.size(1)
     if T > 1:
-        o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, place.seen, enable_gqa=H != KV)
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, place.mask, enable_gqa=H != KV)
         return o.transpose(1, 2)
     grouped = q.view(B, KV, H // KV, D)  # a group's heads are the rows of one matrix: no key is read twice
-    return F.scaled_dot_product_attention(grouped, k, v, place.seen).reshape(B, 1, H, D)
+    return F.scaled_dot_product_attention(grouped, k, v, place.mask).reshape(B, 1, H, D)
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def _case(m: measure.Model, device: str, B: int, T: int, name: str) -> measure.C
     k, v = torch.randn(2, B, KV, L, D, dtype=m.dtype, device=device)
     least = L // 16 if name.endswith("unequal") else L - T
     start = torch.linspace(least, L - T, B, device=device).long()  # (B,)
-    place = Place(start, T, L)
+    place = Place(start, T, L, dtype=m.dtype)
     n_keys = (least + L + T) // 2  # the mean row's, after its last token
     work = {"bytes": (2 * B * KV * n_keys + 2 * B * T * m.heads) * D * q.element_size()}
     if T > 1:

@@ -3,23 +3,44 @@
 Sampling multiplies a handful of rows with every matrix of the body, once a token. torch hands such products
 to a library made for large ones; the compilers of torch lay frozen matrices out anew beforehand, with the two
 operators used here. Only where they exist (x86 and ARM builds of torch), and only without gradients.
+
+Intel's processors without AMX multiply bf16 at half the rate of fp32. There many rows meet a copy in fp32, of
+the same values; a few rows, for which all depends on how fast the matrix is read, one in bf16.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def pack(W: Tensor) -> Tensor | None:
-    """A copy of W (d_out, d_in) for `packed_linear`, as large as W; None where this cannot be had."""
+@dataclass(frozen=True)
+class Packed:
+    """A matrix (d_out, d_in) in oneDNN's layout and its bias (d_out,); `weight.dtype` is what x must have."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def fast_type(dtype: torch.dtype, rows: int) -> torch.dtype:
+    """The type in which this CPU is to multiply so many rows with matrices of `dtype`."""
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    slow = "Intel" in can.get("cpu_name", "") and not can.get("amx_bf16")
+    return torch.float32 if slow and rows >= 16 and dtype == torch.bfloat16 else dtype
+
+
+def pack(W: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Packed | None:
+    """A copy of W (d_out, d_in) in a type, for `packed_linear`; None where this cannot be had."""
     known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.is_available()
     if not known or W.device.type != "cpu" or W.dtype not in (torch.float32, torch.bfloat16):
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(W.contiguous(), 32)
+    W = W.to(dtype).contiguous()
+    return Packed(torch.ops.mkldnn._reorder_linear_weight(W, 32), None if bias is None else bias.to(dtype))
 
 
-def packed_linear(x: Tensor, W: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., d_in), W (d_out, d_in) and `pack` of it, bias (d_out,) -> (..., d_out)."""
-    if x.dtype == torch.float32 and x.numel() == x.size(-1):  # one row: bound by memory either way
-        return F.linear(x, W, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def packed_linear(x: Tensor, W: Tensor, packed: Packed) -> Tensor:
+    """x (..., d_in) of the packed type, W (d_out, d_in) and `pack` of it -> (..., d_out)."""
+    if x.dtype == W.dtype == torch.float32 and x.numel() == x.size(-1):  # bound by memory either way
+        return F.linear(x, W, packed.bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")

@@ -31,9 +31,11 @@ class Place:
         return self.start[:, None] + torch.arange(self.T, device=self.start.device)
 
     @cached_property
-    def seen(self) -> Tensor:
-        """(B, 1, T, L) the keys that each token sees: those up to its own."""
-        return torch.arange(self.L, device=self.start.device) <= self.at[:, None, :, None]
+    def mask(self) -> Tensor:
+        """(B, 1, T, L) to be added to scores: 0 for the keys that a token sees, up to its own, else -inf."""
+        hidden = torch.arange(self.L, device=self.start.device) > self.at[:, None, :, None]
+        nothing = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
+        return nothing.masked_fill_(hidden, -torch.inf)
 
     @cached_property
     def angles(self) -> tuple[Tensor, Tensor]:

@@ -18,27 +18,27 @@ from torch import Tensor
 from . import measure
 from .launch import check, choose, target, tl, triton
 from .place import Place
-from .rope import check_fit, config, contiguous_columns, inputs, rotate, turn
+from .rope import check_fit, config, inputs, turn
 
 
-def rope_cache_torch(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place
-) -> Tensor:
+def rope_cache_torch(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:
     """The reference: k and v are written where the tokens stand; padding is not.
 
-    q (B, T, H, D), k and v (B, T, KV, D), caches (B, KV, L, D) written in place -> q.
+    qkv (B, T, H + 2 KV, D), the heads of q, k and v side by side: used up, for q and k are turned in place.
+    cache (B, 2 KV, L, D), the heads of k and v: written in place -> q (B, T, H, D).
     """
-    angles = place.angles
-    q, k = rotate(q, *angles), rotate(k, *angles)
+    (heads, D), n_kv = qkv.shape[2:], cache.size(1)
+    cos, sin = place.angles
+    turned = qkv[:, :, : heads - n_kv // 2]
+    crossed = torch.roll(turned, D // 2, -1).mul_(sin)  # as `rotate`
+    turned.mul_(cos).add_(crossed)
+    kv = qkv[:, :, heads - n_kv :]
     if place.T == 1 and place.lens is None:
-        b = place.rows
-        k_cache[b, :, place.start] = k[:, 0]
-        v_cache[b, :, place.start] = v[:, 0]
-        return q
-    rows, tokens, at = place.real
-    k_cache[rows, :, at] = k[rows, tokens]
-    v_cache[rows, :, at] = v[rows, tokens]
-    return q
+        cache[place.rows, :, place.start] = kv[:, 0]
+    else:
+        rows, tokens, at = place.real
+        cache[rows, :, at] = kv[rows, tokens]
+    return qkv[:, :, : heads - n_kv]
 
 
 @triton.jit
@@ -65,27 +65,24 @@ def _rope_cache(
     tl.store(p_v_cache + to + i_head * s_ch + i_col, v, mask=m)
 
 
-def rope_cache_triton(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place
-) -> Tensor:
-    """The same on a GPU, in one launch. ValueError if shapes or the caches' strides do not fit."""
+def rope_cache_triton(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:
+    """The same on a GPU, in one launch; qkv stays as it is. ValueError if shapes or strides do not fit."""
+    shapes = f"qkv {tuple(qkv.shape)}, cache {tuple(cache.shape)}"
+    check(qkv.size(2) > cache.size(1), f"{shapes}: no heads are left for q")
+    KV = cache.size(1) // 2
+    q, k, v = qkv.split((qkv.size(2) - 2 * KV, KV, KV), 2)
+    k_cache, v_cache = cache.chunk(2, 1)
     start, cos, sin = place.start, place.cos, place.sin
     lens = torch.full_like(start, q.size(1)) if place.lens is None else place.lens
     check_fit(q, k, cos, sin)
-    (B, T, H, D), KV, L = q.shape, k.size(2), k_cache.size(2)
-    check(v.shape == k.shape, f"k {tuple(k.shape)} and v {tuple(v.shape)} differ")
-    check(
-        k_cache.shape == v_cache.shape == (B, KV, L, D),
-        f"cache {tuple(k_cache.shape)} for k {tuple(k.shape)}",
-    )
-    check(k_cache.stride() == v_cache.stride(), "the caches of k and v must be laid out alike")
-    check(k_cache.stride()[2:] == (D, 1), "the tokens of a head must be neighbours in the cache")
+    (B, T, H, D), L = q.shape, cache.size(2)
+    check(cache.shape == (B, 2 * KV, L, D), f"{shapes} do not fit")
+    check(cache.stride()[2:] == (D, 1), "the tokens of a head must be neighbours in the cache")
     check(
         start.shape == lens.shape == (B,), f"start {tuple(start.shape)}, lens {tuple(lens.shape)}: not ({B},)"
     )
-    q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
     q_out = q.new_empty(q.shape)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:2])
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache.stride()[:2])
     _rope_cache[(T, B)](
         q, k, v, q_out, k_cache, v_cache, cos, sin, start, lens, *strides, T, L, cos.size(0),
         **config(H, KV, D, target()),
@@ -104,14 +101,15 @@ def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
 
 def _case(rows: int, n: int, m: measure.Model, device: str) -> measure.Case:
     q, k, v, cos, sin = inputs(rows, n, m, device)
-    cache = torch.zeros(2, rows, m.kv_heads, 2 * m.context, m.head_dim, dtype=m.dtype, device=device)
+    qkv = torch.cat((q, k, v), 2)
+    cache = torch.zeros(rows, 2 * m.kv_heads, 2 * m.context, m.head_dim, dtype=m.dtype, device=device)
     start = torch.full((rows,), m.context // 2, device=device)
-    place = Place(start, n, cache.size(3), torch.full_like(start, n), cos, sin, m.dtype)
-    args = (q, k, v, *cache, place)
+    place = Place(start, n, cache.size(2), torch.full_like(start, n), cos, sin, m.dtype)
+    args = (qkv, cache, place)
     return measure.Case(
         f"cache {rows} x {n} x ({m.heads} + 2 x {m.kv_heads}) x {m.head_dim}",
         lambda: rope_cache_triton(*args),
-        {"torch": lambda: rope_cache_torch(*args)},
+        {"torch": lambda: rope_cache_torch(qkv.clone(), cache, place)},  # it turns them in place
         bytes=2 * (q.numel() + 2 * k.numel()) * q.element_size(),
     )
 

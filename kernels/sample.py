@@ -43,7 +43,8 @@ def _draw(p: Tensor, u: Tensor) -> Tensor:
 def sample_torch(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """The reference: logits (B, V), u (B,) in [0, 1), temperature (B,) -> ids (B,) int64, logp (B,) fp32."""
     z, greedy = logits.float(), temperature == 0
-    p = (z / torch.where(greedy, 1, temperature)[:, None]).softmax(-1)
+    tau = torch.where(greedy, 1, temperature)[:, None]
+    p = (z if (tau == 1).all() else z / tau).softmax(-1)
     if not greedy.any():
         ids = _draw(p, u)
     else:

@@ -10,8 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import kernels
 import plan
 from bench import Lesson, Meter, Row, Run, Silent, Workload
+from kernels import linear_logp
 from model import POLICY, REFERENCE, SIMULATOR, Config, Model, command_line
 from rollout import Engine
 
@@ -220,13 +222,33 @@ def test_bad_flags_are_one_line(capsys, tmp_path):
 
 def test_sections_run(capsys):
     """What nobody runs for a week is broken when it is needed."""
-    bench.main(["--quick", "--only", "sampling,episodes,memory,gpu"])
+    bench.main(["--quick", "--only", "sampling,episodes,profile,memory,gpu"])
     out = capsys.readouterr().out
     assert out.count("greedy ids equal") == 2 and "toy fp32, batch 3, 8 tokens, temperature 1" in out
-    assert "2 questions x 2" in out and "largest tensor of a step" in out
+    assert "2 questions x 2, no adapters" in out and "largest tensor of a step" in out
     found = re.search(r"activations kept.*?planned.*?GiB  ([\d.]+)  meta", out)
     assert 0.8 < float(found[1]) < 1.2, "the planner and the meta device disagree"
     assert "dry run, decode, 320 seats" in out and "a step, small body" in out
+
+
+def test_the_shares_of_a_profile_add_up(body):
+    """A function that the model no longer goes through would show as nothing, and its time as the rest."""
+    w = Workload(2, 2, 20, 2, 2, 6, 8, 10, SHAPE.vocab)
+    before = kernels.rms_norm
+    row = bench.shares("x", partial(bench.act, bench.both_roles(body, w), w), 1)
+    parts = {part: int(share) for part, share in re.findall(r"(\w[\w ]*?) (\d+)%", row.note)}
+    assert [*parts] == [*bench.PARTS, "the rest"] and abs(sum(parts.values()) - 100) <= 4
+    assert kernels.rms_norm is before
+
+
+def test_the_memory_of_logps_does_not_grow_with_the_vocabulary():
+    """Logits of all words, for a single token or a moment, would make the peak grow."""
+    small, large = (
+        bench.metered(lambda v=v: bench.logp_and_back(*bench.logp_inputs(512, 64, v), linear_logp))
+        for v in (8192, 32768)
+    )
+    inputs = (32768 - 8192) * 64 * 4
+    assert large.peak - inputs <= 1.02 * small.peak
 
 
 def test_growth_runs():

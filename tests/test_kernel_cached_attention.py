@@ -23,7 +23,7 @@ def seats(B, T, H, KV, D, L, dtype, device):
 
 
 def place(q, k, start):
-    return Place(start, q.size(1), k.size(2))
+    return Place(start, q.size(1), k.size(2), dtype=q.dtype)
 
 
 def cached_attention_triton(q, k, v, start):
@@ -31,7 +31,7 @@ def cached_attention_triton(q, k, v, start):
 
 
 def truth(q, k, v, start):
-    return cached_attention_torch(q.double(), k.double(), v.double(), place(q, k, start))
+    return cached_attention_torch(q.double(), k.double(), v.double(), place(q.double(), k, start))
 
 
 def starts(B, T, L, device):

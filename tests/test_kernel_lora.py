@@ -12,20 +12,20 @@ DTYPES = pytest.mark.parametrize("dtype", BOUND)
 
 
 def rows(b, T, i, o, k, dtype, device, R=2):
-    """y, x, A, B, role, scale of a batch in which the roles 0..R take turns."""
+    """y, x, A, B, weight of a batch in which no adapter and each of R take turns."""
     torch.manual_seed(0)
     y, x = torch.randn(b, T, o, device=device), torch.randn(b, T, i, device=device)
-    A, B = torch.randn(R, k, i, device=device) / i**0.5, torch.randn(R, o, k, device=device)
-    role = (torch.arange(b, device=device) + 1) % (R + 1)
-    return *(t.to(dtype) for t in (y, x, A, B)), role, torch.arange(R, device=device) + 0.7
+    A, B = torch.randn(R, k, i, device=device) / i**0.5, torch.randn(R, k, o, device=device)
+    role, scale = (torch.arange(b) + 1) % (R + 1), torch.arange(R) + 0.7
+    weight = torch.where(role[:, None] == torch.arange(1, R + 1), scale, 0).to(device)  # (b, R)
+    return *(t.to(dtype) for t in (y, x, A, B)), weight
 
 
-def truth(y, x, A, B, role, scale):
+def truth(y, x, A, B, weight):
     """Row by row, in float64."""
     out = y.double()
-    for b, r in enumerate(role.tolist()):
-        if r:
-            out[b] += scale[r - 1].double() * x[b].double() @ A[r - 1].double().T @ B[r - 1].double().T
+    for b, r in weight.nonzero().tolist():
+        out[b] += weight[b, r].double() * x[b].double() @ A[r].double().T @ B[r].double()
     return out
 
 
@@ -52,11 +52,11 @@ def test_rows_with_roles_equal_fp64(device, filled_with_nan, function, b, T, i, 
 @BOTH
 def test_in_place_and_the_reference_untouched(device, function):
     """y is large and fresh: the update goes onto it. A row of role 0 must not change by a bit."""
-    y, x, A, B, role, scale = rows(6, 1, 32, 48, 16, torch.bfloat16, device)
+    y, x, A, B, weight = rows(6, 1, 32, 48, 16, torch.bfloat16, device)
     before = y.clone()
-    assert function(y, x, A, B, role, scale) is y
+    assert function(y, x, A, B, weight) is y
     changed = (y != before).any(-1)[:, 0]
-    assert changed.tolist() == (role > 0).tolist()
+    assert changed.tolist() == (weight > 0).any(1).tolist()
 
 
 def test_order_of_programs_changes_nothing(device, filled_with_nan, program_order):
@@ -77,22 +77,23 @@ def test_other_targets(device, pretend_to_be, name):
 
 def test_rows_know_nothing_of_each_other(device):
     """Another seat's tenant, even one that overflowed, must not change a row by a bit."""
-    y, x, A, B, role, scale = rows(7, 1, 64, 48, 16, torch.bfloat16, device)
-    before = lora_triton(y.clone(), x, A, B, role, scale)
+    y, x, A, B, weight = rows(7, 1, 64, 48, 16, torch.bfloat16, device)
+    before = lora_triton(y.clone(), x, A, B, weight)
     x[4:], y[4:] = torch.inf, torch.nan
-    after = lora_triton(y.clone(), x, A, B, role, scale)
+    after = lora_triton(y.clone(), x, A, B, weight)
     assert torch.equal(before[:4], after[:4])
 
 
 def test_bad_rows(device):
     """An adapter of another layer would be read past its end."""
-    y, x, A, B, role, scale = rows(3, 1, 32, 48, 16, torch.float32, device)
+    y, x, A, B, weight = rows(3, 1, 32, 48, 16, torch.float32, device)
     for bad in (
-        (y, x, A[:, :, :16], B, role, scale),
-        (y, x, A, B, role[:2], scale),
-        (y, x, A, B, role, scale[:1]),
-        (y, x, A.bfloat16(), B, role, scale),
-        (y.transpose(0, 2).contiguous().transpose(0, 2), x, A, B, role, scale),
+        (y, x, A[:, :, :16], B, weight),
+        (y, x, A, B.transpose(1, 2), weight),
+        (y, x, A, B, weight[:2]),
+        (y, x, A, B, weight[:, :1]),
+        (y, x, A.bfloat16(), B, weight),
+        (y.transpose(0, 2).contiguous().transpose(0, 2), x, A, B, weight),
     ):
         with pytest.raises(ValueError):
             lora_triton(*bad)

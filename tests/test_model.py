@@ -118,7 +118,7 @@ def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family):
     with torch.no_grad():
         full = [mine(x[b : b + 1, :n], int(roles[b]))[0] for b, n in enumerate(lengths)]
         cache = M.Cache(mine.config, 6, 40, torch.float32, "cpu")
-        cache.k.normal_(), cache.v.normal_()  # what earlier tenants left
+        cache.kv.normal_()  # what earlier tenants left
         stack, held = mine.stacked(), torch.zeros(4, dtype=torch.long)
         out = [[] for _ in lengths]
         for news in ([8, 3, 1, 20], [1, 1, 1, 1], [8, 19, 3, 9]):
@@ -133,6 +133,46 @@ def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family):
             held = held + news
     for want, got in zip(full, out):
         assert (torch.cat(got) - want).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_packed_copies_change_nothing_but_rounding(tmp_path, monkeypatch, rows, dtype):
+    """Copies of another layout or type, biases and adapters with them, must give the products of the body."""
+    checkpoint(tmp_path, "qwen2")
+    bodies = [M.load(tmp_path, t) for t in (torch.float64, dtype, dtype)]
+    packed = bodies[2]
+    monkeypatch.setattr(M, "packs", lambda size: True)
+    packed.pack(3), packed.pack(rows)  # the second engine may have more seats than the first
+    if packed.packed_head is None:
+        pytest.skip("this build of torch has no packed products")
+    x, roles = ids(rows, 1), torch.arange(rows) % 3
+    out = []
+    for body in bodies:
+        trained(body, POLICY, 3), trained(body, SIMULATOR, 4, rank=6)
+        with torch.no_grad():
+            window = M.Cache(body.config, rows, 8, body.dtype, "cpu").window(slice(0, rows), 1, roles * 0)
+            h = body(x, roles, window=window, lora=body.stacked().rows(roles))
+            assert h.dtype == body.dtype
+            out.append(body.logits(h[:, 0]).double())
+    error, usual = (out[2] - out[0]).abs().max(), (out[1] - out[0]).abs().max()
+    assert error < (1e-4 if dtype == torch.float32 else 1.5 * usual)
+
+
+def test_adapters_are_read_anew_in_the_type_of_the_products(tmp_path, monkeypatch):
+    """An engine made before another packed the body in another type would multiply what cannot be."""
+    checkpoint(tmp_path, "qwen2")
+    body = M.load(tmp_path, torch.bfloat16)
+    trained(body, POLICY)
+    monkeypatch.setattr(M, "packs", lambda size: True)
+    monkeypatch.setattr(M.kernels, "fast_type", lambda dtype, rows: torch.float32 if rows > 4 else dtype)
+    body.pack(4)
+    old = body.stacked()
+    assert body.stacked(old) is old
+    body.pack(16)
+    if body.packed_head is None:
+        pytest.skip("this build of torch has no packed products")
+    assert body.stacked(old).pairs[0][0].dtype == body.packed_head.weight.dtype == torch.float32
 
 
 def test_padding_and_other_rows_change_nothing(tmp_path):

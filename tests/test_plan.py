@@ -92,7 +92,7 @@ def test_what_is_held_is_exact(family, tied):
     assert b["gradient"] == nbytes(theta.grad)
     moments = [x for x in optimizer.state[theta].values() if x.numel() > 1]
     assert b["optimiser"] == nbytes(*moments)
-    assert b["cache of 5 seats x 100 tokens"] == nbytes(cache.k, cache.v)
+    assert b["cache of 5 seats x 100 tokens"] == nbytes(cache.kv)
     assert b["adapters again, for decoding"] == nbytes(*(x for p in body.stacked().pairs for x in p))
 
 

@@ -223,8 +223,8 @@ def test_a_simulator_on_a_server_may_fail_and_the_run_goes_on(tmp_path, capsys, 
     place.script = [models_of, *[good] * (len(asked) // 2), say(b"<html>out of order")]
     err = fails(capsys, "--out", tmp_path / "cut", *sim)
     assert place.address in err
-    place.requests.clear()
-    place.script = [models_of, good]
+    # A last request of the run that failed may still arrive.
+    place.script = [lambda handler: (good if handler.body else models_of)(handler)]
     run("--out", tmp_path / "cut", "--resume")
     whole, cut = (load_file(tmp_path / d / "state.safetensors") for d in ("whole", "cut"))
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
