@@ -460,6 +460,7 @@ class Model(nn.Module):
         for role, mine in pairs.items():
             for (A, B), (a, b) in zip(old.pairs, mine):
                 A[role - 1, : len(a)], B[role - 1, : len(a)] = a, b.T
+                A[role - 1, len(a) :] = 0  # an adapter that was here may have had a higher rank
         return old
 
     def init(self, seed: int, std: float = 0.02) -> "Model":

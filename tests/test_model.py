@@ -159,6 +159,22 @@ def test_packed_copies_change_nothing_but_rounding(tmp_path, monkeypatch, rows, 
     assert error < (1e-4 if dtype == torch.float32 else 1.5 * usual)
 
 
+def test_an_adapter_of_lower_rank_leaves_nothing_of_the_one_before(tmp_path):
+    """A stack that is wide enough for the other role is kept, and with it what stood beyond the new rank."""
+    checkpoint(tmp_path, "qwen2")
+    body = M.load(tmp_path)
+    trained(body, POLICY, 3, rank=6), trained(body, SIMULATOR, 4, rank=6)
+    old = body.stacked()
+    trained(body, POLICY, 5, rank=3)
+    body.roles[POLICY].alpha = 4.0  # the same scale
+    new, fresh = body.stacked(old), body.stacked()
+    assert new is old
+    for a, b in zip(new.rows(torch.tensor([1, 2])), fresh.rows(torch.tensor([1, 2]))):
+        x, y = torch.randn(2, 1, a.A.size(2)), torch.zeros(2, 1, a.B.size(2))
+        update = [M.kernels.lora(y.clone(), x, u.A, u.B, u.weight) for u in (a, b)]
+        assert torch.equal(*update) and update[0].abs().max() > 0
+
+
 def test_adapters_are_read_anew_in_the_type_of_the_products(tmp_path, monkeypatch):
     """An engine made before another packed the body in another type would multiply what cannot be."""
     checkpoint(tmp_path, "qwen2")
