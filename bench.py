@@ -109,13 +109,13 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def alternate(p: Run, ours: Callable, theirs: Callable) -> tuple[list[float], list[float]]:
-    """Seconds of ours and theirs, in turn: 2 to 7 times each, as `p.seconds` allows (once in a smoke run)."""
-    spans: tuple[list[float], list[float]] = [], []
+def alternate(p: Run, *calls: Callable) -> tuple[list[float], ...]:
+    """Seconds of each call, in turn: 2 to 7 times each, as `p.seconds` allows (once in a smoke run)."""
+    spans: tuple[list[float], ...] = tuple([] for _ in calls)
     least, most = p.few((1, 1), (2, 7))
     began = time.perf_counter()
     while len(spans[0]) < least or (len(spans[0]) < most and time.perf_counter() - began < p.seconds):
-        for span, call in zip(spans, (ours, theirs)):
+        for span, call in zip(spans, calls):
             span.append(timed(call))
     return spans
 
@@ -487,16 +487,20 @@ def episodes_of(
         return
     with stretched(home, w.context + 1) as longer, threads(n_threads):
         body, theirs = two_roles(models.load(longer, dtype, DEVICE)), transformers_body(longer, dtype)
-        engine = both_roles(body, w)
-        for adapters in ("", ", no adapters"):
-            progress("episodes", name + adapters)
-            if adapters:
-                body.roles.clear()
-            generate_ours(engine, [[1, 2, 3]], 2, 1.0), generate_theirs(theirs, [[1, 2, 3]], 2, 1.0)  # warm
-            spans = alternate(p, partial(act, engine, w), lambda: lock_step(theirs, w))
-            s = engine.stats
-            note = f"{s.decoded:,} tokens sampled, {s.prefilled:,} fed and {s.copied:,} copied by ours"
-            yield versus(name + adapters, spans, w.decoded(), note)
+        engine, adapters = both_roles(body, w), body.roles
+
+        def ours(roles: dict):
+            body.roles = roles
+            return act(engine, w)
+
+        generate_ours(engine, [[1, 2, 3]], 2, 1.0), generate_theirs(theirs, [[1, 2, 3]], 2, 1.0)  # warm
+        progress("episodes", name)
+        calls = (partial(ours, adapters), partial(ours, {}), lambda: lock_step(theirs, w))
+        *spans, peers = alternate(p, *calls)
+    s = engine.stats
+    note = f"{s.decoded:,} tokens sampled, {s.prefilled:,} fed and {s.copied:,} copied by ours"
+    for kind, span in zip(("", ", no adapters"), spans):
+        yield versus(name + kind, (span, peers), w.decoded(), note)
 
 
 # -------------------------------------------------------------------------------------------- where time goes

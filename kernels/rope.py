@@ -78,10 +78,8 @@ def config(heads: int, kv_heads: int, head_dim: int, t: Target) -> dict:
     return {"H": heads, "KV": kv_heads, "D": head_dim} | blocks | {"num_warps": 4}
 
 
-def check_fit(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """ValueError unless the shapes of q and k agree, and the table suits their heads."""
-    B, T, _, D = q.shape
-    check(k.shape[:2] == (B, T) and k.size(3) == D, f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit")
+def check_table(cos: Tensor, sin: Tensor, D: int) -> None:
+    """ValueError unless the tables suit heads of D columns."""
     check(cos.shape == sin.shape and cos.size(1) == D // 2, f"cos {tuple(cos.shape)} for heads of {D}")
     check(cos.is_contiguous() and sin.is_contiguous(), "cos and sin must be contiguous")
 
@@ -113,7 +111,9 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[
 
 def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The same on a GPU. ValueError if the shapes do not fit or the table is shorter than the rows."""
-    check_fit(q, k, cos, sin)
+    (B, T, _, D), shapes = q.shape, f"q {tuple(q.shape)} and k {tuple(k.shape)}"
+    check(k.shape[:2] == (B, T) and k.size(3) == D, f"{shapes} do not fit")
+    check_table(cos, sin, D)
     check(q.size(1) <= cos.size(0), f"{q.size(1)} tokens, but a table of {cos.size(0)} positions")
     return _Rope.apply(q, k, cos, sin)
 

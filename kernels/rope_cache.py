@@ -18,7 +18,7 @@ from torch import Tensor
 from . import measure
 from .launch import check, choose, target, tl, triton
 from .place import Place
-from .rope import check_fit, config, inputs, turn
+from .rope import check_table, config, inputs, turn
 
 
 def rope_cache_torch(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:
@@ -43,8 +43,8 @@ def rope_cache_torch(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:
 
 @triton.jit
 def _rope_cache(
-    p_q, p_k, p_v, p_q_out, p_k_cache, p_v_cache, p_cos, p_sin, p_start, p_lens,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_cb, s_ch, n_t, n_cache, n_positions,
+    p_x, p_q, p_cache, p_cos, p_sin, p_start, p_lens,
+    s_xb, s_xt, s_xh, s_cb, s_ch, n_t, n_cache, n_positions,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -55,39 +55,34 @@ def _rope_cache(
     at = tl.minimum(position, n_positions - 1) * (D // 2) + i_col
     cos = tl.load(p_cos + at, mask=i_col < D // 2, other=0.0)
     sin = tl.load(p_sin + at, mask=i_col < D // 2, other=0.0)
-    q, k = p_q + i_b * s_qb + i_t * s_qt, p_k + i_b * s_kb + i_t * s_kt
-    to = i_b * s_cb + position * D
-    turn(q, s_qh, p_q_out + (i_b * n_t + i_t) * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
-    turn(k, s_kh, p_k_cache + to, s_ch, cos, sin, real, KV, D, K_HEADS, HALF)
+    x, to = p_x + i_b * s_xb + i_t * s_xt, p_cache + i_b * s_cb + position * D
+    turn(x, s_xh, p_q + (i_b * n_t + i_t) * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
+    turn(x + H * s_xh, s_xh, to, s_ch, cos, sin, real, KV, D, K_HEADS, HALF)
     i_head, i_col = tl.arange(0, K_HEADS)[:, None], tl.arange(0, 2 * HALF)[None, :]
     m = (i_head < KV) & (i_col < D) & real  # (K_HEADS, 2 HALF)
-    v = tl.load(p_v + i_b * s_vb + i_t * s_vt + i_head * s_vh + i_col, mask=m, other=0.0)
-    tl.store(p_v_cache + to + i_head * s_ch + i_col, v, mask=m)
+    v = tl.load(x + (H + KV + i_head) * s_xh + i_col, mask=m, other=0.0)
+    tl.store(to + (KV + i_head) * s_ch + i_col, v, mask=m)
 
 
 def rope_cache_triton(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:
     """The same on a GPU, in one launch; qkv stays as it is. ValueError if shapes or strides do not fit."""
-    shapes = f"qkv {tuple(qkv.shape)}, cache {tuple(cache.shape)}"
-    check(qkv.size(2) > cache.size(1), f"{shapes}: no heads are left for q")
-    KV = cache.size(1) // 2
-    q, k, v = qkv.split((qkv.size(2) - 2 * KV, KV, KV), 2)
-    k_cache, v_cache = cache.chunk(2, 1)
-    start, cos, sin = place.start, place.cos, place.sin
-    lens = torch.full_like(start, q.size(1)) if place.lens is None else place.lens
-    check_fit(q, k, cos, sin)
-    (B, T, H, D), L = q.shape, cache.size(2)
-    check(cache.shape == (B, 2 * KV, L, D), f"{shapes} do not fit")
+    start, lens, cos, sin = place.start, place.lens, place.cos, place.sin
+    (B, T, heads, D), (n_kv, L) = qkv.shape, cache.shape[1:3]
+    lens = torch.full_like(start, T) if lens is None else lens
+    fits = cache.shape == (B, n_kv, L, D) and n_kv % 2 == 0 and n_kv < heads
+    check(fits, f"qkv {tuple(qkv.shape)} and cache {tuple(cache.shape)} do not fit")
+    check(qkv.stride(3) == 1, "the columns of a head must be neighbours in qkv")
     check(cache.stride()[2:] == (D, 1), "the tokens of a head must be neighbours in the cache")
+    check_table(cos, sin, D)
     check(
         start.shape == lens.shape == (B,), f"start {tuple(start.shape)}, lens {tuple(lens.shape)}: not ({B},)"
     )
-    q_out = q.new_empty(q.shape)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache.stride()[:2])
+    q = qkv.new_empty(B, T, heads - n_kv, D)
     _rope_cache[(T, B)](
-        q, k, v, q_out, k_cache, v_cache, cos, sin, start, lens, *strides, T, L, cos.size(0),
-        **config(H, KV, D, target()),
+        qkv, q, cache, cos, sin, start, lens, *qkv.stride()[:3], *cache.stride()[:2], T, L, cos.size(0),
+        **config(heads - n_kv, n_kv // 2, D, target()),
     )  # fmt: skip
-    return q_out
+    return q
 
 
 rope_cache = choose(rope_cache_torch, rope_cache_triton)
