@@ -30,7 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model import REFERENCE
-from questions import cover_em, hub_rows, is_parquet, normalise, numbered, parquet_rows
+from questions import cover_em, hub_rows, is_parquet, is_path, normalise, numbered, parquet_rows
 from rollout import Documents, Engine, Limits, Query, Question, Search, Turn, Words, episode, fill
 from search import read_lines
 
@@ -122,25 +122,24 @@ def read_rows(source: str | Path, columns: dict[str, str] | None = None) -> list
     """Rows {"query", "question", "answer", "documents", "quality": "useful" | "noisy"} of a file or hub set.
 
     A row may also hold "earlier": [[query, documents], ...], the searches before it. The file is JSON lines
-    (plain or gzip), a JSON list, or parquet; what is no file and looks like OWNER/NAME comes from the hub.
+    (plain or gzip), a JSON list, or parquet; what is no file, nor a path, but OWNER/NAME comes from the hub.
     The authors' released sets (SimulationTuning_wiki_dataset and SimulationTuning_google_dataset of
     Alibaba-NLP) are a JSON file each. Their columns are documented nowhere that we found: they are mapped by
     `exchange` and `released`, and where they are called otherwise `columns` names them. (ZeroSearch_dataset
-    holds questions, no documents.) Raises ValueError that names file and line, or row, for what is broken.
+    holds questions, no documents.) Raises ValueError that names file and line, or row, for what is broken;
+    FileNotFoundError where there is no such file.
     """
-    path, parse = Path(source), partial(parse_row, columns=columns)
-    if _on_hub(path):
-        table = hub_rows(str(path), split="train", instead="a file")
-    else:
+    name, path, parse = str(source), Path(source), partial(parse_row, columns=columns)
+    if path.exists():
         table = parquet_rows(path) if is_parquet(path) else _listed(path)
+    elif is_path(name) or name.count("/") != 1:
+        raise FileNotFoundError(f"there is no file {name}")
+    else:
+        table = hub_rows(name, split="train", instead="a file (there is none of that name)")
     rows = list(read_lines(path, parse) if table is None else numbered(source, table, parse))
     if not rows:
         raise ValueError(f"{source} holds no rows")
     return rows
-
-
-def _on_hub(path: Path) -> bool:
-    return not path.exists() and str(path).count("/") == 1 and not path.suffix
 
 
 def _listed(path: Path) -> list[dict] | None:

@@ -109,11 +109,15 @@ def load_questions(source: str | Path, limit: int | None = None, train: bool = F
 
     limit: how many (None: all), drawn by a seed of its own, whatever the run's, and kept in the file's order;
     a smaller draw is a part of a larger one. The first so many would be as good only where the order of a
-    file means nothing. Raises ValueError, with the row's number where one is broken or has no answer; OSError
-    where there is no file.
+    file means nothing. Raises ValueError, with the row's number where one is broken or has no answer;
+    FileNotFoundError where there is neither a file nor a set of that name.
     """
-    if str(source) in SETS and not Path(source).exists():
-        rows = map(parse_question, set_rows(str(source), train))
+    name = str(source)
+    if name in SETS and not Path(name).exists():
+        rows = map(parse_question, set_rows(name, train))
+    elif not Path(name).exists():
+        sets = "" if is_path(name) else f", and no such set ({', '.join(SETS)})"
+        raise FileNotFoundError(f"there is no file {name}{sets}")
     elif is_parquet(source):
         rows = numbered(source, parquet_rows(source), parse_question)
     else:
@@ -136,6 +140,17 @@ def set_rows(name: str, train: bool) -> Iterable[dict]:
     if split is None:
         raise ValueError(f"{name} has no questions to train on: it is a test set")
     return hub_rows(HUB, name, split=split, instead="a question file")
+
+
+PATH = re.compile(r"[./~]|.*/.*/|.*\.[A-Za-z]\w*$")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is meant as a file's, and is none on the hub: ./x, ../x, ~/x, /x, a/b/c, x.jsonl.
+
+    An ending begins with a letter: OWNER/SET_v1.5 may be a set.
+    """
+    return PATH.match(name) is not None
 
 
 def is_parquet(path: str | Path) -> bool:

@@ -461,11 +461,34 @@ def test_a_set_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
-        ValueError, match=r"could not download Alibaba-NLP/Sim.*: no route to host\. Give a file$"
+        ValueError,
+        match=r"could not download Alibaba-NLP/Sim.*: no route to host\. Give a file \(there is none",
     ):
         read_rows("Alibaba-NLP/SimulationTuning_wiki_dataset")
-    with pytest.raises(OSError):
-        read_rows(tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match=r"could not download owner/set_v1\.5"):
+        read_rows("owner/set_v1.5")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rows",
+        "rows.jsonk",
+        "./rows",
+        "../rows",
+        "/rows",
+        "~/rows",
+        "data/rows.jsonl",
+        "data/rows.gz",
+        "a/b/c",
+    ],
+)
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(name, tmp_path, monkeypatch):
+    """Whoever mistypes ../rows is told of a file, not of a repository that the hub does not have."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", None)
+    with pytest.raises(FileNotFoundError, match=f"^there is no file {name}$"):
+        read_rows(name)
 
 
 # ---------------------------------------------------------------------------------------------- audit figures

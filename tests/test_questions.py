@@ -211,7 +211,7 @@ def test_other_bad_question_files(tmp_path):
     """An empty file would end in a division by zero, a cut download in a traceback."""
     with pytest.raises(ValueError, match="holds no questions"):
         load_questions(lines_file(tmp_path / "empty.jsonl", "", ""))
-    with pytest.raises(OSError, match=r"absent\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"^there is no file \S*absent\.jsonl$"):
         load_questions(tmp_path / "absent.jsonl")
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(json.dumps(GOOD).encode() * 50)[:-20])
@@ -220,6 +220,17 @@ def test_other_bad_question_files(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"question": "é", "answer": "x"}'.encode("latin-1"))
     with pytest.raises(ValueError, match="line 1: "):
         load_questions(tmp_path / "latin.jsonl")
+
+
+@pytest.mark.parametrize(
+    "name, more", [("./hotpotqa", ""), ("hotpot", r", and no such set \(nq, .*bamboogle\)")]
+)
+def test_a_mistyped_name_is_told_as_what_it_was_meant(name, more, tmp_path, monkeypatch):
+    """Whoever mistypes the name of a set, and is told of a file alone, does not learn what sets there are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", None)
+    with pytest.raises(FileNotFoundError, match=f"^there is no file {name}{more}$"):
+        load_questions(name)
 
 
 def test_sets_by_name_come_from_the_hub(monkeypatch):
