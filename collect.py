@@ -267,7 +267,11 @@ def verdict(text: str, words: JudgeWords) -> bool | None:
 
 
 def judged(tok, words: JudgeWords, query: Query, documents: str, room: int) -> Generator:
-    """A generator that asks the judge about one search: returns its verdict. Its prompt is cut to `room`."""
+    """A generator that asks the judge about one search: returns its verdict.
+
+    Documents are cut until the prompt fits `room`; where the query leaves none for them, there is no verdict:
+    None.
+    """
 
     def asked(text: str) -> list[int]:
         message = fill(words.prompt, query=query.text, question=query.question.text, documents=text)
@@ -276,6 +280,8 @@ def judged(tok, words: JudgeWords, query: Query, documents: str, room: int) -> G
     ids = tok.encode(documents)
     spare = room - VERDICT - len(asked("")) - 2
     prompt = asked(documents if len(ids) <= spare else tok.decode(ids[: max(0, spare)]))
+    if spare < 1 or len(prompt) + VERDICT >= room:
+        return None
     sampled = yield Turn(prompt, REFERENCE, VERDICT, 0.0, (), (*query.address, JUDGED))
     return verdict(tok.decode(sampled.ids), words)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -155,6 +156,20 @@ def test_the_judges_prompt_fits_its_seat():
     run = collect.judged(Letters(), JUDGE, Query("q", ANN), "d" * 9000, room=700)
     turn = next(run)
     assert len(turn.ids) + turn.limit < 700 and Letters().decode(turn.ids).endswith("Reply:")
+
+
+@pytest.mark.parametrize("over", [0, 1, 3000])
+def test_a_query_too_long_for_the_judge_is_undecided(over):
+    """One query that rambles must not end a collection of hours, nor be judged without its documents."""
+    frame = len(JUDGE.prompt.format(query="", documents="")) + collect.VERDICT + 2
+    query = "a" * (700 - frame + over)
+    says = {POLICY: [f"<search>{query}</search>", "<answer>Ann</answer>"], REFERENCE: []}
+    limits = replace(LIMITS, turn=3500)
+    collecting = replace(collector({query: "Doc 1: Ann"}, room=700), limits=limits)
+    done, turns = play(collecting.episode(ANN, (0, 0, 0, 0)), says)
+    assert done["rows"][0]["labels"] == {"judge": None, "answer": True, "trajectory": True}
+    assert all(turn.role == POLICY for turn in turns)
+    assert sort_rows({0: done}, "judge").aside == {"undecided": 1}
 
 
 # ---------------------------------------------------------------------------------------------------- balance
