@@ -31,6 +31,7 @@ import report
 import toy
 from model import POLICY, SIMULATOR, Model
 from modes import MODE_WORDS, MODES
+from prompts import load_policy_words
 from questions import SETS, cover_em, exact_match, f1, load_questions
 from report import Ledger, table
 from rollout import (
@@ -52,7 +53,7 @@ from servers import Chat, is_address
 from simulator import Simulator, limits_for, words_for
 from tokenizer import Tokenizer
 
-__all__ = ["evaluate", "load_words", "show_progress", "summarise", "table"]  # what training asks for
+__all__ = ["evaluate", "show_progress", "summarise", "table"]  # what training asks for
 
 # ------------------------------------------------------------------------------------------------- evaluating
 
@@ -298,16 +299,6 @@ def settled(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def load_words(path: str) -> Words:
-    """Other words for the policy, from a JSON file. Raises ValueError for what is not such a file."""
-    words = models.read_json(Path(path), "a place of policy prompts")
-    if not {"prompt", "notice"} <= words.keys() <= {"prompt", "notice", "system"}:
-        raise ValueError(f"{path} must hold prompt and notice (and may hold system): no other keys")
-    if not all(isinstance(text, str) for text in words.values()) or "{question}" not in words["prompt"]:
-        raise ValueError(f"{path}: all must be texts, and prompt must say where the {{question}} goes")
-    return Words(**words)
-
-
 def load_sets(args: argparse.Namespace) -> dict[str, list[Question]]:
     """Name of the set, or of its file without the ending -> questions. Two of a name raise ValueError."""
     if args.data == "toy":
@@ -381,7 +372,7 @@ def words_of(args: argparse.Namespace) -> Words:
     """The policy's words for the mode: of a file, of the toy world, or the usual ones."""
     words = MODE_WORDS[args.mode]
     if args.policy_prompt:
-        words = load_words(args.policy_prompt)
+        words = load_policy_words(args.policy_prompt)
     elif "toy" in (args.data, args.search):
         words = toy.WORDS
         if args.mode == "rag":

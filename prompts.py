@@ -1,9 +1,11 @@
 """The words that make an LLM a search engine: two prompts, one for each quality of its documents.
 
 A simulator's prompt is made by `prompt` and by nothing else, so that sampling, fine-tuning and auditing
-cannot drift apart. Who uses a simulator that somebody else has trained brings its words in a JSON file.
+cannot drift apart. Who uses a simulator that somebody else has trained brings its words in a JSON file, and
+the policy's in another.
 
-What this is not: an engine (simulator.py samples from these prompts), or the policy's words (rollout.py).
+What this is not: an engine (simulator.py samples from these prompts), or the policy's usual words
+(rollout.py).
 
 Source: ZeroSearch, arXiv 2505.04588. The words are our own.
 """
@@ -13,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import model as models
-from rollout import Query, fill
+from rollout import Query, Words, fill
 from tokenizer import Tokenizer
 
 TASK = """\
@@ -137,6 +139,16 @@ def load_words(source: str | Path) -> SimWords:
 def save_words(words: SimWords, path: str | Path) -> None:
     """Write what `load_words` reads: an adapter travels with the words that it was trained on."""
     Path(path).write_text(json.dumps(asdict(words), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_policy_words(path: str) -> Words:
+    """Other words for the policy, from a JSON file. Raises ValueError for what is not such a file."""
+    words = models.read_json(Path(path), "a place of policy prompts")
+    if not {"prompt", "notice"} <= words.keys() <= {"prompt", "notice", "system"}:
+        raise ValueError(f"{path} must hold prompt and notice (and may hold system): no other keys")
+    if not all(isinstance(text, str) for text in words.values()) or "{question}" not in words["prompt"]:
+        raise ValueError(f"{path}: all must be texts, and prompt must say where the {{question}} goes")
+    return Words(**words)
 
 
 def messages(words: SimWords, query: Query, noisy: bool) -> list[dict[str, str]]:

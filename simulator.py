@@ -36,7 +36,16 @@ import model as models
 import toy
 from collect import Collector, audit_figures, read_rows, row_query
 from model import POLICY, REFERENCE, SIMULATOR, Model
-from prompts import PROMPTED_WORDS, SFT_WORDS, SimWords, load_words, messages, prompt, save_words
+from prompts import (
+    PROMPTED_WORDS,
+    SFT_WORDS,
+    SimWords,
+    load_policy_words,
+    load_words,
+    messages,
+    prompt,
+    save_words,
+)
 from questions import load_questions
 from rollout import DOCUMENTS, WORDS, Documents, Engine, Limits, Query, Question, Turn, coin, uniforms
 from search import open_search
@@ -400,14 +409,15 @@ def load_collection(args: argparse.Namespace) -> tuple[list[Question], Collector
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
     if args.noise is not None and not 0 <= args.noise <= 1:
         raise ValueError(f"--noise is a share, within 0..1, not {args.noise}")
+    words = load_policy_words(args.policy_prompt) if args.policy_prompt else None
     if args.data == "toy":
         if args.search != "toy":
             raise ValueError(f"--data toy is answered by --search toy, not {args.search}")
         share = 0.5 if args.noise is None else args.noise  # what never fails would collect no noisy rows
         questions = toy.fresh_questions(args.limit or 20_000, args.seed)
         collector = Collector(
-            None, partial(toy.lookup_anywhere, noise=share), limits_for(args, toy.LIMITS), toy.WORDS,
-            collecting.TOY_JUDGE, shown=toy.shuffled,
+            None, partial(toy.lookup_anywhere, noise=share), limits_for(args, toy.LIMITS),
+            words or toy.WORDS, collecting.TOY_JUDGE, shown=toy.shuffled,
         )  # fmt: skip
         return questions, collector
     if args.noise is not None:
@@ -416,7 +426,7 @@ def load_collection(args: argparse.Namespace) -> tuple[list[Question], Collector
     search = open_search(args.search, args.documents)
     if args.document_words:
         search = collecting.shortened(search, args.document_words)
-    return questions, Collector(None, search, limits_for(args, Limits()), WORDS)
+    return questions, Collector(None, search, limits_for(args, Limits()), words or WORDS)
 
 
 def command_collect(args: argparse.Namespace) -> None:
@@ -522,6 +532,9 @@ def add_collect(verbs) -> argparse.ArgumentParser:
     )
     c.add_argument("--resume", action="store_true", help="go on; more rows, or another --judge, are welcome")
     # the episode
+    c.add_argument(
+        "--policy-prompt", help="JSON file with other words for the policy: prompt, notice, system"
+    )
     c.add_argument("--samples", type=positive, default=1, help="episodes a question, at most")
     c.add_argument("--temperature", type=float, default=1.0, help="of the policy")
     c.add_argument(

@@ -38,6 +38,7 @@ import simulator as simulators
 import toy
 from collect import audit_figures
 from model import POLICY, SIMULATOR, Model
+from prompts import load_policy_words
 from questions import exact_match, f1, load_questions
 from rollout import WORDS, Engine, Limits, Query, Question, Search, Trajectory, Words, episode, prompt, show
 from search import open_search
@@ -262,7 +263,7 @@ def load_setting(a: argparse.Namespace) -> Setting:
     if server is None:
         homes[SIMULATOR] = models.resolve(a.sim)
     questions, held, engine_of_held = questions_and_engine(a)
-    words = judge_of.load_words(a.policy_prompt) if a.policy_prompt else toy.WORDS if a.toy else WORDS
+    words = load_policy_words(a.policy_prompt) if a.policy_prompt else toy.WORDS if a.toy else WORDS
     sim_words = load_sim_words(a)
     dtype = models.DTYPES[a.dtype]
     toks = {home: Tokenizer.load(home) for home in set(homes.values())}

@@ -364,6 +364,7 @@ def test_an_engine_that_fails_stops_the_run_and_keeps_what_is_done(tmp_path, mon
         ("--data toy --search toy --noise 30", "within 0..1, not 30"),
         ("--data toy --search toy --rows 1", "--rows must be at least 2"),
         ("--data toy --search toy --turns -1", "--turns must be at least 0"),
+        ("--data toy --search toy --policy-prompt questions.jsonl", "must hold prompt and notice"),
     ],
 )
 def test_flags_that_contradict_each_other(tmp_path, monkeypatch, flags, complaint):
@@ -373,6 +374,24 @@ def test_flags_that_contradict_each_other(tmp_path, monkeypatch, flags, complain
     with pytest.raises(ValueError, match=complaint):
         command(f"--policy nowhere --rows 4 --out a.jsonl {flags}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["questions.jsonl"]
+
+
+@pytest.mark.parametrize("data", ["--data toy --search toy", "--data q.jsonl --search none"])
+def test_the_policy_collects_in_the_words_that_it_was_trained_in(data, tmp_path, monkeypatch):
+    """A policy with words of its own would search badly in ours, and its rows would be of other searches."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").write_text('{"question": "who?", "answer": "Ann"}\n')
+    (tmp_path / "words.json").write_text('{"prompt": "Ask {question}", "notice": "again", "system": "s"}')
+    made = []
+
+    def no_body(args):
+        raise ValueError("no body")
+
+    monkeypatch.setattr(simulator, "load_body", no_body)
+    monkeypatch.setattr(simulator, "Collector", lambda *a, **k: made.append(Collector(*a, **k)))
+    with pytest.raises(ValueError, match="no body"):
+        command(f"--policy nowhere --rows 4 --out a.jsonl {data} --policy-prompt words.json")
+    assert made[0].words == Words("Ask {question}", "again", "s")
 
 
 # ---------------------------------------------------------------------------------------------- released sets
