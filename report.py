@@ -5,8 +5,11 @@ A *row* is one answered question, as eval.py writes it: {"set", "id", "question"
 
 Intervals are bootstrap percentiles: the questions of a set are drawn again, with replacement, 10,000 times
 from a fixed seed, and 95 % of the resampled means lie within [low, high]. For the average of sets each set is
-resampled by itself: sets are what they are, questions are a sample. Two runs of the same questions are
-compared pair by pair (`compare`). Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap.
+resampled by itself: sets are what they are, questions are a sample. Where all resampled means are the same
+there is no interval: it would have no width, and claim a certainty. Two runs of the same questions are
+compared pair by pair (`compare`); whether they differ by more than luck is a test of its own (`p_value`),
+since an interval of this kind is too narrow where few questions differ. Sources: Efron and Tibshirani 1993,
+An Introduction to the Bootstrap; for the test, Fisher 1935, The Design of Experiments.
 
 What this is not: a claim about other questions, other seeds of training, or other words in the prompt.
 """
@@ -16,6 +19,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,7 @@ from rollout import Question
 SCORES = ("f1", "em", "cover_em")
 MEANS = (*SCORES, "searches", "found")
 DRAWS = 10_000
+EXACT = 12  # questions that differ, up to which every pattern of signs is looked at: 4,096
 
 # --------------------------------------------------------------------------------- what was answered, on disk
 
@@ -145,18 +150,33 @@ def resampled(values: np.ndarray, stream: int, draws: int = DRAWS) -> np.ndarray
     return np.stack([values[rng.integers(n, size=n)].mean(0) for _ in range(draws)])
 
 
-def interval(drawn: np.ndarray) -> list[list[float]]:
-    """The [low, high] of each column of resampled means (draws, m) that 95 % of them lie within."""
-    return np.percentile(drawn, [2.5, 97.5], axis=0).T.tolist()
+def interval(drawn: np.ndarray) -> list[list[float] | None]:
+    """The [low, high] of each column of resampled means (draws, m) that 95 % of them lie within.
 
-
-def p_value(drawn: np.ndarray) -> float:
-    """Two-sided, of resampled differences (draws,): twice the share that lie at 0 or on its smaller side.
-
-    One more draw is counted there than was seen, so the least is 2 / (draws + 1), and never 0.
+    None where it has no width: questions that all score alike do not say how sure their mean is.
     """
-    other = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    return float(min(1.0, 2 * (other + 1) / (len(drawn) + 1)))
+    ends = np.percentile(drawn, [2.5, 97.5], axis=0).T.tolist()
+    return [[low, high] if high - low > 1e-9 else None for low, high in ends]  # less is rounding
+
+
+def p_value(differences: np.ndarray, stream: int, draws: int = DRAWS) -> float:
+    """Two-sided, of paired differences (n,), each in its weight: does their sum differ from 0 by luck?
+
+    If nothing but luck tells the two runs apart, each difference could as well have had the other sign. p is
+    the share of patterns of signs whose sum lies as far from 0 as the one that was seen, or farther: of all
+    2^k patterns where k questions differ, k <= EXACT; else of `draws` patterns, drawn from a fixed seed, and
+    the one that was seen, so that it is never 0 (Phipson and Smyth 2010).
+    """
+    differ = differences[differences != 0]
+    if len(differ) <= EXACT:
+        patterns = map(np.array, product((1, -1), repeat=len(differ)))
+    else:
+        rng = np.random.default_rng([0, stream])
+        drawn = (1 - 2 * rng.integers(2, size=len(differ)) for _ in range(draws))
+        patterns = chain([np.ones(len(differ))], drawn)
+    sums = np.array([differ @ pattern for pattern in patterns])
+    bar = abs(differ.sum()) - 1e-9 * np.abs(differ).sum()  # sums that are equal but for rounding count
+    return float((np.abs(sums) >= bar).mean())
 
 
 def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
@@ -170,7 +190,8 @@ def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
 def figures(rows: list[dict], draws: int = DRAWS) -> dict:
     """The `average` of all sets and, under "sets", each one's `summary`.
 
-    Both with "intervals": {"em": [low, high], "cover_em": ..., "f1": ...}, and "seconds" that were spent.
+    Both with "intervals": {"em": [low, high] or None, "cover_em": ..., "f1": ...}, and "seconds" that were
+    spent.
     """
     sets, drawn = {}, []
     for stream, (name, part) in enumerate(by_set(rows).items()):
@@ -244,22 +265,22 @@ def results(whole: dict, paper: dict[str, float]) -> str:
         lines |= {f"  {hops} hop": means for hops, means in part["by_hop"].items()}
     if len(sets) > 1:
         lines[AVERAGE] = _line(whole, paper.get(AVERAGE))
-    notes = ["(low-high): 95 % bootstrap interval over questions"]
+    notes = ["(low-high): 95 % bootstrap interval over questions; (-): none, as all of them score alike"]
     if paper.keys() & lines.keys():
         notes += [PAPER]
     return "\n".join([table(lines), *notes])
 
 
 def _line(part: dict, paper: float | None) -> dict:
-    scores = {s: f"{part[s]:.3f} {_between(*part['intervals'][s])}" for s in SCORES}
+    scores = {s: f"{part[s]:.3f} {_between(part['intervals'][s])}" for s in SCORES}
     beside = {} if paper is None else {"paper": paper}
     rest = {key: part[key] for key in ("searches", "found")} | {"seconds": round(part["seconds"])}
     ends = ", ".join(f"{cause} {count}" for cause, count in part.get("ends", {}).items())
     return {"n": part["n"], **scores, **beside, **rest, "ends": ends}
 
 
-def _between(low: float, high: float) -> str:
-    return f"({low:.2f}-{high:.2f})"
+def _between(ends: list[float] | None) -> str:
+    return f"({ends[0]:.2f}-{ends[1]:.2f})" if ends else "(-)"
 
 
 # -------------------------------------------------------------------------------------------------- comparing
@@ -283,8 +304,8 @@ def read_result(path: str) -> dict[tuple, dict]:
 def compare(a: str, b: str, draws: int = DRAWS) -> dict[str, dict]:
     """Two result files of the same questions -> {"SET SCORE": {"n", "A", "B", "B - A", "95 %", "p"}}.
 
-    Paired bootstrap: the differences, question by question, are resampled (`interval`, `p_value`). Raises
-    ValueError where the files do not hold the same questions.
+    Paired: the differences, question by question, are resampled (`interval`), and their signs flipped
+    (`p_value`). Raises ValueError where the files do not hold the same questions.
     """
     left, right = read_result(a), read_result(b)
     for one, other, path in ((left, right, a), (right, left, b)):
@@ -293,28 +314,31 @@ def compare(a: str, b: str, draws: int = DRAWS) -> dict[str, dict]:
                 f"{a} and {b} cannot be compared: {len(alone)} questions are in {path} alone, the first is "
                 f"{alone[0][2][:60]!r} of {alone[0][0]}"
             )
-    out, drawn, differences = {}, [], []
-    for stream, (name, rows) in enumerate(by_set(left.values()).items()):
+    out, sets = {}, []
+    for stream, name in enumerate(by_set(left.values())):
         keys = [key for key in left if key[0] == name]
-        pair = [np.array([[side[k][s] for s in SCORES] for k in keys]) for side in (left, right)]  # (n, 3)
-        drawn.append(resampled(pair[1] - pair[0], stream, draws))
-        differences.append([half.mean(0) for half in pair])
-        out |= _compared(name, len(rows), differences[-1], drawn[-1])
-    if len(drawn) > 1:
-        out |= _compared(AVERAGE, len(left), np.mean(differences, 0), np.mean(drawn, 0))
+        x, y = (np.array([[side[k][s] for s in SCORES] for k in keys]) for side in (left, right))  # (n, 3)
+        sets.append((x.mean(0), y.mean(0), (y - x) / len(keys), resampled(y - x, stream, draws)))
+        out |= _compared(name, *sets[-1], stream, draws)
+    if len(sets) > 1:
+        x, y, shares, drawn = zip(*sets)  # a set's questions share its weight
+        whole = np.mean(x, 0), np.mean(y, 0), np.concatenate(shares), np.mean(drawn, 0)
+        out |= _compared(AVERAGE, *whole, len(sets), draws)
     return out
 
 
-def _compared(name: str, n: int, pair: Iterable[np.ndarray], drawn: np.ndarray) -> dict[str, dict]:
-    a, b = pair
+def _compared(
+    name: str, a: np.ndarray, b: np.ndarray, shares: np.ndarray, drawn: np.ndarray, stream: int, draws: int
+) -> dict[str, dict]:
+    """The lines of a set: means a, b (3,), a question's share in b - a (n, 3), resampled b - a (draws, 3)."""
     return {
         f"{name} {score}": {
-            "n": n,
+            "n": len(shares),
             "A": float(a[i]),
             "B": float(b[i]),
             "B - A": float(b[i] - a[i]),
             "95 %": interval(drawn[:, i : i + 1])[0],
-            "p": p_value(drawn[:, i]),
+            "p": p_value(shares[:, i], stream, draws),
         }
         for i, score in enumerate(SCORES)
     }
@@ -324,13 +348,14 @@ def comparison(lines: dict[str, dict]) -> str:
     """The table of `compare`."""
     shown = {}
     for name, line in lines.items():
-        low, high = line["95 %"]
+        ends = line["95 %"]
         shown[name] = line | {
             "B - A": f"{line['B - A']:+.3f}",
-            "95 %": f"{low:+.3f} .. {high:+.3f}",
+            "95 %": f"{ends[0]:+.3f} .. {ends[1]:+.3f}" if ends else "-",
             "p": f"{line['p']:.4f}",
         }
     return table(shown) + (
-        "\n95 %: bootstrap interval of B - A, paired by question; p: two-sided, twice the share of resampled "
-        "differences at 0 or beyond"
+        "\n95 %: bootstrap interval of B - A, paired by question (-: none, as all differ alike); too narrow "
+        "where few differ\np: two-sided, how often B - A is as large if the sign of each question's "
+        "difference is random"
     )

@@ -35,7 +35,16 @@ def test_an_interval_is_as_wide_as_theory_says():
     ((low, high),) = interval(drawn)
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)
     assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
-    assert interval(resampled(np.array([[0.3]] * 9), 0, 50))[0] == pytest.approx([0.3, 0.3])
+
+
+def test_an_interval_without_a_width_is_none():
+    """Five questions that all score alike would be printed as certain: .3, and nothing else is possible."""
+    assert interval(resampled(np.array([[0.3]] * 9), 0, 50)) == [None]
+    assert interval(resampled(np.array([[0.1], [0.3 - 0.2]]), 0, 50)) == [None]  # 0.1, but for rounding
+    assert interval(resampled(np.array([[0.0, 0.0], [0.0, 1.0]]), 0, 50)) == [None, [0.0, 1.0]]
+    text = results(figures(rows_of([1, 1, 1]) + rows_of([0, 1], "other"), 50), {}).splitlines()
+    assert text[1].split()[:6] == ["q", "3", "1.000", "(-)", "1.000", "(-)"]
+    assert text[2].split()[:4] == ["other", "2", "0.500", "(0.00-1.00)"]
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -61,12 +70,34 @@ def test_figures_are_those_of_the_sets_and_of_their_mean():
     assert figures(large, 2000)["sets"]["large"] == whole["sets"]["large"]  # and the same at every call
 
 
-def test_a_p_value_by_hand():
-    """One-sided, or never above 0 because no draw was, it would claim more than the questions say."""
-    assert p_value(np.full(999, 0.2)) == p_value(np.full(999, -0.2)) == pytest.approx(2 / 1000)
-    assert p_value(np.array([0.1] * 989 + [-0.1] * 10)) == pytest.approx(2 * 11 / 1000)
-    assert p_value(np.array([0.1, -0.1] * 50)) == 1.0
-    assert p_value(np.zeros(99)) == 1.0
+@pytest.mark.parametrize(
+    "differences, p",
+    [
+        ([0.2] * 5, 2 / 32),  # and not 2 / 10,001, as if five questions could say so much
+        ([-0.2] * 5 + [0.0] * 400, 2 / 32),  # those that do not differ say nothing
+        ([1.0] * 10 + [-1.0], 2 * (1 + 11) / 2048),  # of one size: the sign test
+        ([0.4, 0.3, -0.1], 4 / 8),  # .6 and .8, either way; not .2 and 0
+        ([0.1, 0.2, -0.3], 1.0),  # 0, but for rounding
+        ([1.0] * 12, 2 / 4096),
+        ([], 1.0),
+        ([0.0] * 99, 1.0),
+    ],
+)
+def test_a_p_value_by_hand(differences, p):
+    """One-sided, blind to how few questions differ, or tripped by rounding, it would claim more than the
+    questions say."""
+    assert p_value(np.array(differences), 0) == pytest.approx(p)
+
+
+def test_drawn_patterns_of_signs_agree_with_all_of_them(monkeypatch):
+    """Beyond 12 questions patterns are drawn: p must stay what it was, and never be 0."""
+    for n in range(5):
+        differences = np.random.default_rng(n).random(12) - 0.3
+        exact = p_value(differences, n)
+        with monkeypatch.context() as patch:
+            patch.setattr(report, "EXACT", 11)
+            assert p_value(differences, n) == pytest.approx(exact, abs=4 * math.sqrt(exact / report.DRAWS))
+    assert p_value(np.ones(60), 0, 999) == p_value(-np.ones(60), 0, 999) == 1 / 1000
 
 
 def files(tmp_path, left, right):
@@ -82,7 +113,7 @@ def test_runs_are_compared_question_by_question(tmp_path):
     left, right = rows_of(scores), rows_of([s + 0.1 for s in scores])
     random.Random(0).shuffle(right)
     lines = compare(*files(tmp_path, left, right), 500)
-    assert lines["q f1"]["B - A"] == pytest.approx(0.1) and lines["q f1"]["95 %"] == pytest.approx([0.1, 0.1])
+    assert lines["q f1"]["B - A"] == pytest.approx(0.1) and lines["q f1"]["95 %"] is None
     assert (
         lines["q em"]["p"] < 0.01
         and lines["q em"]["n"] == 80
@@ -110,7 +141,7 @@ def test_the_mean_of_sets_is_compared_too(tmp_path):
     assert lines["mean of sets f1"]["B - A"] == pytest.approx((0.1 - 0.4) / 2)
     text = report.comparison(lines).splitlines()
     assert text[0].split() == ["n", "A", "B", "B", "-", "A", "95", "%", "p"]
-    assert text[1].split()[:7] == ["large", "f1", "100", "0.500", "0.600", "+0.100", "+0.100"]
+    assert text[1].split()[:7] == ["large", "f1", "100", "0.500", "0.600", "+0.100", "-"]
 
 
 def test_the_same_question_twice_is_two_pairs(tmp_path):
