@@ -29,6 +29,7 @@ from tqdm import tqdm
 import model as models
 import report
 import toy
+from collect import stands
 from model import POLICY, SIMULATOR, Model
 from modes import MODE_WORDS, MODES
 from prompts import load_policy_words
@@ -63,9 +64,10 @@ LIMITS = Limits()
 def answered(t: Trajectory) -> dict:
     """One episode as a row: what was asked, done and answered, and what it is worth.
 
-    `found` is 1.0 where a golden answer stood in a document.
+    `found` is 1.0 where a golden answer stood in a document, None where it is yes or no (`collect.stands`).
     """
     q, golds = t.question, t.question.answers
+    held = stands("\n".join(documents.text for _, documents in t.searches), golds)
     return {
         **{"id": q.id, "question": q.text, "golden_answers": list(golds), "hops": q.hops},
         **{"answer": t.answer, "end": t.end, "queries": [query.text for query, _ in t.searches]},
@@ -73,7 +75,7 @@ def answered(t: Trajectory) -> dict:
         "em": exact_match(t.answer, golds),
         "cover_em": cover_em(t.answer, golds),
         "searches": len(t.searches),
-        "found": cover_em("\n".join(documents.text for _, documents in t.searches), golds),
+        "found": None if held is None else float(held),
     }
 
 
@@ -136,17 +138,19 @@ def retrieval(index: BM25, questions: list[Question], depths: tuple[int, ...] = 
     """The engine alone: {"n", "top 1", "top 3", ..., "ms"}.
 
     "top k" is the share of questions of which a golden answer stands in the first k passages that the
-    question itself finds; "ms" the mean time of a query.
+    question itself finds; "ms" the mean time of a query. Questions whose answer is yes or no, which no
+    passage holds, are left out of all of them: where there are no others, shares and time are None.
     """
     found, spent = Counter(), 0.0
+    questions = [question for question in questions if stands("", question.answers) is not None]
     for question in questions:
         began = time.perf_counter()
         top = index.top(question.text, max(depths))
         spent += time.perf_counter() - began
-        hits = [cover_em(" ".join(index.passages[i]), question.answers) for i in top]
-        found.update({k: max(hits[:k], default=0.0) for k in depths})
-    n = len(questions)
-    return {"n": n} | {f"top {k}": found[k] / n for k in depths} | {"ms": 1e3 * spent / n}
+        hits = [stands(" ".join(index.passages[i]), question.answers) for i in top]
+        found.update({k: any(hits[:k]) for k in depths})
+    n, sums = len(questions), {f"top {k}": found[k] for k in depths} | {"ms": 1e3 * spent}
+    return {"n": n} | {name: value / n if n else None for name, value in sums.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- live
@@ -455,7 +459,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows, index = [], open_bm25(args.search.removeprefix("bm25:"))
         parts = {name: retrieval(index, questions) for name, questions in sets.items()}
         figures = report.average(parts) | {"sets": parts, "seconds": time.perf_counter() - began}
-        print(table(parts))
+        print(table(parts), "top k: a golden answer stands there; yes / no questions are left out", sep="\n")
     if args.json:
         report.save(args.json, figures | {"flags": vars(args), "questions": rows})
 

@@ -112,8 +112,18 @@ def save(path: str, result: dict) -> None:
 
 
 def means(rows: list[dict]) -> dict:
-    """{"n", "f1", "em", "cover_em", "searches", "found"} of rows."""
-    return {"n": len(rows)} | {key: sum(row[key] for row in rows) / len(rows) for key in MEANS}
+    """{"n", "f1", "em", "cover_em", "searches", "found"} of rows.
+
+    "found" is the share of those whose documents held a golden answer, of questions that are not answered by
+    yes or no (which their rows say with a null); None where there are no others.
+    """
+    return {"n": len(rows)} | {key: _mean([row[key] for row in rows]) for key in MEANS}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are not None; None where all are."""
+    counted = [value for value in values if value is not None]
+    return sum(counted) / len(counted) if counted else None
 
 
 def summary(rows: list[dict]) -> dict:
@@ -130,11 +140,15 @@ def summary(rows: list[dict]) -> dict:
 
 
 def average(sets: dict[str, dict]) -> dict:
-    """The mean of the sets' means, whatever their sizes, as the paper's tables have it; "n" is the sum."""
+    """The mean of the sets' means, whatever their sizes, as the paper's tables have it; "n" is the sum.
+
+    A set that lacks a figure (None) has no part in its mean.
+    """
     parts = list(sets.values())
     if len(parts) == 1:
         return parts[0]
-    shared = {k: sum(p[k] for p in parts) / len(parts) for k, v in parts[0].items() if isinstance(v, float)}
+    names = [k for k, v in parts[0].items() if v is None or isinstance(v, float)]
+    shared = {k: _mean(part[k] for part in parts) for k in names}
     return {"n": sum(p["n"] for p in parts)} | shared
 
 
@@ -238,7 +252,8 @@ def papers(policy: str, mode: str) -> dict[str, float]:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Rows of figures under the names of their columns: means with three decimals, counts as they are."""
+    """Rows of figures under the names of their columns: means with three decimals, counts as they are, "-"
+    for None."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     cells = [["", *columns]] + [
         [name, *(_cell(row.get(c, "")) for c in columns)] for name, row in rows.items()
@@ -248,8 +263,8 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: float | int | str) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def _cell(value: float | int | str | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def results(whole: dict, paper: dict[str, float]) -> str:
@@ -266,6 +281,7 @@ def results(whole: dict, paper: dict[str, float]) -> str:
     if len(sets) > 1:
         lines[AVERAGE] = _line(whole, paper.get(AVERAGE))
     notes = ["(low-high): 95 % bootstrap interval over questions; (-): none, as all of them score alike"]
+    notes += ["found: a golden answer stood in the documents; yes / no questions are left out"]
     if paper.keys() & lines.keys():
         notes += [PAPER]
     return "\n".join([table(lines), *notes])

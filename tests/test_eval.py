@@ -99,6 +99,25 @@ def test_evaluate_counts_every_question_once():
     }
 
 
+def test_yes_and_no_are_found_nowhere():
+    """The letters "no" stand in "another", "yes" hardly anywhere: such questions say nothing of an engine."""
+    yes_no = Question("is Peru in Asia?", ("no", "No."), "d")
+    script = SCRIPT | {"Asia": ["<search>Peru</search>", "<answer>no</answer>"]}
+
+    def another(query):
+        return Documents("Doc 1: another")
+        yield
+
+    summary, _ = evaluate(Script(script), Letters(), [yes_no, QUESTIONS[0]], another, LIMITS, WORDS)
+    assert (summary["n"], summary["em"], summary["found"]) == (2, 0.5, 0.0)
+    summary, _ = evaluate(Script(script), Letters(), [yes_no], another, LIMITS, WORDS)
+    assert summary["found"] is None
+    index = BM25([("Peru", "is in another place"), ("Lima", "the capital of Peru")])
+    figures = retrieval(index, [yes_no, QUESTIONS[0]], depths=(2,))
+    assert (figures["n"], figures["top 2"]) == (1, 1.0)
+    assert retrieval(index, [yes_no], depths=(2,)) == {"n": 0, "top 2": None, "ms": None}
+
+
 # ------------------------------------------------------------------------------------------------------ modes
 
 

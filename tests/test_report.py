@@ -204,6 +204,17 @@ def test_a_table_has_a_line_a_set_and_the_papers_column_where_it_has_one():
     assert "paper" not in results(two, {}) and "paper" not in results(two, papers("0.5b", "agent"))
 
 
+def test_what_no_question_of_a_set_tells_is_a_dash():
+    """A set of yes / no questions has no share of documents that hold the answer: 0 would blame the engine,
+    and pull down the mean of sets."""
+    yes_no = [row(1.0, "asks", i, found=None) for i in range(3)]
+    whole = figures([*yes_no, *rows_of([1, 0], "q"), row(1.0, "q", 2, found=None)], 50)
+    assert whole["sets"]["asks"]["found"] is None and whole["sets"]["q"]["found"] == whole["found"] == 1.0
+    lines = results(whole, {}).splitlines()[1:4]
+    assert [line.split()[-4] for line in lines[:2]] == ["-", "1.000"] and lines[2].split()[-2] == "1.000"
+    assert figures([*yes_no, row(1.0, "too", found=None)], 50)["found"] is None
+
+
 # ----------------------------------------------------------------------------------------------- rows on disk
 
 QUESTIONS = [Question(f"question {i}", ("x",), str(i)) for i in range(4)]
