@@ -200,10 +200,8 @@ class Linear(nn.Module):
             return kernels.lora_linear(x, self.weight, self.bias, lora.A, lora.B, lora.scale)
         kind, x = x.dtype, fast(x, self.packed)
         y = product(x, self.weight, self.packed, self.bias)
-        if lora is not None and lora.weight is not None:
-            kernels.lora(y, x, lora.A, lora.B, lora.weight)
-        elif lora is not None:  # one adapter for all rows
-            y.flatten(0, -2).addmm_(x.flatten(0, -2) @ lora.A.T, lora.B.T, alpha=lora.scale)
+        if lora is not None:
+            adapt(y, x, lora)
         return y.to(kind)
 
 
@@ -224,14 +222,26 @@ def packs(size: int) -> bool:
 
 def fast(x: Tensor, packed: "kernels.Packed | None") -> Tensor:
     """x in the type of the packed copy, where `product` will use it."""
-    return x if packed is None or torch.is_grad_enabled() else x.to(packed.weight.dtype)
+    return x.to(packed.weight.dtype) if packed is not None and torch.is_inference_mode_enabled() else x
 
 
 def product(x: Tensor, weight: Tensor, packed: "kernels.Packed | None", bias: Tensor | None = None) -> Tensor:
-    """x (..., d_in) -> x W^T + bias, from the packed copy where there is one and no gradient is wanted."""
-    if packed is None or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    return kernels.packed_linear(x, weight, packed)
+    """x (..., d_in) -> x W^T + bias, from the packed copy in inference mode, in which the engine samples.
+
+    Not wherever gradients are off: policy and KL reference must round alike.
+    """
+    if packed is not None and torch.is_inference_mode_enabled():
+        return kernels.packed_linear(x, weight, packed)
+    return F.linear(x, weight, bias)
+
+
+def adapt(y: Tensor, x: Tensor, lora: "Update") -> None:
+    """Add a Linear's update to its result y in place, without gradients."""
+    if lora.weight is not None:
+        kernels.lora(y, x, lora.A, lora.B, lora.weight)
+    else:  # one adapter for all rows, perhaps an fp32 master copy
+        A, B = lora.A.to(x.dtype), lora.B.to(x.dtype)
+        y.flatten(0, -2).addmm_(x.flatten(0, -2) @ A.T, B.T, alpha=lora.scale)
 
 
 @dataclass(frozen=True)
@@ -304,13 +314,17 @@ class Layer(nn.Module):
         else:
             y, x = kernels.rms_norm(delta, self.norm_1, eps, residual=x)
         qkv = self.qkv(y, updates[0]).unflatten(-1, (-1, c.head_dim))  # (B, T, H + 2 KV, D)
-        if c.qk_norm:
-            q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), 2)
-            q, k = kernels.rms_norm(q, self.q_norm, eps), kernels.rms_norm(k, self.k_norm, eps)
-            qkv = torch.cat((q, k, v), 2)
-        delta = self.out(attend(qkv).flatten(-2), updates[1])
+        delta = self.out(attend(self, qkv).flatten(-2), updates[1])
         y, x = kernels.rms_norm(delta, self.norm_2, eps, residual=x)
         return x, self.down(kernels.swiglu(self.gate_up(y, updates[2])), updates[3])
+
+    def parts(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (B, T, H + 2 KV, D) -> q, k and v, of which Qwen3 normalises the first two."""
+        c = self.c
+        q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), 2)
+        if c.qk_norm:
+            q, k = kernels.rms_norm(q, self.q_norm, c.eps), kernels.rms_norm(k, self.k_norm, c.eps)
+        return q, k, v
 
 
 class Model(nn.Module):
@@ -376,10 +390,9 @@ class Model(nn.Module):
 
     def _alone(self, lengths: Tensor | None) -> Iterator[Callable]:
         """For every layer: attention among the rows' own tokens."""
-        heads = self.config.heads, self.config.kv_heads, self.config.kv_heads
 
-        def attend(qkv):
-            q, k, v = qkv.split(heads, 2)
+        def attend(layer, qkv):
+            q, k, v = layer.parts(qkv)
             q, k = kernels.rope(q, k, self.cos, self.sin)
             return kernels.attention(q, k, v, lengths)
 
@@ -390,7 +403,9 @@ class Model(nn.Module):
         L = w.layers[0].size(2)
         place = kernels.Place(w.start, T, L, w.lens, self.cos, self.sin, self.dtype)
 
-        def attend(cache, qkv):
+        def attend(cache, layer, qkv):
+            if self.config.qk_norm:
+                qkv = torch.cat(layer.parts(qkv), 2)
             q = kernels.rope_cache(qkv, cache, place)
             return kernels.cached_attention(q, *cache.chunk(2, 1), place)
 

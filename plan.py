@@ -109,7 +109,8 @@ def packed(c: Config, s: "Settings") -> int:
     """Bytes of the copies that `Model.pack` makes on a CPU."""
     matrices = sum(d_in * sum(parts) for d_in, parts in linears(c)) * c.layers + c.vocab * c.d
     size = kernels.fast_type(s.dtype, s.seats).itemsize
-    return matrices * size if not s.kernels and packs(parameters(c) * size) else 0
+    never = s.kernels or s.dtype == torch.float16
+    return matrices * size if not never and packs(parameters(c) * size) else 0
 
 
 def blocks(c: Config, rank: int) -> tuple[int, int]:
@@ -128,13 +129,15 @@ def kept(c: Config, s: Settings) -> float:
     """Bytes that one layer keeps of one token until its backward pass.
 
     Two norms keep their sum and their result (4 d); q, k and v are kept as projected and, but for v, rotated;
-    then the attention's output, gate and up, and their product.
+    then the attention's output, gate and up, and their product. Where q and k are normalised (Qwen3), a copy
+    of them, as the norms read it.
     """
     q, kv, size = c.heads * c.head_dim, c.kv_heads * c.head_dim, s.dtype.itemsize
+    normed = (q + kv) * c.qk_norm
     numbers = 4 * c.d + (q + 2 * kv) + (q + kv) + q + 3 * c.ffn
     if s.kernels:
-        return numbers * size + 4 * c.heads  # and the log-sum-exp of each head
-    wide = 2 * c.d if size < 4 else 0  # the norms' sums again, in fp32
+        return (numbers + normed) * size + 4 * c.heads  # and the log-sum-exp of each head
+    wide = 2 * (c.d + normed) if size < 4 else 0  # what the norms read, again in fp32
     return (numbers + q + c.ffn + wide) * size + 4 * (c.heads + 2)  # masked output, silu(gate)
 
 
@@ -170,8 +173,12 @@ def learning(c: Config, s: Settings) -> dict[str, float]:
 def acting(c: Config, s: Settings) -> dict[str, float]:
     """Bytes of one body at the height of a batch that is fed, or of a decode step."""
     size, tokens = s.dtype.itemsize, max(s.micro_tokens, s.seat_tokens)
-    feeding = tokens * (4 * c.d + (3 if s.kernels else 4) * c.ffn) * size
-    logits = s.seats * c.vocab * (size if s.kernels else 4 * size)
+    if s.kernels:
+        feeding, logits = tokens * (4 * c.d + 3 * c.ffn) * size, s.seats * c.vocab * size
+    else:  # attention's mask; sampling has four tables in fp32, beside the logits if they are narrower
+        wide = kernels.fast_type(s.dtype, s.seats).itemsize if packed(c, s) else size
+        feeding = tokens * ((4 * c.d + 4 * c.ffn) * wide + s.seat_tokens * size)
+        logits = s.seats * c.vocab * (16 + (size if size < 4 else 0))
     return {"prompts and documents, fed": feeding, "logits of all seats": logits}
 
 

@@ -104,7 +104,7 @@ def _case(rows: int, n: int, m: measure.Model, device: str) -> measure.Case:
     return measure.Case(
         f"cache {rows} x {n} x ({m.heads} + 2 x {m.kv_heads}) x {m.head_dim}",
         lambda: rope_cache_triton(*args),
-        {"torch": lambda: rope_cache_torch(qkv.clone(), cache, place)},  # it turns them in place
+        {"torch, and a copy": lambda: rope_cache_torch(qkv.clone(), cache, place)},  # it turns them in place
         bytes=2 * (q.numel() + 2 * k.numel()) * q.element_size(),
     )
 

@@ -215,6 +215,10 @@ def test_bad_flags_are_one_line(capsys, tmp_path):
     assert "is not a checkpoint directory" in fails(capsys, "--checkpoint", str(tmp_path))
     assert "no checkpoint 'x'" in fails(capsys, "--plan", "x")
     assert "GiB even with --seats 2" in fails(capsys, "--plan", "14b", "--memory", "16")
+    assert "--threads 0: must be 1 or more" in fails(capsys, "--threads", "0")
+    assert "--seat-tokens -5" in fails(capsys, "--plan", "3b", "--seat-tokens", "-5")
+    assert "names no section" in fails(capsys, "--only", ",")
+    assert "belong to --plan" in fails(capsys, "--memory", "24")
 
 
 # ------------------------------------------------------------------------------------------------- smoke runs
@@ -276,4 +280,6 @@ def test_the_plan_is_printed(capsys):
     """`--plan` is for people who decide which card to rent."""
     bench.main(["--plan", "3b", "--memory", "24"])
     out = capsys.readouterr().out
+    bench.main(["--plan", "3b", "--sim", "3b"])  # one body in both roles
+    assert capsys.readouterr().out.splitlines()[1:] == out.splitlines()[1:]
     assert "3b in 24 GiB: --seats" in out and re.search(r"weights +5,902\.0 MiB", out) and "total" in out

@@ -150,13 +150,34 @@ def test_packed_copies_change_nothing_but_rounding(tmp_path, monkeypatch, rows, 
     out = []
     for body in bodies:
         trained(body, POLICY, 3), trained(body, SIMULATOR, 4, rank=6)
-        with torch.no_grad():
-            window = M.Cache(body.config, rows, 8, body.dtype, "cpu").window(slice(0, rows), 1, roles * 0)
-            h = body(x, roles, window=window, lora=body.stacked().rows(roles))
-            assert h.dtype == body.dtype
-            out.append(body.logits(h[:, 0]).double())
-    error, usual = (out[2] - out[0]).abs().max(), (out[1] - out[0]).abs().max()
-    assert error < (1e-4 if dtype == torch.float32 else 1.5 * usual)
+        for role in (roles, POLICY):  # one a row, and one for all
+            with torch.inference_mode():
+                window = M.Cache(body.config, rows, 8, body.dtype, "cpu").window(slice(0, rows), 1, roles * 0)
+                h = body(x, role, window=window, lora=body.stacked().rows(role))
+                assert h.dtype == body.dtype
+                out.append(body.logits(h[:, 0]).double())
+    for truth, plain, got in (out[0::2], out[1::2]):
+        error, usual = (got - truth).abs().max(), (plain - truth).abs().max()
+        assert error < (1e-4 if dtype == torch.float32 else 1.5 * usual)
+    assert (out[0] - out[1]).abs().max() > 1e-2 or rows == 1  # the roles differ
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_gradient_is_no_other_arithmetic(tmp_path, monkeypatch, dtype):
+    """The KL reference and a held-out loss are taken without gradients: in another rounding (the packed
+    copies') the KL of an untrained policy is not 0; and fp32 adapters meet a body of any type."""
+    checkpoint(tmp_path, "qwen2")
+    body = M.load(tmp_path, dtype)
+    body.add_role(POLICY, rank=4)
+    monkeypatch.setattr(M, "packs", lambda size: True)
+    body.pack(20)
+    x = ids(2, 7)
+    want = body(x, POLICY).detach()
+    with torch.no_grad():
+        reference, policy = body(x, REFERENCE), body(x, POLICY)
+        assert torch.equal(reference, want) and torch.equal(policy, want)
+        trained(body, POLICY)
+        assert body(x, POLICY).dtype == dtype and not torch.equal(body(x, POLICY), want)
 
 
 def test_an_adapter_of_lower_rank_leaves_nothing_of_the_one_before(tmp_path):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import grpo
+import model as models
 import plan
-from bench import Lesson, Meter, Silent
+from bench import Lesson, Meter, Silent, generate_ours
 from model import POLICY, SIMULATOR, Cache, Config, Model, read_json
 from plan import Settings
 from rollout import Engine
@@ -19,6 +20,7 @@ from rollout import Engine
 ROOT = Path(__file__).parent.parent
 # Four of the 30 layers, a quarter of the words.
 SMOLLM2 = Config("llama", vocab=12288, d=576, layers=4, heads=9, kv_heads=3, head_dim=64, ffn=1536)
+QWEN3 = Config("qwen3", vocab=12288, d=512, layers=2, heads=8, kv_heads=4, head_dim=128, ffn=1536)
 SMALL = Config("qwen2", vocab=112, d=48, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96, context=512)
 TOY = Config.from_hf(read_json(ROOT / "toy" / "config.json", "a checkpoint"))
 
@@ -109,11 +111,47 @@ def test_an_engine_takes_what_was_planned():
     assert 0.95 < sum(b[name] for name in names) / held < 1.05 and engine.stats.steps == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seats", [3, 20])
+def test_packed_copies_are_foreseen(monkeypatch, seats, dtype):
+    """On a CPU they are as large as the body, or twice as large where bf16 is multiplied in fp32."""
+    monkeypatch.setattr(models, "packs", lambda size: True)
+    monkeypatch.setattr(plan, "packs", lambda size: True)
+    body = Model(SMALL).to(dtype)
+    for role in (POLICY, SIMULATOR):
+        body.add_role(role, rank=8)
+    body.pack(seats)
+    if body.packed_head is None and dtype != torch.float16:
+        pytest.skip("this build of torch has no packed products")
+    copies = [x.packed for x in body.linears() if x.packed] + [body.packed_head] * (dtype != torch.float16)
+    matrices = [x.weight for x in body.linears()] + [body.head]
+    size = copies[0].weight.dtype.itemsize if copies else 0
+    s = Settings(seats, 64, 64, rank=8, sim_rank=8, dtype=dtype, kernels=False)
+    b = plan.budget([SMALL], s)
+    assert b.get("weights again, packed", 0) == size * sum(m.numel() for m in matrices)
+    assert b["adapters again, for decoding"] == nbytes(*(x for p in body.stacked().pairs for x in p))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_peak_of_acting_is_foreseen(temperature, dtype):
+    """Logits of all seats are the height of a decode step where the vocabulary is large; on a CPU sampling
+    makes tables of them."""
+    c = replace(SMALL, vocab=20000)
+    body, seats = Model(c).init(0).to(dtype), 24
+    engine = Engine({POLICY: (body, Silent())}, seats, 40)
+    turns = [[5, 6, 7, i] for i in range(seats)]
+    with Meter() as meter:
+        generate_ours(engine, turns, 3, temperature)
+    s = Settings(seats, 40, 96, rank=8, sim_rank=0, dtype=dtype, kernels=False)
+    assert 0.7 < meter.peak / max(plan.acting(c, s).values()) < 1.05
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     "c, dtype",
-    [(TOY, torch.float32), (SMOLLM2, torch.float32), (SMOLLM2, torch.bfloat16)],
-    ids=["toy", "smollm2", "smollm2-bf16"],
+    [(TOY, torch.float32), (SMOLLM2, torch.float32), (SMOLLM2, torch.bfloat16), (QWEN3, torch.bfloat16)],
+    ids=["toy", "smollm2", "smollm2-bf16", "qwen3-bf16"],
 )
 def test_the_peak_of_learning_is_foreseen(c, dtype, recompute):
     """Within 15 % of what is measured (layers are alike, so four tell of thirty): a planner that

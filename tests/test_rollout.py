@@ -233,6 +233,12 @@ def roam(body, seats, n=12, **more):
     return engine.run([wanderer(i, i) for i in range(n)]), engine.stats
 
 
+class Nothing(dict):
+    """A table of prompts in which none is ever found."""
+
+    __contains__ = lambda self, key: False  # noqa: E731
+
+
 def test_seats_change_no_result(body):
     """Continuous batching, swaps of rows and shared prompts are only speed: any number of seats must give the
     same trajectories (fp32)."""
@@ -241,6 +247,32 @@ def test_seats_change_no_result(body):
     for seats, prefill in ((2, 8192), (3, 16), (7, 100)):
         got, _ = roam(body, seats, prefill=prefill)
         assert [g[0] for g in got] == [w[0] for w in want]
+
+
+@pytest.mark.parametrize("seats", [1, 3, 64])
+@pytest.mark.parametrize("shared", [True, False])
+def test_turns_of_siblings_are_the_same_in_any_company(body, monkeypatch, seats, shared):
+    """Several turns of one seat each, prompts lent to siblings or not: ids and log-probs (fp32)."""
+
+    def talker(n):
+        context, given, out = object(), TOK.encode("the same prompt for all siblings "), []
+        for call in range(3):
+            turn = Turn(given, POLICY, 4 + 5 * (n * call % 4), 1.0, ("e",), (n, call, TOKENS), context)
+            out.append((yield turn))
+            given = TOK.encode(f"[{call}]")
+        return [i for s in out for i in s.ids], [logp for s in out for logp in s.logps]
+
+    def talk(seats):
+        engine = Engine({POLICY: (body, TOK)}, seats, 200)
+        return engine.run(map(talker, range(9))), engine.stats.copied
+
+    (want, copied), clear = talk(64), Pool.clear
+    assert copied > 0
+    if not shared:
+        monkeypatch.setattr(Pool, "clear", lambda pool: (clear(pool), setattr(pool, "prompts", Nothing())))
+    got, copied = talk(seats)
+    assert [g[0] for g in got] == [w[0] for w in want] and (copied > 0) == (shared and seats > 1)
+    assert max(abs(a - b) for g, w in zip(got, want) for a, b in zip(g[1], w[1])) < 1e-4
 
 
 def test_one_seat_is_enough_for_one_role(body):
@@ -257,10 +289,6 @@ def test_one_seat_is_enough_for_one_role(body):
 def test_shared_prompts_change_no_result(body, monkeypatch):
     """A sibling's copy of a prompt must be what its own prefill would have made."""
     want, _ = roam(body, 5)
-
-    class Nothing(dict):
-        __contains__ = lambda self, key: False  # noqa: E731
-
     clear = Pool.clear
     monkeypatch.setattr(Pool, "clear", lambda pool: (clear(pool), setattr(pool, "prompts", Nothing())))
     got, stats = roam(body, 5)
