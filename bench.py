@@ -708,7 +708,7 @@ def apart(f: Callable, *arguments) -> dict:
 
 def training(p: Run) -> Iterator[Row]:
     """A whole update against TRL's GRPOTrainer with PEFT's LoRA of rank 16 on all seven matrices, fp32.
-    Neither samples: the copies of the matrices that our engine holds for sampling on a CPU are not in the peak."""
+    Neither samples: the copies of the matrices that our engine holds on a CPU are not in the peak."""
     small = Lesson(2, 2, 12, 6, 4, steps=1)
     real = Path(p.checkpoint).name
     for recompute in p.few((True,), (True, False)):
