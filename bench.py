@@ -901,10 +901,10 @@ def gpu(p: Run) -> Iterator[Row]:
     if not torch.cuda.is_available():
         yield from dry_run(replace(c, layers=2) if p.quick else c)
         with threads(1):
-            yield from decode_rows(random_body(small, torch.float32, "cpu"), (1, 3), 16, 8)
-            yield from pass_rows(random_body(small, torch.float32, "cpu"), 2, 32)
+            yield from decode_rows(random_body(small, torch.bfloat16, "cpu"), (1, 3), 16, 8)
+            yield from pass_rows(random_body(small, torch.bfloat16, "cpu"), 2, 32)
             w = Workload(2, 2, 20, 2, 2, 6, 8, 10, small.vocab)
-            s = plan.Settings(6, w.context + 1, 64, True, dtype=torch.float32, kernels=False)
+            s = plan.Settings(6, w.context + 1, 64, True, dtype=torch.bfloat16, kernels=False)
             yield step_row("a step, small body", small, w, s, "cpu")
         return
     few = p.few
