@@ -145,7 +145,7 @@ class Meter(TorchDispatchMode):
     """Counts the bytes of the tensors that are made inside it: what lives, its peak, the largest one.
 
     It sees every operation of this thread on any device (meta too, where nothing is computed), the backward
-    pass included, but not what one operation allocates for itself and frees.
+    pass included, but not what an operation allocates for itself and frees, nor packed copies (oneDNN's own).
     """
 
     def __init__(self):
@@ -155,12 +155,16 @@ class Meter(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        before = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        before = {x.untyped_storage()._cdata for x in self.tensors((args, kwargs))}
         out = f(*args, **(kwargs or {}))
-        for x in tree_iter(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in before:
+        for x in self.tensors(out):
+            if x.untyped_storage()._cdata not in before:
                 self.see(x)
         return out
+
+    @staticmethod
+    def tensors(tree: object) -> Iterator[Tensor]:
+        return (x for x in tree_iter(tree) if isinstance(x, Tensor) and not x.is_mkldnn)
 
     def see(self, x: Tensor) -> None:
         storage = x.untyped_storage()

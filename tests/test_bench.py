@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import kernels
+import model as models
 import plan
 from bench import Lesson, Meter, Row, Run, Silent, Workload
 from kernels import linear_logp
@@ -91,6 +92,16 @@ def test_the_meter_counts_what_lives():
     assert meter.largest_shape == (50, 60) and meter.largest == 12000
     assert meter.live == 24000  # x and its gradient
     assert meter.peak >= 4000 + 3 * 12000
+
+
+def test_the_meter_passes_over_packed_copies(monkeypatch):
+    """They have no storage that could be asked for its size: a real body's peak would be a traceback."""
+    body = Model(SHAPE).init(0)
+    monkeypatch.setattr(models, "packs", lambda size: True)
+    with Meter() as meter, torch.inference_mode():
+        body.pack(4)
+        body.logits(torch.ones(4, SHAPE.d))
+    assert meter.peak > 0
 
 
 def test_the_peak_of_the_process_is_seen():

@@ -132,6 +132,16 @@ def test_packed_copies_are_foreseen(monkeypatch, seats, dtype):
     assert b["adapters again, for decoding"] == nbytes(*(x for p in body.stacked().pairs for x in p))
 
 
+def test_the_most_seats_are_found_where_more_may_take_less(monkeypatch):
+    """Copies that few seats have and many have not (too large in fp32) would end a bisection at too few."""
+    monkeypatch.setattr(plan, "packed", lambda c, s: 10**9 * (s.seats < 16))
+    s = Settings(0, 64, 64, dtype=torch.bfloat16, kernels=False)
+    most = [plan._seats([SMALL], room, s, 40) for room in (5e8, 2e9)]
+    assert most[0] > 15 and most[1] == 40
+    monkeypatch.setattr(plan, "packed", lambda c, s: 10**9 * (s.seats >= 16))
+    assert plan._seats([SMALL], 5e8, s, 40) == 15
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_peak_of_acting_is_foreseen(temperature, dtype):
