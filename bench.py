@@ -355,7 +355,7 @@ def sampling(p: Run) -> Iterator[Row]:
 
 def sampling_of(p: Run, name: str, home: str, dtype: torch.dtype, n_threads: int) -> Iterator[Row]:
     """The rows of one body and type."""
-    kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+    kind = models.NAMES[dtype]
     if not installed("transformers"):
         yield absent(f"{name} {kind}")
         return
@@ -424,6 +424,9 @@ class Workload:
         return sum(sum(self.lengths(r)) + (self.turns - 1) * self.documents for r in range(self.rows))
 
 
+SMALL = Workload(2, 2, 20, 2, 2, 6, 8, 10)  # for a smoke run
+
+
 def forced_episode(w: Workload, row: int) -> Episode:
     """One episode of the workload, of which the engine sees what it sees of `rollout.episode`."""
     t, lengths, fed = Trajectory(Question("", ())), w.lengths(row), 0
@@ -465,12 +468,11 @@ def two_roles(body: Model, rank: int = 16) -> Model:
 def episodes(p: Run) -> Iterator[Row]:
     """Whole episodes: theirs in lock step, without adapters; ours in one batch, with those of both roles, and
     again without."""
-    small = Workload(2, 2, 20, 2, 2, 6, 8, 10)
-    w = p.few(small, Workload())
+    w = p.few(SMALL, Workload())
     yield from episodes_of(p, "toy fp32", models.PRESETS["tiny"], torch.float32, 1, w)
     if p.checkpoint:
         name = f"{Path(p.checkpoint).name} bf16"
-        w = p.few(small, Workload(group=4))
+        w = p.few(SMALL, Workload(group=4))
         yield from episodes_of(p, name, p.checkpoint, torch.bfloat16, p.threads, w)
 
 
@@ -555,10 +557,10 @@ def profile(p: Run) -> Iterator[Row]:
         with threads(n_threads):
             engine = Engine({POLICY: (models.load(home, dtype, DEVICE), Silent())}, batch, start + n + 1)
             rows = prompts(home, batch, start)
-            kind = "bf16" if dtype == torch.bfloat16 else "fp32"
+            kind = models.NAMES[dtype]
             title = f"{name} {kind}, batch {batch}, {n} tokens, prefill included: a step of all rows"
             yield shares(title, partial(generate_ours, engine, rows, n, 0.0), n)
-    w = p.few(Workload(2, 2, 20, 2, 2, 6, 8, 10), Workload())
+    w = p.few(SMALL, Workload())
     with stretched(models.PRESETS["tiny"], w.context + 1) as longer, threads(1):
         engine = both_roles(two_roles(models.load(longer, torch.float32, DEVICE)), w)
         yield shares(f"toy fp32, episodes, {w.questions} questions x {w.group}", partial(act, engine, w), 1)
@@ -799,7 +801,7 @@ def turns_rows(p: Run, body: Model) -> Iterator[Row]:
     engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, 14, works[-1].context + 1)
 
     def run(w: Workload) -> float:
-        return timed(lambda: engine.run([forced_episode(w, row) for row in range(w.rows)]))
+        return timed(lambda: act(engine, w))
 
     spans = [median_of(p, lambda w=w: run(w)) for w in works]
     sampled = [w.decoded() for w in works]
@@ -815,17 +817,14 @@ def group_rows(p: Run, body: Model) -> Iterator[Row]:
     optimizer = torch.optim.AdamW([body.adapter(POLICY)], lr=1e-5)
     for group in sizes:
         w = Workload(1, group, 64, 2, *p.few((4, 8, 8), (16, 48, 64)), 32, body.config.vocab)
-        engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, 2 * group, w.context + 1)
-
-        def act(e=engine, w=w) -> list[Trajectory]:
-            return e.run([forced_episode(w, row) for row in range(w.rows)])
+        episodes = partial(act, both_roles(body, w), w)
 
         def learn(ts: list[Trajectory]) -> dict:
             adv = grpo.advantages(torch.tensor([rewards(len(ts))])).flatten().tolist()
             return grpo.learn(body, grpo.make_batches(ts, adv, 1024), optimizer, grpo.Objective())
 
-        lesson = partial(learn, act())
-        spans.append(median_of(p, partial(timed, act)))
+        lesson = partial(learn, episodes())
+        spans.append(median_of(p, partial(timed, episodes)))
         learnt.append(median_of(p, partial(timed, lesson)))
         peaks.append(float(metered(lesson).peak))
     yield grows("acting: siblings", sizes, spans, "seconds")
@@ -907,7 +906,7 @@ def gpu(p: Run) -> Iterator[Row]:
         with threads(1):
             yield from decode_rows(random_body(small, torch.bfloat16, "cpu"), (1, 3), 16, 8)
             yield from pass_rows(random_body(small, torch.bfloat16, "cpu"), 2, 32)
-            w = Workload(2, 2, 20, 2, 2, 6, 8, 10, small.vocab)
+            w = replace(SMALL, vocab=small.vocab)
             s = plan.Settings(6, w.context + 1, 64, True, dtype=torch.bfloat16, kernels=False)
             yield step_row("a step, small body", small, w, s, "cpu")
         return
@@ -1019,15 +1018,15 @@ def step_row(name: str, c: Config, w: Workload, s: plan.Settings, device: str) -
     optimizer = torch.optim.AdamW([body.adapter(POLICY)], lr=1e-5)
     trajectories: list[Trajectory] = []
 
-    def act() -> None:
-        trajectories[:] = engine.run([forced_episode(w, row) for row in range(w.rows)])
+    def play() -> None:
+        trajectories[:] = act(engine, w)
 
     def learn() -> None:
         adv = grpo.advantages(torch.tensor(rewards(w.rows)).view(-1, w.group)).flatten().tolist()
         batches = grpo.make_batches(trajectories, adv, s.micro_tokens, device)
         grpo.learn(body, batches, optimizer, grpo.Objective(), bool(s.recompute))
 
-    acting, learning = timed(act), timed(learn)
+    acting, learning = timed(play), timed(learn)
     planned, real = plan.budget([c], s)["total"], peak()
     ours = f"act {acting:.3g} s ({w.decoded() / acting:,.0f} tok/s), learn {learning:.3g} s"
     shown = f"peak {real / 2**30:.2f} GiB, planned {planned / 2**30:.2f}" if device == "cuda" else ""

@@ -55,6 +55,7 @@ PRESETS = {
     "llama-3b-base": "meta-llama/Llama-3.2-3B",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -461,10 +462,9 @@ class Model(nn.Module):
         pairs = {role: a.pairs(linears) for role, a in self.roles.items()}
         scales = [self.roles[r].scale if r in pairs else 0.0 for r in range(1, ROLES + 1)]
         k = [max((p[i][0].size(0) for p in pairs.values()), default=1) for i in range(len(linears))]
-        like = dict(dtype=self.dtype, device=self.device)
-        if self.packed_head is not None:
-            like["dtype"] = self.packed_head.weight.dtype
-        if old is None or not old.fits(scales, k, like["dtype"]):
+        dtype = self.dtype if self.packed_head is None else self.packed_head.weight.dtype
+        if old is None or not old.fits(scales, k, dtype):
+            like = dict(dtype=dtype, device=self.device)
             sizes = [(x.d_in, x.weight.size(0)) for x in linears]
             empty = [
                 (torch.zeros(ROLES, n, i, **like), torch.zeros(ROLES, n, o, **like))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import kernels
-from model import DTYPES, PRESETS, ROLES, Config, packs, read_json, resolve
+from model import NAMES, PRESETS, ROLES, Config, packs, read_json, resolve
 
 SPARE = 0.08  # share of the memory that is left to the driver, fragments and libraries
 ENOUGH = 128  # seats: rows to share one reading of the weights; more of them are worth less and less
@@ -78,9 +78,12 @@ class Settings:
     kernels: bool = True  # the Triton kernels keep less than their references, which a CPU runs
 
     def __str__(self) -> str:
-        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         flags = f"--seats {self.seats} --seat-tokens {self.seat_tokens} --micro-tokens {self.micro_tokens}"
-        return flags + f" --rank {self.rank} --dtype {dtype}" + (" --recompute" if self.recompute else "")
+        return (
+            flags
+            + f" --rank {self.rank} --dtype {NAMES[self.dtype]}"
+            + (" --recompute" if self.recompute else "")
+        )
 
 
 # ------------------------------------------------------------------------------------------ what things weigh
@@ -105,12 +108,18 @@ def adapter(c: Config, rank: int) -> int:
     return c.layers * sum(rank * (len(parts) * d_in + sum(parts)) for d_in, parts in linears(c))
 
 
-def packed(c: Config, s: "Settings") -> int:
-    """Bytes of the copies that `Model.pack` makes on a CPU."""
+def packed_type(c: Config, s: Settings) -> torch.dtype | None:
+    """The type of the copies that `Model.pack` makes on a CPU; None where it makes none."""
+    dtype = kernels.fast_type(s.dtype, s.seats)
+    never = s.kernels or dtype == torch.float16 or not packs(parameters(c) * dtype.itemsize)
+    return None if never else dtype
+
+
+def packed(c: Config, s: Settings) -> int:
+    """Bytes of those copies."""
     matrices = sum(d_in * sum(parts) for d_in, parts in linears(c)) * c.layers + c.vocab * c.d
-    size = kernels.fast_type(s.dtype, s.seats).itemsize
-    never = s.kernels or s.dtype == torch.float16
-    return matrices * size if not never and packs(parameters(c) * size) else 0
+    dtype = packed_type(c, s)
+    return matrices * dtype.itemsize if dtype else 0
 
 
 def blocks(c: Config, rank: int) -> tuple[int, int]:
@@ -176,7 +185,7 @@ def acting(c: Config, s: Settings) -> dict[str, float]:
     if s.kernels:
         feeding, logits = tokens * (4 * c.d + 3 * c.ffn) * size, s.seats * c.vocab * size
     else:  # attention's mask; sampling has four tables in fp32, beside the logits if they are narrower
-        wide = kernels.fast_type(s.dtype, s.seats).itemsize if packed(c, s) else size
+        wide = (packed_type(c, s) or s.dtype).itemsize
         feeding = tokens * ((4 * c.d + 4 * c.ffn) * wide + s.seat_tokens * size)
         logits = s.seats * c.vocab * (16 + (size if size < 4 else 0))
     return {"prompts and documents, fed": feeding, "logits of all seats": logits}
@@ -191,7 +200,7 @@ def budget(bodies: Sequence[Config], s: Settings) -> dict[str, int]:
     n, n_sim = adapter(bodies[0], s.rank), adapter(bodies[-1], s.sim_rank)
     widest = [max(s.rank, s.sim_rank)] if len(bodies) == 1 else [s.rank, s.sim_rank]
     copies = [packed(c, s) for c in bodies]
-    sizes = [(kernels.fast_type(s.dtype, s.seats) if copy else s.dtype).itemsize for copy in copies]
+    sizes = [(packed_type(c, s) or s.dtype).itemsize for c in bodies]
     stacks = sum(ROLES * sum(blocks(c, k)) * size for c, k, size in zip(bodies, widest, sizes))
     held = {
         "weights": sum(parameters(c) * s.dtype.itemsize + _tables(c) for c in bodies),
@@ -264,9 +273,10 @@ def _trials(s: Settings) -> list[Settings]:
 def _seats(bodies: Sequence[Config], room: float, s: Settings, useful: int) -> int:
     """The most seats, up to `useful`, with which the step fits (0: not even one).
 
-    In two parts, as 16 seats may take less than 15: copies for few rows and for many are of unlike types.
+    In two parts, as more may take less: copies for few rows and for many are of unlike types.
     """
-    for low, high in ((15, useful), (0, min(15, useful))):
+    few = kernels.MANY - 1
+    for low, high in ((few, useful), (0, min(few, useful))):
         least = low
         while low < high:
             middle = (low + high + 1) // 2

@@ -19,7 +19,7 @@ from .launch import compiled
 from .linear_logp import linear_logp
 from .lora import lora
 from .lora_linear import lora_linear
-from .packed_linear import Packed, fast_type, pack, packed_linear
+from .packed_linear import MANY, Packed, fast_type, pack, packed_linear
 from .place import Place
 from .rms_norm import rms_norm
 from .rope import rope
@@ -31,6 +31,7 @@ from .swiglu import swiglu
 warnings.filterwarnings("ignore", "'kernels\\..* found in sys.modules", RuntimeWarning)
 
 __all__ = [
+    "MANY",
     "Packed",
     "Place",
     "attention",

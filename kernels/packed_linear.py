@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MANY = 16  # rows from which on arithmetic weighs more than reading the matrix
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -27,7 +29,7 @@ def fast_type(dtype: torch.dtype, rows: int) -> torch.dtype:
     """The type in which this CPU is to multiply so many rows with matrices of `dtype`."""
     can = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
     slow = "Intel" in can.get("cpu_name", "") and not can.get("amx_bf16")
-    return torch.float32 if slow and rows >= 16 and dtype == torch.bfloat16 else dtype
+    return torch.float32 if slow and rows >= MANY and dtype == torch.bfloat16 else dtype
 
 
 def pack(W: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Packed | None:

@@ -122,16 +122,16 @@ rope = choose(rope_torch, rope_triton)
 
 
 def inputs(rows: int, n: int, m: measure.Model, device: str) -> tuple[Tensor, ...]:
-    """q, k, v as the model has them, views of one matrix (rows, n, heads, D); cos and sin."""
-    sizes = [m.heads, m.kv_heads, m.kv_heads]
-    qkv = torch.randn(rows, n, sum(sizes), m.head_dim, dtype=m.dtype, device=device)
+    """The heads of q, k and v side by side, as the model has them (rows, n, heads, D); cos and sin."""
+    qkv = torch.randn(rows, n, m.heads + 2 * m.kv_heads, m.head_dim, dtype=m.dtype, device=device)
     angle = torch.rand(2 * m.context, m.head_dim // 2, device=device) * 6.3
-    return *qkv.split(sizes, 2), angle.cos(), angle.sin()
+    return qkv, angle.cos(), angle.sin()
 
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Training, forward and backward."""
-    q, k, _, cos, sin = inputs(m.batch, m.length, m, device)
+    qkv, cos, sin = inputs(m.batch, m.length, m, device)
+    q, k, _ = qkv.split([m.heads, m.kv_heads, m.kv_heads], 2)
     dq, dk = torch.randn_like(q), torch.randn_like(k)
     moved = 2 * (q.numel() + k.numel()) * q.element_size()
     rivals = {"torch": rope_torch} | measure.compiled(rope_torch, device)

@@ -95,17 +95,15 @@ def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
 
 
 def _case(rows: int, n: int, m: measure.Model, device: str) -> measure.Case:
-    q, k, v, cos, sin = inputs(rows, n, m, device)
-    qkv = torch.cat((q, k, v), 2)
+    qkv, cos, sin = inputs(rows, n, m, device)
     cache = torch.zeros(rows, 2 * m.kv_heads, 2 * m.context, m.head_dim, dtype=m.dtype, device=device)
     start = torch.full((rows,), m.context // 2, device=device)
     place = Place(start, n, cache.size(2), torch.full_like(start, n), cos, sin, m.dtype)
-    args = (qkv, cache, place)
     return measure.Case(
         f"cache {rows} x {n} x ({m.heads} + 2 x {m.kv_heads}) x {m.head_dim}",
-        lambda: rope_cache_triton(*args),
+        lambda: rope_cache_triton(qkv, cache, place),
         {"torch, and a copy": lambda: rope_cache_torch(qkv.clone(), cache, place)},  # it turns them in place
-        bytes=2 * (q.numel() + 2 * k.numel()) * q.element_size(),
+        bytes=2 * qkv.nbytes,
     )
 
 
