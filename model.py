@@ -13,11 +13,9 @@ What this is not: a general model library. It reads ordinary Hugging Face direct
     logits = model.logits(h)                            # (B, T, V)
 """
 
-import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,18 +25,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from cli.disk import read_json, save_tensors, whole, write_json
 
 REFERENCE, POLICY, SIMULATOR = 0, 1, 2
 ROLES = 2  # roles that have an adapter
 
 HERE = Path(__file__).resolve().parent
 PRESETS = {
-    "tiny": str(HERE / "toy"),
+    "tiny": str(HERE / "toy" / "body"),
     "0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
     "1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
     "3b": "Qwen/Qwen2.5-3B-Instruct",
@@ -580,14 +578,17 @@ def _home(part: str) -> str:
 
 
 def save_adapter(model: Model, role: int, path: str | Path, base: str = "") -> None:
-    """Write a role's adapter in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+    """Write a role's adapter in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+    base: the name of its body, a preset, a directory or a hub id, for whoever loads it with PEFT.
+    """
     path, adapter = Path(path), model.roles[role]
     path.mkdir(parents=True, exist_ok=True)
     parts = [part for linear in model.layers[0].linears() for part in linear.parts]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base_name(base),
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
@@ -595,9 +596,16 @@ def save_adapter(model: Model, role: int, path: str | Path, base: str = "") -> N
         "target_modules": parts,
         "inference_mode": True,
     }
-    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {k: v.cpu().contiguous() for k, v in _peft_tensors(model, adapter).items()}
-    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with whole(path / "adapter_model.safetensors") as part:
+        save_tensors(part, tensors, {"format": "pt"})
+    write_json(path / "adapter_config.json", config)
+
+
+def base_name(name: str) -> str:
+    """What others can resolve of a body's name: the hub id, not our preset's; the whole path."""
+    name = PRESETS.get(name, name)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def load_adapter(model: Model, role: int, path: str | Path) -> None:
@@ -655,12 +663,6 @@ def resolve(name: str | Path) -> Path:
         raise ValueError(
             f"could not download {where!r}: {reason}. A local directory works without a network"
         ) from None
-
-
-def machine(device: str | None, dtype: str | None) -> tuple[str, str]:
-    """Names of device and type (a key of DTYPES): by default a GPU in bf16, else the CPU in fp32."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return device, dtype or ("fp32" if device == "cpu" else "bf16")
 
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
@@ -734,7 +736,7 @@ def save_model(model: Model, path: str | Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(model.config.hf, indent=2) + "\n")
     tensors = {k: v.cpu().contiguous().clone() for k, v in hf_tensors(model).items()}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(path / "model.safetensors", tensors, {"format": "pt"})
 
 
 def _shards(path: Path) -> list[Path]:
@@ -759,52 +761,3 @@ def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, f.get_tensor(name)
     except SafetensorError as e:
         raise ValueError(f"{file} is corrupt ({e}): download it again") from None
-
-
-def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
-    """Read a JSON object. Raises ValueError that names the file and what it should belong to.
-
-    needed: names that it must have, with the type of their values.
-    """
-    if not file.exists():
-        raise ValueError(f"{file} does not exist: {file.parent} is not {what}")
-    try:
-        value = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{file} is not JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} does not hold a JSON object")
-    for name, kind in needed.items():
-        if not isinstance(value.get(name), kind):
-            raise ValueError(f"{file} has no {name}, or not as it should be: is {file.parent} {what}?")
-    return value
-
-
-def write_json(file: Path, value: dict, errors: str = "strict") -> None:
-    """Write a JSON object whole or not at all. errors: "replace" makes "?" of half a surrogate pair."""
-    whole = file.with_name(f"{file.name}.tmp")
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    whole.write_text(text, encoding="utf-8", errors=errors)
-    whole.replace(file)
-
-
-class OneLine(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage. No flag may be shortened."""
-
-    def __init__(self, *args, **more):
-        super().__init__(*args, **more, allow_abbrev=False)
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
-
-
-def command_line(main: Callable[[], None]) -> None:
-    """Run a command: bad input (ValueError, OSError) is one line on stderr and exit code 2; Ctrl-C is 130."""
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)

@@ -58,6 +58,12 @@ def cover_em(answer: str | None, golds: Iterable[str]) -> float:
     return _best(lambda answer, gold: gold != "" and gold in answer, answer, golds)
 
 
+def holds_answer(documents: str, golds: Iterable[str]) -> bool | None:
+    """Whether documents hold a golden answer (`cover_em`). None for yes / no: no text holds that."""
+    golds = [gold for gold in golds if normalise(gold) not in ("yes", "no")]
+    return bool(cover_em(documents, golds)) if golds else None
+
+
 def _best(measure: Callable[[str, str], float], answer: str | None, golds: Iterable[str]) -> float:
     """The best over golds, all normalised. No answer (None, or nothing left of it) is 0 in every score."""
     said = normalise(answer or "")

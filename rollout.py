@@ -25,6 +25,7 @@ import torch
 
 import kernels
 from model import POLICY, REFERENCE, Cache, Model, Stack
+from words import WORDS, Words, fill
 
 # ------------------------------------------------------------------------------------------------------ types
 
@@ -98,31 +99,6 @@ class Limits:
     turns: int = 5
 
 
-@dataclass(frozen=True)
-class Words:
-    """The policy's words. The tags are fixed; everything around them may be replaced."""
-
-    prompt: str
-    notice: str
-    system: str | None = None
-
-
-WORDS = Words(
-    prompt="""\
-You answer questions with the help of a search engine.
-Whenever you receive new information, first reason about it between <think> and </think>.
-If you lack some knowledge, write a query between <search> and </search>: the engine then returns what it \
-found between <information> and </information>. You may search as often as you want.
-Once you need nothing more, give the answer between <answer> and </answer>, in as few words as possible and \
-without an explanation, for example <answer> Beijing </answer>.
-Question: {question}
-""",
-    notice="""
-That was not a valid action. To search, put a query between <search> and </search>; \
-to finish, put the answer between <answer> and </answer>. Try again.
-""",
-)
-
 # --------------------------------------------------------------------------------- randomness with an address
 
 TOKENS, DOCUMENTS, COIN = 1, 2, 3  # streams: the policy's tokens, the simulator's, the noise coins
@@ -185,12 +161,6 @@ def whole(turn: Turn, tok) -> Generator:
         more = yield replace(turn, ids=[], limit=turn.limit - n, address=(*turn.address, n))
         sampled = Sampled(sampled.ids + more.ids, sampled.logps + more.logps, more.end)
     return sampled
-
-
-def fill(template: str, **values: str) -> str:
-    """Replace {name} by its value, in one pass: a value that holds braces is not looked at again."""
-    names = "|".join(map(re.escape, values))
-    return re.sub(r"\{(" + names + r")\}", lambda m: values[m[1]], template)
 
 
 def ask(text: str) -> str:

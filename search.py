@@ -33,17 +33,17 @@ import re
 import time
 import unicodedata
 import zlib
-from argparse import RawDescriptionHelpFormatter
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlencode
 
 import numpy as np
-from tqdm import tqdm
 
-from model import OneLine, command_line
+from cli import screen
+from cli.parser import NEEDED, Flag, parse
 from rollout import Documents, Query, Question, Search
 from servers import Server, environment_key, one_line
 
@@ -180,6 +180,27 @@ def render(passages: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"Doc {n}: {line}".rstrip() for n, line in enumerate(lines, 1))
 
 
+DOCUMENT = re.compile(r"^Doc (\d+): ?", re.MULTILINE)
+
+
+def split_documents(documents: str) -> list[str]:
+    """The documents one by one, without "Doc 1:"; a text without such marks is one document."""
+    parts = DOCUMENT.split(documents)
+    texts = parts[2::2] if len(parts) > 1 else parts
+    return [text.strip() for text in texts if text.strip()]
+
+
+def shortened(search: Search, words: int) -> Search:
+    """The same engine, each of its documents cut after so many words."""
+
+    def short(query: Query):
+        documents = yield from search(query)
+        texts = (" ".join(text.split()[:words]) for text in split_documents(documents.text))
+        return replace(documents, text="\n".join(f"Doc {i}: {text}" for i, text in enumerate(texts, 1)))
+
+    return short
+
+
 # ------------------------------------------------------------------------------------- engines on the network
 
 QUERY = 500  # characters; what is longer is no query, and too long for an address
@@ -288,7 +309,7 @@ def at_once(find: Callable[[str], str]) -> Search:
 def open_bm25(path: str | Path) -> BM25:
     """Index a corpus file; from the third second on, stderr shows passages done and passages a second."""
     passages = read_lines(path, passage)
-    return BM25(tqdm(passages, f"indexing {Path(path).name}", unit=" passages", delay=2, mininterval=1))
+    return BM25(screen.bar(f"indexing {Path(path).name}", unit="passages", over=passages))
 
 
 def open_search(spec: str, count: int = 5, limit: float = 60.0) -> Search:
@@ -322,21 +343,30 @@ def ask(search: Search, text: str) -> str:
             return end.value.text
 
 
-def main(arguments: list[str] | None = None) -> None:
+FLAGS = {
+    "what is asked": [
+        Flag(
+            "engine",
+            str,
+            NEEDED,
+            "bm25:CORPUS (or the file alone), http://HOST:PORT[/PATH], serpapi, none",
+            bare=True,
+        ),
+        Flag("query", str, NEEDED, "what to search for", "WORD", many="+", bare=True),
+    ]
+}
+
+
+def main(argv: list[str] | None = None) -> None:
     """Show what an engine answers, and how fast."""
-    flag = OneLine(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    flag.add_argument(
-        "engine", help="bm25:CORPUS (or the file alone), http://HOST:PORT[/PATH], serpapi or none"
-    )
-    flag.add_argument("query", nargs="+", help="what to search for")
-    args = flag.parse_args(arguments)
-    began = time.perf_counter()
-    search = open_search(f"bm25:{args.engine}" if Path(args.engine).is_file() else args.engine)
+    given = parse(__doc__, FLAGS, argv)
+    engine, began = given["engine"], time.perf_counter()
+    search = open_search(f"bm25:{engine}" if Path(engine).is_file() else engine)
     opened = time.perf_counter()
-    print(ask(search, " ".join(args.query)) or "nothing found")
+    print(ask(search, " ".join(given["query"])) or "nothing found")
     found = time.perf_counter()
     print(f"engine ready in {opened - began:.1f} s, the query in {1e3 * (found - opened):.1f} ms")
 
 
 if __name__ == "__main__":
-    command_line(main)
+    screen.run(main)

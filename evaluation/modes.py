@@ -19,26 +19,10 @@ from collections.abc import Callable
 
 import rollout
 from model import POLICY
-from rollout import TOKENS, Episode, Limits, Query, Question, Search, Trajectory, Turn, Words, prompt
+from rollout import TOKENS, Episode, Limits, Query, Question, Search, Trajectory, Turn, prompt
+from words import Words
 
 Address = tuple[int, ...]  # seed, step, question, sibling
-FORM = " between <answer> and </answer>, in as few words as possible and without an explanation.\n"
-QUESTION = "Question: {question}\n"
-MODE_WORDS = {
-    "agent": rollout.WORDS,
-    "direct": Words(f"Answer the question{FORM}{QUESTION}", ""),
-    "cot": Words(
-        "Reason step by step between <think> and </think>. Then give the answer to the question"
-        f"{FORM}{QUESTION}",
-        "",
-    ),
-    "rag": Words(
-        f"Answer the question{FORM}A search engine has found what stands between <information> and "
-        "</information>; not all of it need be of use.\n"
-        f"<information>{{documents}}</information>\n{QUESTION}",
-        "",
-    ),
-}
 
 
 def answer_room(limits: Limits) -> int:

@@ -14,9 +14,6 @@ An Introduction to the Bootstrap; for the test, Fisher 1935, The Design of Exper
 What this is not: a claim about other questions, other seeds of training, or other words in the prompt.
 """
 
-import json
-import os
-import time
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain, product
@@ -24,89 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
-from model import PRESETS, read_json, write_json
+from cli.disk import read_json
+from cli.screen import table
+from model import PRESETS
 from questions import SETS
-from rollout import Question
 
 SCORES = ("f1", "em", "cover_em")
 MEANS = (*SCORES, "searches", "found")
 DRAWS = 10_000
 EXACT = 12  # questions that differ, up to which every pattern of signs is looked at: 4,096
-
-# --------------------------------------------------------------------------------- what was answered, on disk
-
-
-class Ledger:
-    """Rows of answered questions, each on disk before the next comes: FILE.part, JSON lines below the flags.
-
-    Without a file they are kept in memory alone. Raises ValueError where FILE.part holds a run that was not
-    to be resumed, or that was begun with other flags.
-    """
-
-    def __init__(self, path: str | None, flags: dict, resume: bool = False):
-        self.rows: dict[tuple[str, int], dict] = {}  # (set, number of the question) -> row
-        self.part = Path(f"{path}.part") if path else None
-        self.flags = flags
-        if self.part is None or not self.part.exists():
-            return
-        if not resume:
-            raise ValueError(f"{self.part} holds an unfinished evaluation: --resume it, or delete the file")
-        self._read()
-
-    def start(self) -> None:
-        """Begin to write, and to count the seconds: when all is loaded, and not before."""
-        self.began = time.perf_counter()
-        if self.part and not self.part.exists():
-            self._write({"flags": self.flags})
-
-    def _write(self, line: dict) -> None:
-        with open(self.part, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def _read(self) -> None:
-        """Take the rows of a run that was cut; half a line at its end is cut off."""
-        lines = self.part.read_bytes().splitlines(keepends=True)
-        lines = lines[: len(lines) - (lines != [] and not lines[-1].endswith(b"\n"))]
-        try:
-            first, *rest = [json.loads(line) for line in lines]
-            changed = [k for k, v in self.flags.items() if first["flags"].get(k) != v]
-            self.rows = {(row["set"], row["number"]): row for row in rest}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"{self.part} is not an unfinished evaluation: delete it and begin anew"
-            ) from None
-        if changed:
-            name = changed[0].replace("_", "-")
-            raise ValueError(f"{self.part} was begun with another --{name}: resume with the same")
-        os.truncate(self.part, sum(map(len, lines)))
-
-    def done(self, name: str, questions: list[Question]) -> set[int]:
-        """The numbers of a set's questions that are answered. Raises ValueError if they were others."""
-        done = {number for of, number in self.rows if of == name}
-        if any(i >= len(questions) or self.rows[name, i]["question"] != questions[i].text for i in done):
-            raise ValueError(
-                f"{self.part} was begun with other questions in {name}: resume with the same file"
-            )
-        return done
-
-    def add(self, name: str, number: int, row: dict) -> None:
-        """`seconds` is the time since the row before: a set's rows add up to the time that it took."""
-        now = time.perf_counter()
-        row = {"set": name, "number": number, **row, "seconds": now - self.began}
-        self.began, self.rows[name, number] = now, row
-        if self.part:
-            self._write(row)
-
-    def of(self, sets: Iterable[str]) -> list[dict]:
-        """All rows, set by set, in the order of the questions."""
-        return [self.rows[key] for name in sets for key in sorted(k for k in self.rows if k[0] == name)]
-
-
-def save(path: str, result: dict) -> None:
-    """Write figures and rows; what was kept of the run before is not needed any more."""
-    write_json(Path(path), result, errors="replace")  # an answer may hold half a surrogate pair
-    Path(f"{path}.part").unlink(missing_ok=True)
-
 
 # -------------------------------------------------------------------------------------------------- summaries
 
@@ -251,22 +174,6 @@ def papers(policy: str, mode: str) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------- tables
 
 
-def table(rows: dict[str, dict]) -> str:
-    """Rows of figures under the names of their columns: means with three decimals, counts as they are, "-"
-    for None."""
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    cells = [["", *columns]] + [
-        [name, *(_cell(row.get(c, "")) for c in columns)] for name, row in rows.items()
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join([c[0].ljust(widths[0]), *map(str.rjust, c[1:], widths[1:])]).rstrip() for c in cells]
-    return "\n".join(lines)
-
-
-def _cell(value: float | int | str | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
 def results(whole: dict, paper: dict[str, float]) -> str:
     """The table of `figures`: a line a set, a line a number of hops, the mean of sets if there are several.
 
@@ -281,7 +188,9 @@ def results(whole: dict, paper: dict[str, float]) -> str:
     if len(sets) > 1:
         lines[AVERAGE] = _line(whole, paper.get(AVERAGE))
     notes = ["(low-high): 95 % bootstrap interval over questions; (-): none, as all of them score alike"]
-    notes += ["found: a golden answer stood in the documents; yes / no questions are left out"]
+    notes += [
+        "found: share of questions whose golden answer is in the retrieved documents (yes/no ones excluded)"
+    ]
     if paper.keys() & lines.keys():
         notes += [PAPER]
     return "\n".join([table(lines), *notes])

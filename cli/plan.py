@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 
 import kernels
-from model import NAMES, PRESETS, ROLES, Config, packs, read_json, resolve
+from cli.disk import read_json
+from model import NAMES, PRESETS, ROLES, Config, packs, resolve
 
 SPARE = 0.08  # share of the memory that is left to the driver, fragments and libraries
 ENOUGH = 128  # seats: rows to share one reading of the weights; more of them are worth less and less

@@ -12,12 +12,17 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kernels import linear_logp
-from model import Model
+from model import SIMULATOR, Model
+from prepare.rows import row_query
+from simulator import prompt
+from tokenizer import Tokenizer
+from words import SimWords
 
 
 @dataclass(frozen=True)
@@ -112,13 +117,6 @@ def adamw(model: Model, role: int) -> torch.optim.AdamW:
     return torch.optim.AdamW([model.adapter(role)], weight_decay=0.0)
 
 
-def split(rows: list[dict], held: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """(rows held out, rows to train on) in a seeded order: at most `held`, and at most a tenth, are held."""
-    rows = random.Random(seed).sample(rows, len(rows))
-    held = min(held, len(rows) // 10)
-    return rows[:held], rows[held:]
-
-
 def fine_tune(
     model: Model,
     role: int,
@@ -127,24 +125,21 @@ def fine_tune(
     steps: int,
     lr: float,
     tokens: int = 4096,
-    held: int = 64,
     every: int = 50,
     seed: int = 0,
     micro: int = 1024,
     optimizer: torch.optim.Optimizer | None = None,
     done: int = 0,
-    exam: list[dict] | None = None,
+    exam: list[dict] = (),
 ) -> Iterator[Progress]:
     """Fine-tune a role's adapter on rows: a generator of one Progress a step (iterate to run it).
 
     AdamW on `model.adapter(role)` alone, lr falling linearly to 0, about `tokens` tokens a step and at most
-    `micro`, with padding, a pass; the loss is on the completions. At most `held` rows, and at most a tenth,
-    are held out (`split`), or the rows `exam` if they are given; their loss is measured after the first step,
-    every `every` steps and at the end.
+    `micro`, with padding, a pass; the loss is on the completions. exam: held-out rows, whose loss is measured
+    after the first step, every `every` steps and at the end.
     With the adapter and `optimizer` as they were after `done` steps, a run goes on as if it had never
     stopped. Raises ValueError for a row longer than the body can read.
     """
-    exam, rows = split(rows, held, seed) if exam is None else (exam, rows)
     exam = [encode(row) for row in exam]
     optimizer = optimizer or adamw(model, role)
     began, seen = time.monotonic(), 0
@@ -162,3 +157,27 @@ def fine_tune(
         spent = time.monotonic() - began
         left = spent / (step - done) * (steps - step)
         yield Progress(step, steps, loss, exam_loss, seen / spent, left)
+
+
+# --------------------------------------------------------------------------------------- the simulator's rows
+
+
+def end_of_turn(tok: Tokenizer) -> int:
+    """The id that ends an assistant's turn in the chat template; without one, the lowest that ends a text."""
+    turns = tok.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    return ([i for i in turns if i in tok.eos] or [min(tok.eos)])[-1]
+
+
+def example(tok: Tokenizer, words: SimWords, end: int, row: dict) -> Example:
+    """A row's prompt, made as in sampling, then its documents, then the id `end` that ends a turn."""
+    asked = prompt(tok, words, row_query(row), row["quality"] == "noisy")
+    return Example(asked + tok.encode(row["documents"]) + [end], len(asked))
+
+
+def sft(
+    model: Model, tok: Tokenizer, words: SimWords, rows: list[dict], steps: int, lr: float, **options
+) -> Iterator[Progress]:
+    """Fine-tune the simulator's adapter on rows (`read_rows`); options are those of `sft.fine_tune`."""
+    return fine_tune(
+        model, SIMULATOR, rows, partial(example, tok, words, end_of_turn(tok)), steps, lr, **options
+    )

@@ -1,22 +1,83 @@
-"""The words that make an LLM a search engine: two prompts, one for each quality of its documents.
+"""The words that every role is told: the policy, the baselines, the simulator, the judge of documents.
 
-A simulator's prompt is made by `prompt` and by nothing else, so that sampling, fine-tuning and auditing
-cannot drift apart. Who uses a simulator that somebody else has trained brings its words in a JSON file, and
-the policy's in another.
+Words are data: whoever uses a policy or a simulator trained elsewhere passes its words as a JSON file
+(--policy-prompt, --sim-prompt), and an adapter travels with the words that it was trained on. The toy world's
+words are in toy/.
 
-What this is not: an engine (simulator.py samples from these prompts), or the policy's usual words
-(rollout.py).
+What this is not: code that talks to a model. rollout.py fills these templates in for the policy,
+simulator.py for the simulator, prepare/collect.py for the judge.
 
-Source: ZeroSearch, arXiv 2505.04588. The words are our own.
+Sources: ZeroSearch, arXiv 2505.04588, for what the prompts contain; the sentences are our own.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import model as models
-from rollout import Query, Words, fill
-from tokenizer import Tokenizer
+from cli.disk import read_json, whole
+
+
+def fill(template: str, **values: str) -> str:
+    """Replace {name} by its value, in one pass: braces inside a value stay as they are."""
+    names = "|".join(map(re.escape, values))
+    return re.sub(r"\{(" + names + r")\}", lambda m: values[m[1]], template)
+
+
+# ------------------------------------------------------------------------------------------------- the policy
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the policy is told. The tags are fixed; everything around them may be replaced."""
+
+    prompt: str  # over {question}, and for --mode rag {documents}
+    notice: str = ""  # after a turn without an action
+    system: str | None = None
+
+
+WORDS = Words(
+    prompt="""\
+You answer questions with the help of a search engine.
+Whenever you receive new information, first reason about it between <think> and </think>.
+If you lack some knowledge, write a query between <search> and </search>: the engine then returns what it \
+found between <information> and </information>. You may search as often as you want.
+Once you need nothing more, give the answer between <answer> and </answer>, in as few words as possible and \
+without an explanation, for example <answer> Beijing </answer>.
+Question: {question}
+""",
+    notice="""
+That was not a valid action. To search, put a query between <search> and </search>; \
+to finish, put the answer between <answer> and </answer>. Try again.
+""",
+)
+ANSWER_FORM = " between <answer> and </answer>, in as few words as possible and without an explanation.\n"
+MODE_WORDS = {  # the search agent, and the paper's baselines (evaluation/modes.py)
+    "agent": WORDS,
+    "direct": Words(f"Answer the question{ANSWER_FORM}Question: {{question}}\n"),
+    "cot": Words(
+        "Reason step by step between <think> and </think>. Then give the answer to the question"
+        f"{ANSWER_FORM}Question: {{question}}\n"
+    ),
+    "rag": Words(
+        f"Answer the question{ANSWER_FORM}A search engine has found what stands between <information> and "
+        "</information>; not all of it need be of use.\n"
+        "<information>{documents}</information>\nQuestion: {question}\n"
+    ),
+}
+
+
+def load_policy_words(path: str) -> Words:
+    """Other words for the policy, from a JSON file. Raises ValueError for what is not such a file."""
+    words = read_json(Path(path), "a place of policy prompts")
+    if not {"prompt", "notice"} <= words.keys() <= {"prompt", "notice", "system"}:
+        raise ValueError(f"{path} must hold prompt and notice (and may hold system): no other keys")
+    if not all(isinstance(text, str) for text in words.values()) or "{question}" not in words["prompt"]:
+        raise ValueError(f"{path}: all must be texts, and prompt must say where the {{question}} goes")
+    return Words(**words)
+
+
+# ---------------------------------------------------------------------------------------------- the simulator
 
 TASK = """\
 You are a search engine, and the query at the end has just reached you. Write five {quality} documents for \
@@ -124,7 +185,7 @@ def load_words(source: str | Path) -> SimWords:
     """
     if source in NAMED_WORDS:
         return NAMED_WORDS[source]
-    words = models.read_json(Path(source), "a place of simulator prompts")
+    words = read_json(Path(source), "a place of simulator prompts")
     types = {f.name: f.type for f in fields(SimWords)}
     if not {"system", "useful", "noisy"} <= words.keys() <= types.keys():
         raise ValueError(
@@ -138,35 +199,36 @@ def load_words(source: str | Path) -> SimWords:
 
 def save_words(words: SimWords, path: str | Path) -> None:
     """Write what `load_words` reads: an adapter travels with the words that it was trained on."""
-    Path(path).write_text(json.dumps(asdict(words), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole(path) as part:
+        part.write_text(json.dumps(asdict(words), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_policy_words(path: str) -> Words:
-    """Other words for the policy, from a JSON file. Raises ValueError for what is not such a file."""
-    words = models.read_json(Path(path), "a place of policy prompts")
-    if not {"prompt", "notice"} <= words.keys() <= {"prompt", "notice", "system"}:
-        raise ValueError(f"{path} must hold prompt and notice (and may hold system): no other keys")
-    if not all(isinstance(text, str) for text in words.values()) or "{question}" not in words["prompt"]:
-        raise ValueError(f"{path}: all must be texts, and prompt must say where the {{question}} goes")
-    return Words(**words)
+WORDS_FILE = "sim_prompt.json"  # beside an adapter
 
 
-def messages(words: SimWords, query: Query, noisy: bool) -> list[dict[str, str]]:
-    """The conversation that asks for documents for `query`: the only place where it is made.
-
-    Question and answer are the query's own. Of several golden answers the *first* goes in: data sets list the
-    canonical form first, and a list of aliases would teach the simulator to write lists.
-    """
-    message = fill(
-        words.noisy if noisy else words.useful,
-        query=query.text,
-        question=query.question.text,
-        answer=query.question.answers[0],
-        earlier="".join(fill(words.earlier, query=q, documents=d) for q, d in query.earlier),
-    )
-    return [{"role": "system", "content": words.system}, {"role": "user", "content": message}]
+def words_for(adapter: str, named: str, usual: SimWords = PROMPTED_WORDS) -> SimWords:
+    """The words that were named; else the ones that the adapter was trained on; else the usual ones."""
+    if named:
+        return load_words(named)
+    return load_words(Path(adapter) / WORDS_FILE) if adapter else usual
 
 
-def prompt(tok: Tokenizer, words: SimWords, query: Query, noisy: bool) -> list[int]:
-    """The same as ids: in the chat template where the checkpoint has one, raw where not."""
-    return tok.chat(messages(words, query, noisy))
+# -------------------------------------------------------------------------------------------------- the judge
+
+
+@dataclass(frozen=True)
+class JudgeWords:
+    """What the judge is asked (over {query}, {question}, {documents}), and what of its words is a verdict."""
+
+    prompt: str
+    yes: str = r"(?i)\byes\b"
+    no: str = r"(?i)\bno\b"
+
+
+JUDGE = JudgeWords("""\
+Below is a search query, and what a search engine returned for it.
+Query: {query}
+{documents}
+
+Do these documents hold enough information to answer the query? Reply with one word, Yes or No.
+Reply:""")

@@ -1,0 +1,251 @@
+"""Files that survive an interruption: whole or not at all, one row after the other, one owner a directory.
+
+JSON files, rows (JSON lines that a cut run goes on from), the state of a training run (one safetensors file,
+never a pickle), and the directory that a run claims for itself.
+
+What this is not: a database. A file is read whole when a run starts, and only ever appended to or replaced.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there nothing stops a second run
+    fcntl = None
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which replaces it when the block ends: path is whole or untouched.
+
+    Synchronised before the renaming, and the directory after it, so that a power cut loses neither.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.tmp")
+    try:
+        yield part
+        synchronise(part)
+        os.replace(part, path)
+        synchronise(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def synchronise(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
+    with suppress(PermissionError):  # Windows does not open directories
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------------------- JSON
+
+
+def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
+    """Read a JSON object. Raises ValueError that names the file and what it should belong to.
+
+    needed: names that it must have, with the type of their values.
+    """
+    if not file.exists():
+        raise ValueError(f"{file} does not exist: {file.parent} is not {what}")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:  # JSON's and UTF-8's are both of this kind
+        raise ValueError(f"{file} is not JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    for name, kind in needed.items():
+        if not isinstance(value.get(name), kind):
+            raise ValueError(f"{file} has no {name}, or not as it should be: is {file.parent} {what}?")
+    return value
+
+
+def write_json(file: str | Path, value: dict, errors: str = "strict") -> None:
+    """Write a JSON object whole or not at all. errors: "replace" writes "?" for half a surrogate pair."""
+    with whole(file) as part:
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        part.write_text(text, encoding="utf-8", errors=errors)
+
+
+def fingerprint(value: object) -> str:
+    """A short hash of anything whose repr tells all of it: equal today and tomorrow, on any machine."""
+    return hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------ state
+
+
+def save_state(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
+    """Write tensors, on any device, and facts that JSON can hold. Raises OSError where the disk refuses."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with whole(path) as part:
+        save_tensors(part, tensors, {"facts": json.dumps(facts)})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """safetensors' save_file, which calls a full disk by a name of its own: here it is an OSError."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as e:
+        raise OSError(f"{path} cannot be written ({e})") from None
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors, on the CPU, and the facts of `save_state`. Raises ValueError for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = (file.metadata() or {}).get("facts")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as e:
+        raise ValueError(f"{path} is corrupt ({e})") from None
+    if facts is None:
+        raise ValueError(f"{path} is not the state of a run")
+    return tensors, json.loads(facts)
+
+
+def pack_optimizer(opt: torch.optim.Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
+    """The state of an optimiser that keeps only tensors (AdamW, Muon) as {prefix + "index.name": tensor}."""
+    state = opt.state_dict()["state"]
+    return {f"{prefix}{index}.{name}": t for index, entry in state.items() for name, t in entry.items()}
+
+
+def unpack_optimizer(
+    opt: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer."
+) -> None:
+    """Undo `pack_optimizer`; names without the prefix are left alone. Tensors go where the optimiser has
+    them: moments beside their parameters, steps on the CPU unless AdamW is fused or capturable."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(prefix):
+            index, name = key.removeprefix(prefix).split(".", 1)
+            state.setdefault(int(index), {})[name] = tensor.clone()
+    opt.load_state_dict(opt.state_dict() | {"state": state})
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+
+class Rows:
+    """JSON lines on disk, each written before the next comes; what stands there is done.
+
+    settings: where given, the file's first line is {"flags": settings}, and a run goes on only with the same.
+    key: the place of a row in `rows`; a later row of the same key replaces the earlier one.
+    path: None keeps rows in memory alone. Raises ValueError where the file is another run's, or where one is
+    there (or not, if `must`) against `resume`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None,
+        settings: dict | None = None,
+        resume: bool = False,
+        key: Callable[[dict], object] | None = None,
+        must: bool = False,
+    ):
+        self.path, self.settings = Path(path) if path else None, settings
+        self.key = key or (lambda row: len(self.rows))
+        self.rows: dict[object, dict] = {}
+        there = self.path is not None and self.path.exists()
+        if there and not resume:
+            raise ValueError(f"{self.path} is there already: add --resume to go on with it, or delete it")
+        if resume and must and not there:
+            raise ValueError(f"{self.path} holds nothing to resume, or --out is another")
+        if there:
+            self._read()
+
+    def _read(self) -> None:
+        """Take the rows of a run that was cut; half a line at its end is cut off."""
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        try:
+            lines = [json.loads(line) for line in data[:end].splitlines()]
+            old = lines.pop(0)["flags"] if self.settings is not None and lines else self.settings
+            changed = [k for k, v in (self.settings or {}).items() if old.get(k) != v]
+            for row in lines:
+                self.rows[self.key(row)] = row
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{self.path} is not an unfinished run: delete it and begin anew") from None
+        if changed:
+            name = changed[0].replace("_", "-")
+            raise ValueError(f"{self.path} was begun with another --{name}: resume with the same")
+        os.truncate(self.path, end)
+
+    def add(self, row: dict) -> None:
+        """Append a row; when this returns, it is with the operating system."""
+        if self.path is not None:
+            first = (
+                ""
+                if self.settings is None or self.path.exists()
+                else json.dumps({"flags": self.settings}) + "\n"
+            )
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(first + json.dumps(row) + "\n")
+        self.rows[self.key(row)] = row
+
+    def keep(self, n: int) -> None:
+        """Forget all but the first n rows, on disk too: a run that goes on takes the later steps again."""
+        self.rows = dict(list(self.rows.items())[:n])
+        if self.path is not None and self.path.exists():
+            with whole(self.path) as part:
+                part.write_text(
+                    "".join(json.dumps(row) + "\n" for row in self.rows.values()), encoding="utf-8"
+                )
+
+
+# -------------------------------------------------------------------------------------------------- directory
+
+
+def free_name(folder: str) -> str:
+    """A directory for a run that nobody has, made: FOLDER/date_time, numbered if two begin in one second."""
+    name = f"{folder}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    for number in range(1, 1000):
+        out = Path(name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            out.mkdir(parents=True)
+            return str(out)
+    raise ValueError(f"{folder} holds a thousand runs of this second: choose an --out")
+
+
+@contextmanager
+def claimed(out: Path, resume: bool) -> Iterator[None]:
+    """The directory `out` for one run alone, made if need be; if the block leaves it empty, it goes again.
+
+    Raises ValueError where another process holds it, or where it holds something and is not to be resumed.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: choose another")
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        try:
+            if fcntl:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another run is writing into {out}: wait for it, or choose another --out"
+            ) from None
+        if not resume and any(out.iterdir()):
+            raise ValueError(
+                f"--out {out} already holds something: choose another, or add --resume to go on with it"
+            )
+        yield
+    finally:
+        with suppress(OSError):  # not empty, as a rule
+            out.rmdir()
+        if fcntl:
+            os.close(handle)

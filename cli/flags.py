@@ -1,0 +1,424 @@
+"""Every flag of train.py, eval.py and simulator.py, once: name, type, default, meaning, bounds.
+
+Commands share groups of flags. A flag that was not given takes its default from the first of these that has
+one: the task (the toy world's are in toy/task.py), the column `cpu` for a real checkpoint without a GPU, the
+table itself. `settle` is the only place where that is decided.
+
+What this is not: configuration files. `python train.py --help` prints this table.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import tasks
+from cli.parser import NEEDED, Flag, Groups, parse, parse_verb
+from evaluation.modes import MODES
+from model import DTYPES, PRESETS
+from questions import SETS
+from servers import is_address
+
+BODY = f"{' '.join(PRESETS)}, a directory in Hugging Face format, or a hub id"
+ENGINE = "none, bm25:CORPUS, http://HOST:PORT or serpapi"
+LABELS = ("judge", "answer", "trajectory")
+
+# ------------------------------------------------------------------------------------------- shared, by group
+
+# fmt: off
+POLICY = Flag("policy", str, "", "the body that searches: " + BODY, "BODY")
+ADAPTER = Flag("adapter", str, "", "PEFT directory of the policy's adapter (none: the body as it is)", "DIR")
+SIM = Flag("sim", str, "", "the simulator's body (the policy's: one copy), or http://HOST:PORT/v1", "BODY")
+SIM_ADAPTER = Flag("sim-adapter", str, "", "PEFT directory of a fine-tuned simulator (none: prompted)", "DIR")
+POLICY_PROMPT = Flag("policy-prompt", str, "", "JSON: the policy's prompt, notice, system", "FILE")
+SIM_PROMPT = Flag("sim-prompt", str, "", "sft, prompted, JSON; else its adapter's, else prompted", "FILE")
+DATA = Flag("data", str, "", f"question files (JSONL, parquet) or sets ({', '.join(SETS)}), or toy", "A,B")
+LIMIT = Flag("limit", int, None, "questions a file, drawn by a fixed seed (all)")
+SEARCH = Flag("search", str, "", f"the real engine: {ENGINE}, or toy", "ENGINE")
+DOCUMENTS = [
+    Flag("documents", int, 5, "that a real engine returns for a search"),
+    Flag("document-words", int, None, "cut each of its documents after so many words (whole)"),
+]
+NOISE = Flag("noise", float, 0.0, "share of searches that go wrong (simulator and toy engine)", most=1)
+LENGTHS = [
+    Flag("turns", int, 5, "searches before the last generation, an answer (not tokens)", cpu=2, least=0),
+    Flag("prompt-tokens", int, 2048, "a longer question is an error", cpu=1024),
+    Flag("episode-tokens", int, 4096, "prompt, turns and documents together", cpu=1536),
+    Flag("turn-tokens", int, 500, "a turn of the policy", cpu=128),
+    Flag("observation-tokens", int, 500, "the documents of one search", cpu=256),
+]
+SIM_TOKENS = Flag("sim-tokens", int, 600, "what the simulator writes for one search", cpu=256)
+SEAT_TOKENS = Flag("seat-tokens", int, 4096, "an episode, or a simulator's prompt and documents", cpu=2048)
+SEATS = Flag("seats", int, 16, "rows decoded together")
+SEED = Flag("seed", int, 0, "of everything that is random", least=0)
+MACHINE = [
+    Flag("dtype", tuple(DTYPES), "", "of the bodies (bf16 on a GPU, else fp32)"),
+    Flag("device", str, "", "cuda where there is one, else cpu", "NAME"),
+]
+ADAPTED = [
+    Flag("rank", int, 16, "of a new LoRA adapter"),
+    Flag("alpha", float, 32.0, "its scale, times the rank"),
+]
+RESUME = Flag("resume", bool, False, "go on with the run in --out")
+
+# ------------------------------------------------------------------------------------------------- train.py
+
+TRAIN: Groups = {
+    "bodies": [
+        replace(POLICY, help="the body that learns to search: " + BODY),
+        SIM,
+        replace(ADAPTER, help="start from this PEFT adapter of the policy"),
+        SIM_ADAPTER,
+        POLICY_PROMPT,
+        SIM_PROMPT,
+        *MACHINE,
+    ],
+    "questions": [
+        DATA,
+        Flag("eval-data", str, "", "held-out question files, scored before and after", "A,B"),
+        Flag("eval-search", str, "", f"the engine that answers them: {ENGINE}", "ENGINE"),
+        Flag("eval-questions", int, 500, "how many of them (0: no evaluation)", least=0),
+        *DOCUMENTS,
+    ],
+    "how much": [
+        Flag("steps", int, 200, "of training"),
+        Flag("questions", int, 64, "a step"),
+        Flag("group", int, 5, "episodes a question (siblings), compared with each other"),
+        SEED,
+    ],
+    "the curriculum": [
+        Flag("noise-start", float, 0.0, "probability of noisy documents at the first step", most=1),
+        Flag("noise-end", float, 0.5, "and at the last", most=1),
+        Flag("noise-shape", ("exponential", "linear", "constant", "reverse"), "exponential", "how it rises"),
+        Flag("shared-coins", bool, False, "siblings share their noise coins"),
+    ],
+    "learning": [
+        Flag("algorithm", ("grpo", "rloo"), "grpo", "the advantage: see grpo.py"),
+        Flag("lr", float, 1e-5, "at the start; falls linearly to 0"),
+        *ADAPTED,
+        Flag("clip", float, 0.2, "of the probability ratio"),
+        Flag("kl", float, 1e-3, "coefficient of the KL to the reference (0 saves its forward pass)"),
+        Flag("entropy", float, 0.0, "coefficient of the entropy bonus"),
+        Flag("grad-clip", float, 1.0, "largest norm of a gradient"),
+        Flag("weight-decay", float, 0.01, "of AdamW"),
+        Flag("updates", int, 1, "optimiser steps a rollout: more than one makes the clip matter"),
+        Flag("reward", ("f1", "em"), "f1", "score of an answer that is its reward"),
+        Flag("shuffle-rewards", bool, False, "a control: shuffled among siblings, rewards can teach nothing"),
+    ],
+    "lengths, in tokens": [*LENGTHS, SIM_TOKENS, SEAT_TOKENS],
+    "memory": [
+        replace(SEATS, default=0, least=0, help="rows decoded together (0: as many as fit and are of use)"),
+        Flag("micro-tokens", int, 0, "padded tokens a pass (0: as memory allows)", least=0),
+        Flag("recompute", bool, False, "keep no activations (where memory is short; a third slower)"),
+        Flag("memory", float, 0.0, "GiB to plan for (0: what is free, on a CPU half of it)"),
+    ],
+    "fine-tuning of the task's own simulator (elsewhere: simulator.py sft, then --sim-adapter)": [
+        Flag("sft-steps", int, 0, "updates of the simulator before the policy's first", least=0),
+        Flag("sft-lr", float, 5e-3, "falls linearly to 0"),
+    ],
+    "output": [
+        Flag("out", str, "", "directory of the run (runs/<date_time>)", "DIR"),
+        RESUME,
+        Flag("save-every", int, 10, "steps between saves; Ctrl-C saves too"),
+        Flag("show-every", int, 20, "steps between coloured trajectories"),
+    ],
+}
+
+# -------------------------------------------------------------------------------------------------- eval.py
+
+EVAL: Groups = {
+    "what is done": [
+        Flag("ask", str, None, "show one episode as it happens, instead of measuring", "QUESTION"),
+        Flag("answer", str, "", "its golden answer, which a simulator has to be told", "TEXT"),
+        Flag("compare", str, None, "test whether B is better than A: two files of --json", "FILE", many=2),
+        Flag("mode", tuple(MODES), "agent", "search agent, or one of the paper's baselines"),
+    ],
+    "what is measured": [
+        replace(POLICY, help="none: the engine alone; else the body that answers: " + BODY),
+        ADAPTER,
+        POLICY_PROMPT,
+        replace(DATA, help=DATA.help + ", or all for these sets"),
+        LIMIT,
+        replace(SEARCH, help=f"sim (the simulator), {ENGINE}, or toy"),
+        *DOCUMENTS,
+        Flag("json", str, "", "write figures, flags, and every question's answer and scores here", "FILE"),
+        replace(RESUME, help="go on with what --json FILE has kept of a run that was cut"),
+    ],
+    "lengths, in tokens": [*LENGTHS, SIM_TOKENS],
+    "sampling": [
+        Flag("temperature", float, 0.0, "of the policy; 0 is greedy"),
+        SEED,
+        Flag("world", int, 1, "toy: the seed of its facts"),
+    ],
+    "the simulator (--search sim), and noise": [SIM, SIM_ADAPTER, SIM_PROMPT, NOISE],
+    "the machine": [SEATS, *MACHINE],
+}
+
+# --------------------------------------------------------------------------------------------- simulator.py
+
+COLUMNS = Flag("columns", str, "", "what the file calls prompt, documents, query, ...", "OURS=THEIRS,...")
+WRITING = [
+    replace(SIM, default=NEEDED, help=f"{BODY}, or a chat server: http://HOST:PORT/v1"),
+    SIM_ADAPTER,
+    SIM_PROMPT,
+    SIM_TOKENS,
+    Flag("temperature", float, 0.8, "of its sampling; 0 is greedy"),
+]
+COLLECT: Groups = {
+    "what is asked": [
+        replace(POLICY, default=NEEDED),
+        ADAPTER,
+        POLICY_PROMPT,
+        replace(DATA, default=NEEDED),
+        LIMIT,
+        replace(SEARCH, default=NEEDED),
+        *DOCUMENTS,
+        replace(NOISE, default=None, help="toy: share of searches that find nothing"),
+    ],
+    "what is kept": [
+        Flag("rows", int, NEEDED, "half of them useful, half noisy", least=2),
+        Flag("judge", LABELS, "judge", "the label that becomes the quality"),
+        Flag("out", str, NEEDED, "file of rows (JSON lines); beside it the log of all episodes", "FILE"),
+        replace(RESUME, help="go on; more rows, or another --judge, are welcome"),
+    ],
+    "the episode": [
+        Flag("samples", int, 1, "episodes a question, at most"),
+        Flag("temperature", float, 1.0, "of the policy"),
+        Flag("force-search", bool, False, "search for the question where an episode did not"),
+        *LENGTHS,
+    ],
+    "the machine": [SEED, SEATS, *MACHINE],
+}
+SFT: Groups = {
+    "what is learnt": [
+        Flag("rows", str, NEEDED, "JSON lines of `collect`, or a released set: file or hub name", "FILE"),
+        COLUMNS,
+        Flag("out", str, NEEDED, "directory for the adapter (PEFT format), its words, sft.json", "DIR"),
+        RESUME,
+    ],
+    "the simulator": [replace(WRITING[0], help=BODY), *WRITING[2:], *ADAPTED],
+    "learning": [
+        Flag("steps", int, 1000, "as in the paper"),
+        Flag("lr", float, 1e-4, "at the start; falls linearly to 0"),
+        Flag("tokens", int, 4096, "a step"),
+        Flag("micro", int, 1024, "tokens a pass, padding included: sets the memory"),
+    ],
+    "what is measured": [
+        Flag("held", int, 64, "rows held out (at most a tenth), by whole questions", least=0),
+        Flag("held-rows", str, "", "another file of rows to hold out, instead of a part of --rows", "FILE"),
+        Flag("audit", int, 32, "held-out rows that are audited before and after", least=0),
+        Flag("every", int, 50, "steps between held-out losses, and between saves"),
+    ],
+    "the machine": [SEED, SEATS, *MACHINE],
+}
+AUDIT: Groups = {
+    "the simulator": WRITING,
+    "queries": [
+        Flag("rows", str, "", "rows that it was not trained on, as for sft", "FILE"),
+        COLUMNS,
+        Flag("data", str, "", "instead of rows: a question file; each question is a query", "FILE"),
+        replace(LIMIT, help="of them, from the top (all)"),
+        Flag("json", str, "", "write the figures and the flags here", "FILE"),
+    ],
+    "the machine": [SEED, SEATS, *MACHINE],
+}
+WRITE: Groups = {
+    "the simulator": WRITING,
+    "the query": [
+        Flag("query", str, NEEDED, "what the policy would search for"),
+        Flag("question", str, NEEDED, "what it wants to answer"),
+        Flag("answer", str, NEEDED, "the golden answer"),
+    ],
+    "the machine": [SEED, *MACHINE],
+}
+VERBS = {
+    "collect": ("rows for sft: a policy's searches, a real engine's documents, labels", COLLECT),
+    "sft": ("fine-tune an adapter that writes useful or noisy documents, as asked", SFT),
+    "audit": ("how good is a simulator, on the queries of held-out rows?", AUDIT),
+    "write": ("what the simulator writes for one query, useful and noisy side by side", WRITE),
+}
+COMMANDS: dict[str, Groups] = {"train": TRAIN, "eval": EVAL} | {
+    verb: groups for verb, (_, groups) in VERBS.items()
+}
+# fmt: on
+
+# ------------------------------------------------------------------------------------------------- settling
+
+
+def given_to(command: str, doc: str, argv: list[str] | None = None) -> dict[str, object]:
+    """The flags that were given to train or eval."""
+    return parse(doc, COMMANDS[command], argv, tasks.defaults(tasks.FIRST))
+
+
+def given_to_verb(doc: str, argv: list[str] | None = None) -> tuple[str, dict[str, object]]:
+    """The verb and the flags that were given to simulator.py."""
+    return parse_verb(doc, VERBS, argv, tasks.defaults(tasks.FIRST))
+
+
+def machine(device: str, dtype: str) -> tuple[str, str]:
+    """Names of device and type (a key of DTYPES): by default a GPU in bf16, else the CPU in fp32.
+
+    Raises ValueError for a device that torch does not know or does not see.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(
+            f"--device {device} is no device that torch knows: use cpu, cuda or cuda:1"
+        ) from None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device} is not supported: use cpu, cuda or cuda:1")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {device}, but torch sees no GPU: install a CUDA build of torch, or use --device cpu"
+        )
+    return device, dtype or ("fp32" if kind == "cpu" else "bf16")
+
+
+def settle(command: str, given: dict[str, object]) -> argparse.Namespace:
+    """Every flag with its value: what was given, else its default. Raises ValueError for nonsense.
+
+    Also `command`; `task`, the name of the task ("" for question files and real engines); and `planned`,
+    whether the memory plan has settled its flags.
+    """
+    a = argparse.Namespace(command=command, task=tasks.named(command, given), planned=False)
+    device, dtype = machine(given.get("device", ""), given.get("dtype", ""))
+    usual = tasks.defaults(a.task, command)
+    for f in flags_of(command):
+        default = usual.get(
+            f.name, f.cpu if f.cpu is not None and not a.task and device == "cpu" else f.default
+        )
+        setattr(a, f.key, given.get(f.name, default))
+    a.device, a.dtype = device, dtype
+    FOLLOWS[command](a, given)
+    check(a)
+    return a
+
+
+def flags_of(command: str) -> list[Flag]:
+    return [f for flags in COMMANDS[command].values() for f in flags]
+
+
+def check(a: argparse.Namespace) -> None:
+    """Raise ValueError for what cannot work, before anything is loaded or written."""
+    machine(a.device, a.dtype)
+    for f in flags_of(a.command):
+        f.check(getattr(a, f.key, None))
+    CHECKS[a.command](a)
+
+
+# What follows from other flags.
+
+
+def _train(a: argparse.Namespace, given: dict) -> None:
+    a.data = a.data or "nq,hotpotqa"
+    a.sim = a.sim or a.policy
+    if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter):
+        a.sft_steps = 0  # that simulator has been fine-tuned already
+    if "seat-tokens" not in given:
+        a.seat_tokens = max(a.seat_tokens, a.episode_tokens)
+
+
+def _eval(a: argparse.Namespace, given: dict) -> None:
+    if "policy" not in given and a.ask is None:
+        a.policy = ""  # the engine alone
+    if not a.search:
+        a.search = "none" if a.mode in ("direct", "cot") else a.task if a.ask is not None or a.policy else ""
+    a.prompt_tokens = min(a.prompt_tokens, a.episode_tokens // 2)
+    if a.ask is not None and "prompt-tokens" not in given:
+        a.prompt_tokens = a.episode_tokens // 2  # a question of one's own may be a long one
+
+
+def _collect(a: argparse.Namespace, given: dict) -> None:
+    a.prompt_tokens = min(a.prompt_tokens, a.episode_tokens // 2)
+
+
+FOLLOWS = {"train": _train, "eval": _eval, "collect": _collect} | dict.fromkeys(
+    ("sft", "audit", "write"), lambda a, given: None
+)
+
+# What cannot work, said before anything is loaded or written.
+
+
+def _check_train(a: argparse.Namespace) -> None:
+    if a.group < 2:
+        raise ValueError("--group 1 has no siblings to be compared with: use 2 or more")
+    if a.seat_tokens < a.episode_tokens:
+        raise ValueError(
+            f"--seat-tokens {a.seat_tokens} cannot hold an episode of {a.episode_tokens}: raise it"
+        )
+    if a.prompt_tokens + 2 * min(a.turn_tokens, 64) > a.episode_tokens:
+        raise ValueError("--episode-tokens leaves no room behind a prompt of --prompt-tokens: raise it")
+    if a.task and (a.eval_data or a.eval_search):
+        raise ValueError(
+            f"the task {a.task} brings its own held-out questions: --eval-data needs --data FILE"
+        )
+    if a.sim_adapter and a.sft_steps:
+        raise ValueError("--sim-adapter is fine-tuned already: leave --sft-steps out")
+    if is_address(a.sim) and (a.sim_adapter or a.sft_steps):
+        raise ValueError(
+            "--sim-adapter and --sft-steps cannot be sent to a server: let --sim serve that simulator"
+        )
+    if a.sft_steps and not a.task:
+        raise ValueError("--sft-steps is for the toy task: use simulator.py sft, then --sim-adapter")
+    if bool(a.eval_data) != bool(a.eval_search):
+        raise ValueError(
+            "--eval-data and --eval-search go together: questions, and the engine that answers them"
+        )
+
+
+def _check_eval(a: argparse.Namespace) -> None:
+    if a.compare:
+        return
+    if not a.search:
+        raise ValueError("--search is missing: sim, none, toy, bm25:CORPUS, http://HOST:PORT or serpapi")
+    if not a.policy and not a.search.startswith("bm25:"):
+        raise ValueError(f"--search {a.search} needs a --policy: only bm25 can be measured alone")
+    if a.mode in ("direct", "cot") and a.search != "none":
+        raise ValueError(f"--mode {a.mode} does not search: leave out --search {a.search}")
+    if a.ask is not None and not a.ask.strip():
+        raise ValueError("--ask needs a question")
+    if a.ask is not None and a.search == "sim" and not a.answer:
+        raise ValueError("a simulator is told the golden answer, in order to write documents: give --answer")
+    if a.search == "sim" and is_address(a.sim) and a.sim_adapter:
+        raise ValueError("--sim-adapter cannot be sent to a server: let --sim serve it")
+    if a.noise and a.search not in ("sim", *tasks.NAMES):
+        raise ValueError(f"--noise is for --search sim and toy: {a.search} returns what it finds")
+    if a.search != "sim" and (a.sim or a.sim_adapter or a.sim_prompt):
+        raise ValueError(f"--sim, --sim-adapter and --sim-prompt are for --search sim, not {a.search}")
+    if a.json and (Path(a.json).is_dir() or not Path(a.json).parent.is_dir()):
+        raise ValueError(f"--json {a.json} is not a file in a directory that exists")
+    if a.resume and not a.json:
+        raise ValueError("--resume goes on with what --json FILE has kept: give both")
+
+
+def _check_collect(a: argparse.Namespace) -> None:
+    if a.task and a.search != a.task:
+        raise ValueError(f"--data {a.task} is answered by --search {a.task}, not {a.search}")
+    if a.noise is not None and not a.task:
+        raise ValueError(f"--noise is for --search toy: {a.search} returns what it finds")
+    if Path(a.out).exists() and not a.resume:
+        raise ValueError(f"--out {a.out} is there already: choose another, or add --resume to go on with it")
+
+
+def _check_audit(a: argparse.Namespace) -> None:
+    if bool(a.rows) == bool(a.data):
+        raise ValueError("audit needs --rows, or --data: rows or questions that it was not trained on")
+    _check_server(a)
+
+
+def _check_server(a: argparse.Namespace) -> None:
+    if is_address(a.sim) and a.sim_adapter:
+        raise ValueError("--sim-adapter cannot be sent to a server: let --sim serve it")
+
+
+CHECKS = {
+    "train": _check_train,
+    "eval": _check_eval,
+    "collect": _check_collect,
+    "sft": lambda a: None,
+    "audit": _check_audit,
+    "write": _check_server,
+}

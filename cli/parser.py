@@ -1,0 +1,116 @@
+"""Flags as a table: whatever a command takes is a list of `Flag`s, and argparse is called here alone.
+
+A flag says its name, type, default, bounds and meaning in one line; the table is the documentation, and
+`--help` prints it. What this is not: the tables themselves; those of the commands are in flags.py.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+NEEDED = object()  # as a default: the flag must be given
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag. A default of "" or None means what the help says of leaving it out."""
+
+    name: str
+    kind: type | tuple[str, ...]  # bool: on where it is given; a tuple: one of these words
+    default: object
+    help: str
+    value: str = ""  # what --help calls its value
+    cpu: object = None  # the default for a real checkpoint without a GPU, where it is another
+    least: float | None = None  # int: 1 unless said otherwise; float: 0
+    most: float = math.inf
+    many: int | str | None = None  # how many values: a number, or "+"
+    bare: bool = False  # a positional argument
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("-", "_")
+
+    def shown(self, task: dict[str, object]) -> str:
+        """The help with its defaults; task: the toy task's."""
+        usual = {"": self.default, "toy": task.get(self.name), "cpu": self.cpu}
+        told = [
+            f"{k} {v}".strip() for k, v in usual.items() if v not in (None, "", NEEDED) and v is not False
+        ]
+        text = self.help + (
+            f" [{', '.join(told)}]" if told else " (needed)" if self.default is NEEDED else ""
+        )
+        return text.replace("%", "%%")
+
+    def check(self, value: object) -> None:
+        """Raise ValueError for a number out of bounds."""
+        least = self.least if self.least is not None else 1 if self.kind is int else 0
+        if self.kind in (int, float) and value is not None and not least <= value <= self.most:
+            bound = f"within {least}..{self.most:g}" if self.most < math.inf else f"at least {least}"
+            raise ValueError(f"--{self.name} must be {bound}, not {value}")
+        if self.kind is float and value is not None and not math.isfinite(value):
+            raise ValueError(f"--{self.name} must be a number, not {value}")
+
+
+Groups = dict[str, list[Flag]]
+
+
+class OneLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage. No flag may be shortened."""
+
+    def __init__(self, *args, **more):
+        super().__init__(
+            *args, **more, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
+
+
+def declare(parser: argparse.ArgumentParser, groups: Groups, task: dict[str, object]) -> None:
+    """Give argparse the flags of a table. Those that are not given leave no trace in its result."""
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for f in flags:
+            more: dict = {"help": f.shown(task), "default": argparse.SUPPRESS}
+            if f.kind is bool:
+                more |= {"action": "store_true"}
+            elif isinstance(f.kind, tuple):
+                more |= {"choices": f.kind}
+            else:
+                more |= {"type": f.kind, "metavar": f.value or {int: "N", float: "X"}.get(f.kind, "TEXT")}
+            if not f.bare:
+                more |= {"required": f.default is NEEDED}
+            group.add_argument(
+                f.name if f.bare else f"--{f.name}", **more, **({"nargs": f.many} if f.many else {})
+            )
+
+
+def parse(
+    doc: str, groups: Groups, argv: list[str] | None = None, task: dict | None = None
+) -> dict[str, object]:
+    """The flags that were given, {name: value}."""
+    parser = OneLine(description=doc)
+    declare(parser, groups, task or {})
+    return {k.replace("_", "-"): v for k, v in vars(parser.parse_args(argv)).items()}
+
+
+def parse_verb(
+    doc: str, verbs: dict[str, tuple[str, Groups]], argv: list[str] | None = None, task: dict | None = None
+) -> tuple[str, dict[str, object]]:
+    """The same for a command of several verbs, {verb: (what it does, its flags)}: (verb, flags given)."""
+    parser = OneLine(description=doc)
+    choices = parser.add_subparsers(required=True, metavar=" | ".join(verbs), dest="verb")
+    for verb, (what, groups) in verbs.items():
+        declare(choices.add_parser(verb, help=what, description=what), groups, task or {})
+    given = vars(parser.parse_args(argv))
+    return given.pop("verb"), {k.replace("_", "-"): v for k, v in given.items()}
+
+
+def with_defaults(groups: Groups, given: dict[str, object]) -> argparse.Namespace:
+    """Every flag with its value, for a command whose defaults depend on nothing. Raises ValueError."""
+    a = argparse.Namespace()
+    for f in (f for flags in groups.values() for f in flags):
+        value = given.get(f.name, f.default)
+        f.check(value)
+        setattr(a, f.key, False if value is NEEDED else value)
+    return a

@@ -1,0 +1,85 @@
+"""The terminal: one kind of table, one kind of bar, one way to fail.
+
+What this is not: a log. Figures that must last are written by disk.py.
+"""
+
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from itertools import zip_longest
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+
+def table(rows: dict[str, dict]) -> str:
+    """{name: {column: value}} as aligned text: three decimals for means, counts as they are, "-" for None."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    cells = [
+        ["", *columns],
+        *([name, *(cell(row.get(c, "")) for c in columns)] for name, row in rows.items()),
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join(
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])]).rstrip()
+        for name, *values in cells
+    )
+
+
+def cell(value: float | int | str | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def bar(
+    label: str, total: int | None = None, unit: str = "episodes", done: int = 0, over: Iterable | None = None
+):
+    """A progress bar with rate and time left. It disappears when done and is silent where nobody watches.
+
+    It appears after two seconds, so that short waits leave the screen alone. over: iterate through the bar.
+    """
+    return tqdm(
+        over,
+        total=total,
+        initial=done,
+        desc=label,
+        unit=f" {unit}",
+        leave=False,
+        disable=None,
+        delay=2,
+        miniters=1,
+    )
+
+
+def move(shown, done: int, note: str = "") -> None:
+    """Set a bar to `done`, with a note behind it."""
+    shown.set_postfix_str(note, refresh=False)
+    shown.update(done - shown.n)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command. Bad input is one line on stderr and exit code 2; Ctrl-C and SIGTERM exit with 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except torch.OutOfMemoryError as e:
+        fail(f"out of memory ({str(e).splitlines()[0]}): give --memory, or fewer --seats")
+    except (ValueError, OSError, SafetensorError) as e:
+        fail(str(e))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    """The end of a command that cannot go on: one line, exit code 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def side_by_side(left: str, right: str, width: int) -> str:
+    """Two texts in two columns of a terminal of `width` characters."""
+    half = (width - 3) // 2
+    columns = [[w for line in text.splitlines() for w in textwrap.wrap(line, half)] for text in (left, right)]
+    return "\n".join(f"{a:{half}} | {b}" for a, b in zip_longest(*columns, fillvalue=""))

@@ -1,0 +1,174 @@
+"""From flags to what a command works with: bodies, tokenizers, adapters, words, limits, simulator, engine.
+
+`load` is the only way. What is cheap comes first (files, the plan of the memory), so that a mistake shows
+before a checkpoint is read. Roles of one checkpoint share one body.
+
+What this is not: a place for defaults; flags.py has settled them.
+"""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import model as models
+from cli import plan
+from cli.disk import read_json
+from model import POLICY, REFERENCE, SIMULATOR, Model
+from rollout import Engine, Limits, Question, prompt
+from servers import Chat, is_address
+from simulator import Simulator
+from tasks import Task
+from tokenizer import Tokenizer
+from words import Words, load_policy_words, words_for
+
+SMALL = 256  # hidden size below which a second thread costs more than it gains
+
+
+@dataclass
+class Setting:
+    """Made once from the flags. `simulator` and `engine` are None where the command needs none."""
+
+    task: Task
+    bodies: dict[int, tuple[Model, Tokenizer]]  # role -> its body and tokenizer
+    words: Words
+    limits: Limits
+    simulator: Simulator | None
+    engine: Engine | None
+
+    @property
+    def body(self) -> Model:
+        """The policy's body."""
+        return self.bodies[POLICY][0]
+
+    @property
+    def tok(self) -> Tokenizer:
+        return self.bodies[POLICY][1]
+
+
+def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) -> Setting:
+    """Everything that the settled flags name. questions: those whose prompts must fit, checked early.
+
+    Raises ValueError for whatever is missing, broken, or too large.
+    """
+    homes = {role: models.resolve(name) for role, name in named_bodies(a).items()}
+    server = Chat(a.sim) if simulated(a) and is_address(a.sim) else None
+    words = policy_words(a, task) if POLICY in homes else None
+    sim_words = words_for(a.sim_adapter, a.sim_prompt, task.sim_words) if simulated(a) else None
+    limits = limits_of(a) if POLICY in homes else None
+    toks = {home: Tokenizer.load(home) for home in dict.fromkeys(homes.values())}
+    if questions:
+        check_prompts(questions, toks[homes[POLICY]], words, limits.prompt)
+    if a.command == "train":
+        print(plan_memory(a, list(dict.fromkeys(homes.values()))), flush=True)
+    dtype = models.DTYPES[a.dtype]
+    loaded = {home: (models.load(home, dtype, a.device), tok) for home, tok in toks.items()}
+    bodies = {role: loaded[home] for role, home in homes.items()}
+    if bodies and max(body.config.d for body, _ in bodies.values()) < SMALL:
+        torch.set_num_threads(1)
+    give_adapters(a, bodies)
+    simulator = None
+    if simulated(a):
+        tok = bodies.get(SIMULATOR, (None, None))[1]
+        temperature = 0.8 if POLICY in homes else a.temperature  # a policy's command has its own temperature
+        shared = getattr(a, "shared_coins", False)
+        noise = getattr(a, "noise", 0.0)
+        simulator = Simulator(tok, sim_words, noise, shared, a.sim_tokens, temperature, server)
+    return Setting(task, bodies, words, limits, simulator, open_engine(a, bodies))
+
+
+def simulated(a: argparse.Namespace) -> bool:
+    """Whether the command has a simulator."""
+    return hasattr(a, "sim") and (a.command != "eval" or a.search == "sim")
+
+
+def named_bodies(a: argparse.Namespace) -> dict[int, str]:
+    """role -> the name of its body, of the roles that run here."""
+    names = {POLICY: a.policy} if getattr(a, "policy", "") else {}
+    if a.command == "collect":
+        names[REFERENCE] = a.policy  # judges what was found
+    if simulated(a) and not is_address(a.sim):
+        names[SIMULATOR] = a.sim or a.policy
+    return names
+
+
+def policy_words(a: argparse.Namespace, task: Task) -> Words:
+    """The policy's words: those of a file, else the task's for the mode."""
+    mode = getattr(a, "mode", "agent")
+    words = load_policy_words(a.policy_prompt) if a.policy_prompt else task.words[mode]
+    if mode == "rag" and "{documents}" not in words.prompt:
+        raise ValueError(f"{a.policy_prompt}: for --mode rag, prompt must say where the {{documents}} go")
+    return words
+
+
+def limits_of(a: argparse.Namespace) -> Limits:
+    return Limits(a.prompt_tokens, a.episode_tokens, a.turn_tokens, a.observation_tokens, a.turns)
+
+
+def give_adapters(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]]) -> None:
+    """Read the adapters that are named; make new ones for the roles that are to be trained."""
+    trained = {POLICY: a.command == "train", SIMULATOR: a.command == "sft" or getattr(a, "sft_steps", 0)}
+    for role, flag in ((POLICY, "adapter"), (SIMULATOR, "sim_adapter")):
+        if role in bodies and getattr(a, flag, ""):
+            models.load_adapter(bodies[role][0], role, getattr(a, flag))
+        elif role in bodies and trained[role]:
+            bodies[role][0].add_role(role, a.rank, a.alpha, a.seed)
+
+
+def open_engine(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]]) -> Engine | None:
+    """The engine, with seats that hold a whole episode; None where no policy acts."""
+    if POLICY not in bodies:
+        return None
+    if a.command == "train":
+        return Engine(bodies, a.seats, a.seat_tokens, prefill=a.micro_tokens)
+    capacity = a.episode_tokens + 1
+    return Engine(
+        bodies, a.seats, min(capacity, len(bodies[POLICY][0].cos)) if a.command == "collect" else capacity
+    )
+
+
+def check_prompts(questions: Iterable[Question], tok: Tokenizer, words: Words, limit: int) -> None:
+    """Raise ValueError for a question whose prompt is too long: at the start, not when it is drawn."""
+    frame = len(prompt(Question("", ()), tok, words))
+    for q in questions:
+        if frame + len(q.text.encode()) + 1 > limit and (n := len(prompt(q, tok, words))) > limit:
+            raise ValueError(
+                f"the prompt of {q.text[:60]!r} has {n} tokens, over {limit}: raise --prompt-tokens"
+            )
+
+
+# ------------------------------------------------------------------------------------------------- the memory
+
+
+def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
+    """Settle the flags that memory decides; the budget as text. Raises ValueError where nothing fits.
+
+    A run that goes on keeps what was settled at its start, whatever is free today, unless told otherwise.
+    """
+    shapes = [plan.shape(str(home)) for home in homes]
+    memory = a.memory * 2**30 or free_memory(a.device)
+    rank, sim_rank = (rank_of(a, adapter) for adapter in (a.adapter, a.sim_adapter))
+    settings = plan.Settings(
+        a.seats, a.seat_tokens, a.micro_tokens, a.recompute or None, rank,
+        sim_rank if a.sim_adapter or a.sft_steps else 0, models.DTYPES[a.dtype], a.device != "cpu",
+    )  # fmt: skip
+    if a.planned:
+        return f"as planned at the start: {settings}"
+    useful = a.questions * a.group * (1 if is_address(a.sim) else 2)  # all may wait for documents at once
+    settings, budget = plan.fit(shapes, memory, settings, useful)
+    a.seats, a.micro_tokens, a.recompute = settings.seats, settings.micro_tokens, bool(settings.recompute)
+    a.planned = True
+    return f"plan for {memory / 2**30:.1f} GiB: {settings}\n{plan.table(budget)}"
+
+
+def rank_of(a: argparse.Namespace, adapter: str) -> int:
+    """The rank of an adapter on disk, or of the one that is to be made."""
+    file = Path(adapter) / "adapter_config.json"
+    return read_json(file, "a PEFT adapter directory", r=int)["r"] if adapter else a.rank
+
+
+def free_memory(device: str) -> float:
+    """Bytes to plan for: what a GPU has free; half of it on a CPU, where other programs live too."""
+    return torch.cuda.mem_get_info()[0] if device != "cpu" else 0.5 * models.memory(free=True)

@@ -1,0 +1,254 @@
+"""The command `python simulator.py collect | sft | audit | write`: what prepares a simulator and measures it.
+
+Not the work itself: collect.py collects, sft.py fine-tunes, ../simulator.py writes and audits.
+"""
+
+import argparse
+import random
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import model as models
+import simulator as simulators
+from cli import disk, flags
+from cli.screen import side_by_side, table
+from cli.setting import Setting, load
+from model import SIMULATOR, Model
+from prepare import sft
+from prepare.collect import Collector, Sorted, agreement, all_rows, collect
+from prepare.rows import read_rows, row_query, write_rows
+from questions import load_questions
+from rollout import Query, Question
+from simulator import Simulator, addressed
+from tasks import Task, kind
+from words import WORDS_FILE, SimWords, save_words
+
+STATE_FILE, RESULT_FILE = "state.safetensors", "sft.json"
+
+
+def main(argv: list[str] | None = None) -> None:
+    verb, given = flags.given_to_verb(simulators.__doc__, argv)
+    a = flags.settle(verb, given)
+    run = {"collect": command_collect, "sft": command_sft, "audit": command_audit, "write": command_write}[
+        verb
+    ]
+    run(a, kind(a.task)(a))
+
+
+# -------------------------------------------------------------------------------------------- audit and write
+
+
+def command_audit(a: argparse.Namespace, task: Task) -> None:
+    """Print, and with --json save, what a simulator is worth on held-out queries."""
+    if a.rows:
+        queries = [row_query(row) for row in read_rows(a.rows, column_names(a.columns))]
+    else:
+        queries = [Query(q.text, q) for q in load_questions(a.data, a.limit)]
+    queries = addressed(queries[: a.limit], a.seed)
+    s = load(a, task)
+    engine = simulators.engine_for(body_of(s), s.simulator, queries, a.seats)
+    figures = simulators.audit(engine, s.simulator, queries)
+    print(table({f"asked for {quality}": part for quality, part in figures.items()}))
+    if a.json:
+        disk.write_json(a.json, {"audit": figures, "flags": vars(a)})
+
+
+def body_of(s: Setting) -> Model | None:
+    """The simulator's body; None where it runs on a server."""
+    return s.bodies[SIMULATOR][0] if SIMULATOR in s.bodies else None
+
+
+def command_write(a: argparse.Namespace, task: Task) -> None:
+    """Print what the simulator writes for one query: useful on the left, noisy on the right."""
+    query = Query(a.query, Question(a.question, (a.answer,)), (a.seed, 0, 0, 0, 0))
+    s = load(a, task)
+    engine = simulators.engine_for(body_of(s), s.simulator, [query], 2)
+    useful, noisy = (simulators.write(engine, s.simulator, [query], order)[0].text for order in (False, True))
+    width = shutil.get_terminal_size().columns
+    print(side_by_side(f"USEFUL\n{useful}", f"NOISY\n{noisy}", width))
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning
+
+
+def column_names(text: str) -> dict[str, str]:
+    """ "prompt=instruction,documents=output" -> {"prompt": "instruction", "documents": "output"}."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if not all(ours and sign and theirs for ours, sign, theirs in pairs):
+        raise ValueError(f"--columns is OURS=THEIRS, comma-separated, not {text!r}")
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+def split_by_question(rows: list[dict], held: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """(rows held out, rows to train on): at most `held`, and at most a tenth; no question is in both."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["question"], []).append(row)
+    order = random.Random(seed).sample(list(groups), len(groups))
+    most, out = min(held, len(rows) // 10), []
+    for question in order:
+        if len(out) + len(groups[question]) <= most:
+            out += groups.pop(question)
+    return out, [row for row in rows if row["question"] in groups]
+
+
+def command_sft(a: argparse.Namespace, task: Task) -> None:
+    """Fine-tune, show progress, save every --every steps; held-out figures before and after."""
+    out, columns = Path(a.out), column_names(a.columns)
+    rows = read_rows(a.rows, columns)
+    if a.held_rows:
+        exam = read_rows(a.held_rows, columns)[: a.held]
+    else:
+        exam, rows = split_by_question(rows, a.held, a.seed)
+    with disk.claimed(out, a.resume):
+        tune(a, task, out, rows, exam)
+
+
+def tune(a: argparse.Namespace, task: Task, out: Path, rows: list[dict], exam: list[dict]) -> None:
+    """The fine-tuning itself, in a directory that is ours."""
+    settings = {k: v for k, v in vars(a).items() if k not in ("command", "resume", "out", "device", "seats")}
+    state, facts = unfinished(out, settings, a.resume)
+    s = load(a, task)
+    (body, tok), simulator = s.bodies[SIMULATOR], s.simulator
+    optimizer = sft.adamw(body, SIMULATOR)
+    size = body.adapter(SIMULATOR).numel()
+    print(f"{len(rows)} rows, {len(exam)} held out, {size:,} parameters to train, {body.device}")
+    look = partial(held_out_figures, a, body, simulator, exam)
+    if state:
+        body.adapter(SIMULATOR).data.copy_(state["adapter"])
+        disk.unpack_optimizer(optimizer, state)
+    facts = facts or {"step": 0, "flags": settings, "before": look("before")}
+    run = sft.sft(
+        body, tok, simulator.words, rows, a.steps, a.lr, tokens=a.tokens, exam=exam, every=a.every,
+        seed=a.seed, micro=a.micro, optimizer=optimizer, done=facts["step"],
+    )  # fmt: skip
+    for p in run:
+        if p.step % 10 == 0 or p.held is not None:
+            print(p, flush=True)
+        if p.step % a.every == 0 or p.step == a.steps:
+            facts["step"] = p.step
+            save(out, body, simulator.words, a.sim)
+            tensors = {"adapter": body.adapter(SIMULATOR).detach()} | disk.pack_optimizer(optimizer)
+            disk.save_state(out / STATE_FILE, tensors, facts)
+    before, after = facts["before"], look("after")
+    result = {"before": before, "after": after, "rows": len(rows), "held": len(exam), "flags": settings}
+    save(out, body, simulator.words, a.sim)
+    disk.write_json(out / RESULT_FILE, result)
+    print(report(before, after))
+    (out / STATE_FILE).unlink()
+    print(f"saved to {out}")
+
+
+def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
+    """The state to go on from, ({}, {}) for a new run. Raises ValueError for other flags."""
+    if not resume:
+        return {}, {}
+    if not (out / STATE_FILE).exists():
+        raise ValueError(f"{out} holds no unfinished run to resume")
+    state, facts = disk.load_state(out / STATE_FILE)
+    changed = sorted(k for k in settings if settings[k] != facts["flags"].get(k))
+    if changed:
+        raise ValueError(
+            f"{out} was begun with another --{changed[0].replace('_', '-')}: resume with the same"
+        )
+    return state, facts
+
+
+def save(out: Path, body: Model, words: SimWords, base: str) -> None:
+    """The adapter in PEFT's format, and the words that it is trained on."""
+    models.save_adapter(body, SIMULATOR, out, base)
+    save_words(words, out / WORDS_FILE)
+
+
+def held_out_figures(
+    a: argparse.Namespace, body: Model, simulator: Simulator, exam: list[dict], label: str
+) -> dict:
+    """{"loss": nats a token of the held-out documents, "audit": what is written for their queries}."""
+    if not exam:
+        return {}
+    encode = partial(sft.example, simulator.tok, simulator.words, sft.end_of_turn(simulator.tok))
+    loss = sft.held_out_loss(body, SIMULATOR, [encode(row) for row in exam], a.micro)
+    queries = addressed([row_query(row) for row in exam[: a.audit]], a.seed)
+    if not queries:
+        return {"loss": loss, "audit": {}}
+    engine = simulators.engine_for(body, simulator, queries, a.seats)
+    return {"loss": loss, "audit": simulators.audit(engine, simulator, queries, f"audit {label}")}
+
+
+def report(before: dict, after: dict) -> str:
+    """Held-out loss and audit, before and after."""
+    if not before:
+        return (
+            "nothing was held out: no loss, no audit (too few rows, or only one question: --held-rows FILE)"
+        )
+    loss = f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f} nats a token"
+    audits = (("before", before["audit"]), ("after", after["audit"]))
+    lines = {f"{when} {quality}": part for when, figures in audits for quality, part in figures.items()}
+    return f"{loss}\n{table(lines)}" if lines else loss
+
+
+# ------------------------------------------------------------------------------------------------- collecting
+
+
+def command_collect(a: argparse.Namespace, task: Task) -> None:
+    """Let a policy search with a real engine, label what it found, write a balanced set of rows."""
+    out = Path(a.out)
+    free = ("command", "out", "resume", "rows", "judge", "samples", "seats", "device", "dtype")
+    settings = {k: v for k, v in vars(a).items() if k not in free}
+    questions = task.to_collect()
+    questions = random.Random(a.seed).sample(questions, len(questions))
+    search = task.engine(a.search)
+    log = disk.Rows(
+        out.with_name(f"{out.name}.episodes"), settings, a.resume, lambda row: row["episode"], must=True
+    )
+    s = load(a, task)
+    room = s.engine.pools[models.POLICY].capacity
+    collector = Collector(
+        s.tok, search, s.limits, s.words, task.judge, a.temperature, a.force_search, room, task.shown
+    )
+    go_on = f"the episodes so far are in {log.path}: the same command with --resume goes on"
+    try:
+        found = collect(
+            s.engine, collector, questions, log, a.judge, a.rows, a.samples, a.seed, rounds=4 * a.seats
+        )
+    except OSError as e:  # an engine that fails
+        raise OSError(f"{e}; {go_on}") from None
+    except KeyboardInterrupt:
+        print(f"\n{go_on}", file=sys.stderr)
+        raise
+    print(tally(log, found, a))
+    check_found(log, found, a)
+    write_rows(found.rows(a.rows), out)
+    print(f"{found.balanced(a.rows)} rows in {out}; every episode in {log.path}")
+
+
+def tally(log: disk.Rows, found: Sorted, a: argparse.Namespace) -> str:
+    """What was collected, what the labels say of it, and what is left aside."""
+    raw, forced = all_rows(log.rows), sum(e["forced"] for e in log.rows.values())
+    used = found.balanced(a.rows)
+    surplus = len(found.useful) + len(found.noisy) - used
+    aside = "".join(f", {n} {why}" for why, n in sorted(found.aside.items()))
+    return (
+        f"{len(log.rows):,} episodes made {len(raw):,} searches ({forced:,} forced)\n{agreement(raw)}\n"
+        f"quality by {a.judge}: {len(found.useful):,} useful, {len(found.noisy):,} noisy; "
+        f"{used:,} used, left aside: {surplus:,} to balance{aside}"
+    )
+
+
+def check_found(log: disk.Rows, found: Sorted, a: argparse.Namespace) -> None:
+    """Raise ValueError, with advice, where there is nothing to write; say so where there is too little."""
+    if not all_rows(log.rows):
+        raise ValueError(
+            f"{a.policy} made no search in {len(log.rows)} episodes: --force-search searches for the "
+            "question itself; else take a larger policy, or one with an --adapter"
+        )
+    if not found.balanced(a.rows):
+        lacking = "useful" if not found.useful else "noisy"
+        raise ValueError(
+            f"no row is {lacking} by --judge {a.judge}: try another --judge with --resume, "
+            "more questions, or more --samples"
+        )
+    if found.balanced(a.rows) < a.rows // 2 * 2:
+        print(f"fewer than {a.rows} rows: --resume with more --samples goes on")

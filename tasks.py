@@ -1,0 +1,108 @@
+"""A task: what is asked, which engine answers, in which words, and what else is worth measuring.
+
+`Task` itself is the usual one: question files and a real engine. Another task is a folder beside this file
+with a `task.py` that holds a subclass of the same name; `--data FOLDER` chooses it. toy/ is one, and the one
+that a command without arguments takes: to make another, copy that folder. Commands ask their task, and
+never which task it is.
+
+What this is not: a registry. A folder is there or it is not.
+"""
+
+import argparse
+import importlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from questions import SETS, load_questions
+from rollout import Query, Question, Search, Trajectory
+from search import open_search, shortened
+from words import JUDGE, MODE_WORDS, PROMPTED_WORDS
+
+NAMES = sorted(path.parent.name for path in Path(__file__).resolve().parent.glob("*/task.py"))
+FIRST = "toy"  # of a command that says nothing else
+
+
+class Task:
+    """Question files and real engines. a: the settled flags of the command."""
+
+    DEFAULTS: dict[str, object] = {}  # flag -> default, also {command: {flag: default}}; see cli/flags.py
+    words = MODE_WORDS  # of the policy, by mode
+    sim_words = PROMPTED_WORDS  # of a simulator that brings none
+    judge = JUDGE  # of the documents that are collected
+
+    def __init__(self, a: argparse.Namespace):
+        self.a = a
+
+    def to_train(self) -> tuple[list[Question], list[Question], Search | None]:
+        """Questions to train on, held-out ones (or none), and the real engine that answers the latter."""
+        a = self.a
+        questions = [q for name in a.data.split(",") for q in load_questions(name, train=True)]
+        if not a.eval_data or not a.eval_questions:
+            return questions, [], None
+        held = [q for name in a.eval_data.split(",") for q in load_questions(name)]
+        held = random.Random(0).sample(held, min(a.eval_questions, len(held)))
+        return questions, held, self.engine(a.eval_search)
+
+    def to_evaluate(self) -> dict[str, list[Question]]:
+        """Name of the set, or of its file without the ending -> questions. Two of a name raise ValueError."""
+        sets = {}
+        for source in SETS if self.a.data == "all" else self.a.data.split(","):
+            name = Path(source).name.partition(".")[0]
+            if name in sets:
+                raise ValueError(f"--data names {name} twice: rename one file")
+            sets[name] = load_questions(source, self.a.limit)
+        return sets
+
+    def to_collect(self) -> list[Question]:
+        """Questions whose searches become rows for the simulator's fine-tuning."""
+        return [q for name in self.a.data.split(",") for q in load_questions(name, self.a.limit, train=True)]
+
+    def engine(self, named: str) -> Search:
+        """The real engine of that name."""
+        search = open_search(named, self.a.documents)
+        return shortened(search, self.a.document_words) if self.a.document_words else search
+
+    def shown(self, search: Search) -> Search:
+        """The same search, as the policy is to see its documents."""
+        return search
+
+    def ways(self, search: Search) -> dict[str, tuple[str, Search, float]]:
+        """How held-out questions are scored, before and after: suffix -> (label, search, temperature)."""
+        return {"": ("sampled", search, 1.0), "_greedy": ("greedy", search, 0.0)}
+
+    def figures(self, trajectories: list[Trajectory]) -> dict[str, float]:
+        """More figures of a step's episodes, for its line of the log and for the held-out table."""
+        return {}
+
+    def rows(self, n: int) -> list[dict]:
+        """Rows for the simulator's fine-tuning within train.py (--sft-steps)."""
+        raise ValueError("this task brings no rows for --sft-steps: use simulator.py sft, then --sim-adapter")
+
+    def audit(self, write: Callable[[list[Query], bool], list[str]]) -> dict[str, float]:
+        """How well a simulator plays the engine; write(queries, noisy) returns the documents it writes."""
+        return {}
+
+
+def kind(name: str) -> type[Task]:
+    """The class of a task: "" is `Task` itself."""
+    return importlib.import_module(f"{name}.task").Task if name else Task
+
+
+def defaults(name: str, command: str = "train") -> dict[str, object]:
+    """flag -> default of a task, for a command."""
+    usual = kind(name).DEFAULTS
+    return {k: v for k, v in usual.items() if not isinstance(v, dict)} | usual.get(command, {})
+
+
+def named(command: str, given: dict[str, object]) -> str:
+    """The task that flags name, by --data or --search or a body that was made for it; "" is the usual one."""
+    for flag in ("data", "search"):
+        if given.get(flag) in NAMES:
+            return given[flag]
+    bodies = {defaults(name).get("policy"): name for name in NAMES}
+    own = next((bodies[given[flag]] for flag in ("policy", "sim") if given.get(flag) in bodies), "")
+    if "data" in given or command == "collect":
+        return ""
+    silent = "policy" not in given if command == "train" or "ask" in given else command == "eval"
+    return own or (FIRST if silent else "")

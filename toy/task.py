@@ -1,0 +1,85 @@
+"""The toy world as a task: its questions, its engine, its words, and what only it can measure.
+
+To make another task, copy this folder: `python train.py --data FOLDER` finds the class `Task` here. What each
+method is for stands in ../tasks.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import tasks
+from rollout import Query, Question, Search, Trajectory
+from toy import texts, world
+from toy.words import JUDGE, SIM_WORDS, WORDS
+from toy.world import World
+
+FOUND = "\n\n<information>{documents}</information>\n\n"  # as in an episode
+
+
+class Task(tasks.Task):
+    """Questions about a world whose facts only a search can tell, and the world's own lookup engine."""
+
+    DEFAULTS = {
+        "policy": "tiny",
+        "data": "toy",
+        # how much
+        "steps": 64,
+        "questions": 16,
+        "group": 8,
+        "eval-questions": 400,
+        "limit": 300,
+        "lr": 2e-3,
+        "micro-tokens": 4096,
+        "sft-steps": 250,
+        # lengths
+        "turns": 4,
+        "prompt-tokens": 16,
+        "episode-tokens": 192,
+        "turn-tokens": 20,
+        "observation-tokens": 32,
+        "sim-tokens": 40,
+        "seat-tokens": 256,
+        "collect": {"limit": 20_000, "seats": 128, "noise": 0.5},  # what never fails yields no noisy rows
+    }
+    words = dict.fromkeys(("agent", "direct", "cot"), WORDS) | {
+        "rag": replace(WORDS, prompt=WORDS.prompt + FOUND)
+    }
+    sim_words = SIM_WORDS
+    judge = JUDGE
+
+    def to_train(self) -> tuple[list[Question], list[Question], Search]:
+        """Two worlds: the facts of one are false in the other."""
+        ours, other = World(2 * self.a.seed), World(2 * self.a.seed + 1)
+        return ours.questions(1000), other.questions(self.a.eval_questions), other.lookup
+
+    def to_evaluate(self) -> dict[str, list[Question]]:
+        if self.a.data != self.a.task:
+            return super().to_evaluate()
+        return {self.a.task: World(self.a.world).questions(self.a.limit)}
+
+    def to_collect(self) -> list[Question]:
+        return world.fresh_questions(self.a.limit, self.a.seed)
+
+    def engine(self, named: str) -> Search:
+        if named != self.a.task:
+            return super().engine(named)
+        lookup = world.lookup_anywhere if self.a.command == "collect" else World(self.a.world).lookup
+        return partial(lookup, noise=self.a.noise)
+
+    def shown(self, search: Search) -> Search:
+        """Facts in a random order: a simulator writes the best first, the lookup engine does not."""
+        return world.shuffled(search)
+
+    def ways(self, search: Search) -> dict[str, tuple[str, Search, float]]:
+        noisy = ("sampled, engine noise .3", partial(search, noise=0.3), 1.0)
+        return super().ways(search) | {"_noise": noisy}
+
+    def figures(self, trajectories: list[Trajectory]) -> dict[str, float]:
+        return {"skips": texts.skipping(trajectories)}  # does it live off the simulator's leak?
+
+    def rows(self, n: int) -> list[dict]:
+        return texts.rows(n, self.a.seed)
+
+    def audit(self, write: Callable[[list[Query], bool], list[str]]) -> dict[str, float]:
+        return texts.audit(write, seed=self.a.seed)
