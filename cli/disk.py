@@ -161,7 +161,7 @@ class Rows:
         self.rows: dict[object, dict] = {}
         there = self.path is not None and self.path.exists()
         if there and not resume:
-            raise ValueError(f"{self.path} is there already: add --resume to go on with it, or delete it")
+            raise ValueError(f"{self.path} holds an unfinished run: add --resume to go on with it, or delete it")
         if resume and must and not there:
             raise ValueError(f"{self.path} holds nothing to resume, or --out is another")
         if there:
@@ -187,11 +187,8 @@ class Rows:
     def add(self, row: dict) -> None:
         """Append a row; when this returns, it is with the operating system."""
         if self.path is not None:
-            first = (
-                ""
-                if self.settings is None or self.path.exists()
-                else json.dumps({"flags": self.settings}) + "\n"
-            )
+            begun = self.settings is None or (self.path.exists() and self.path.stat().st_size)
+            first = "" if begun else json.dumps({"flags": self.settings}) + "\n"
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(first + json.dumps(row) + "\n")

@@ -325,7 +325,7 @@ def _eval(a: argparse.Namespace, given: dict) -> None:
     if "policy" not in given and a.ask is None:
         a.policy = ""  # the engine alone
     if not a.search:
-        a.search = "none" if a.mode in ("direct", "cot") else a.task if a.ask is not None or a.policy else ""
+        a.search = "none" if a.mode in ("direct", "cot") else a.task if a.ask is not None else ""
     a.prompt_tokens = min(a.prompt_tokens, a.episode_tokens // 2)
     if a.ask is not None and "prompt-tokens" not in given:
         a.prompt_tokens = a.episode_tokens // 2  # a question of one's own may be a long one

@@ -22,7 +22,7 @@ from servers import Chat, is_address
 from simulator import Simulator
 from tasks import Task
 from tokenizer import Tokenizer
-from words import Words, load_policy_words, words_for
+from words import PROMPTED_WORDS, SFT_WORDS, SimWords, Words, load_policy_words, words_for
 
 SMALL = 256  # hidden size below which a second thread costs more than it gains
 
@@ -53,11 +53,12 @@ def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) 
 
     Raises ValueError for whatever is missing, broken, or too large.
     """
-    homes = {role: models.resolve(name) for role, name in named_bodies(a).items()}
+    names = named_bodies(a)
+    words = policy_words(a, task) if POLICY in names else None
+    sim_words = words_for(getattr(a, "sim_adapter", ""), a.sim_prompt, usual_words(a, task)) if simulated(a) else None
+    limits = limits_of(a) if POLICY in names else None
+    homes = {role: models.resolve(name) for role, name in names.items()}
     server = Chat(a.sim) if simulated(a) and is_address(a.sim) else None
-    words = policy_words(a, task) if POLICY in homes else None
-    sim_words = words_for(a.sim_adapter, a.sim_prompt, task.sim_words) if simulated(a) else None
-    limits = limits_of(a) if POLICY in homes else None
     toks = {home: Tokenizer.load(home) for home in dict.fromkeys(homes.values())}
     if questions:
         check_prompts(questions, toks[homes[POLICY]], words, limits.prompt)
@@ -101,6 +102,11 @@ def policy_words(a: argparse.Namespace, task: Task) -> Words:
     if mode == "rag" and "{documents}" not in words.prompt:
         raise ValueError(f"{a.policy_prompt}: for --mode rag, prompt must say where the {{documents}} go")
     return words
+
+
+def usual_words(a: argparse.Namespace, task: Task) -> SimWords:
+    """A simulator's words where neither a flag nor an adapter names any."""
+    return SFT_WORDS if a.command == "sft" and task.sim_words is PROMPTED_WORDS else task.sim_words
 
 
 def limits_of(a: argparse.Namespace) -> Limits:

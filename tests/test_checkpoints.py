@@ -12,17 +12,21 @@ from test_tokenizer import rebuild, save, split, train
 from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
-import collect
 import kernels
 import model as models
-import simulator
 import tokenizer
 import train as story
+from cli import flags as flags_of
+from cli.setting import load
 from model import POLICY, SIMULATOR
-from prompts import SimWords, prompt, save_words
-from rollout import WORDS, Engine, Limits, Query, Question, Turn, Words, episode
-from simulator import Simulator
+from prepare import command as preparing
+from prepare.rows import write_rows
+from prepare.sft import end_of_turn
+from rollout import Engine, Limits, Query, Question, Turn, episode
+from simulator import Simulator, prompt
+import tasks
 from tokenizer import Tokenizer
+from words import WORDS, WORDS_FILE, SimWords, Words, save_words
 
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"]
 QWEN_SPECIAL += ["<|box_start|>", "<|box_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
@@ -239,7 +243,7 @@ def test_base_prompts_equal_transformers(homes, loaded, kind):
 def test_a_row_ends_as_the_family_ends_a_turn(loaded, kind):
     """A simulator that was taught another end than its template's writes on to its limit."""
     tok = loaded[1]
-    end = tok.decode([simulator.end_of_turn(tok)])
+    end = tok.decode([end_of_turn(tok)])
     wanted = {"qwen-instruct": "<|im_end|>", "qwen-base": "<|im_end|>", "llama-instruct": "<|eot_id|>"}
     assert end == wanted.get(kind, "<|end_of_text|>")
 
@@ -255,7 +259,7 @@ def test_two_bodies_with_different_tokenizers(homes, sim, monkeypatch):
     other, their = bodies[SIMULATOR]
     assert body.config.vocab != other.config.vocab
     says = tok.encode("<search>it</search>") + tok.encode("<answer>Ann</answer>")
-    end = simulator.end_of_turn(their)
+    end = end_of_turn(their)
     written = [*their.encode("Doc 1: Ann\nDoc 2: Bob"), end]
     feed = {body.config.vocab: says, other.config.vocab: written}
     real = kernels.sample
@@ -311,16 +315,16 @@ def test_fine_tuning_and_audit_on_a_real_layout(homes, tmp_path, monkeypatch, ca
         }
         for i in range(20)
     ]
-    collect.write_rows(rows, tmp_path / "rows.jsonl")
+    write_rows(rows, tmp_path / "rows.jsonl")
     home, sampled = homes["llama-instruct"], "--sim-tokens 8 --sim-prompt words.json"
     line = f"--sim {home} --rows rows.jsonl {sampled}"
-    simulator.main(f"sft {line} --out a --steps 3 --lr .02 --every 3 --held 2".split())
+    preparing.main(f"sft {line} --out a --steps 3 --lr .02 --every 3 --held 2".split())
     result = json.loads((tmp_path / "a" / "sft.json").read_text())
     assert result["held"] == 2 and result["after"]["loss"] < result["before"]["loss"]
     assert result["before"]["audit"]["useful"]["n"] == 2 == result["after"]["audit"]["noisy"]["n"]
     assert "held-out loss" in capsys.readouterr().out
-    for adapter in ("--adapter a", ""):
-        simulator.main(f"audit {line} {adapter} --limit 3 --json f.json".split())
+    for adapter in ("--sim-adapter a", ""):
+        preparing.main(f"audit {line} {adapter} --limit 3 --json f.json".split())
         assert json.loads((tmp_path / "f.json").read_text())["audit"]["useful"]["n"] == 3
 
 
@@ -330,11 +334,12 @@ def test_training_opens_another_body_with_its_adapter(homes, tmp_path):
     other = models.load(homes["qwen-instruct"])
     other.add_role(SIMULATOR, rank=4, alpha=8.0, seed=3)
     models.save_adapter(other, SIMULATOR, tmp_path / "adapter", homes["qwen-instruct"])
-    save_words(SIM_WORDS, tmp_path / "adapter" / simulator.WORDS_FILE)
+    save_words(SIM_WORDS, tmp_path / "adapter" / WORDS_FILE)
     (tmp_path / "q.jsonl").write_text('{"question": "who", "answer": "Ann"}\n')
     flags = {"policy": homes["llama-base"], "sim": homes["qwen-instruct"], "data": str(tmp_path / "q.jsonl")}
     flags |= {"sim-adapter": str(tmp_path / "adapter"), "seats": 2, "device": "cpu", "dtype": "fp32"}
-    s = story.load_setting(story.settle(flags))
+    a = flags_of.settle("train", flags)
+    s = load(a, tasks.kind(a.task)(a))
     theirs, their = s.bodies[SIMULATOR]
     assert theirs is not s.body and set(theirs.roles) == {SIMULATOR} and set(s.body.roles) == {POLICY}
     assert torch.equal(theirs.adapter(SIMULATOR), other.adapter(SIMULATOR))

@@ -6,24 +6,25 @@ from dataclasses import replace
 
 import pytest
 
-import collect
 import model as models
+import search as engines
 import simulator
-import toy
-from collect import (
-    JUDGE,
-    TOY_JUDGE,
-    Collector,
-    Log,
-    agreement,
-    audit_figures,
-    read_rows,
-    sort_rows,
-    stands,
-    verdict,
-)
+from cli import setting
+from cli.disk import Rows
+from prepare import collect
+from prepare import command as preparing
+from prepare import rows as rows_of
+from prepare.collect import Collector, agreement, sort_rows, verdict
+from prepare.rows import read_rows
+from questions import holds_answer
+from simulator import audit_figures
+from toy import world
+from toy.texts import states
+from toy.words import JUDGE as TOY_JUDGE
+from toy.world import parse
 from model import POLICY, REFERENCE
-from rollout import Documents, Limits, Query, Question, Sampled, Words
+from rollout import Documents, Limits, Query, Question, Sampled
+from words import JUDGE, Words
 
 
 class Letters:
@@ -126,11 +127,11 @@ def test_a_row_holds_what_the_engine_ranked_whatever_the_policy_was_shown():
         POLICY: ["<search>a</search>", "<search>b</search>", "<answer>x</answer>"],
         REFERENCE: ["yes", "yes"],
     }
-    shuffling = collector({"a": facts, "b": facts}, shown=toy.shuffled)
+    shuffling = collector({"a": facts, "b": facts}, shown=world.shuffled)
     rows = play(shuffling.episode(ANN, (2, 0, 0, 0)), says)[0]["rows"]
     seen = rows[1]["earlier"][0][1]
-    assert rows[0]["documents"] == facts != seen and sorted(collect.bodies(seen)) == sorted(
-        collect.bodies(facts)
+    assert rows[0]["documents"] == facts != seen and sorted(engines.split_documents(seen)) == sorted(
+        engines.split_documents(facts)
     )
 
 
@@ -193,7 +194,7 @@ def test_both_qualities_come_equally_often_and_the_rest_is_counted():
     assert found.aside == {"repeated": 1, "undecided": 1, "empty": 1}
     assert [r["query"] for r in found.rows(100)] == ["u0", "n0", "u1", "n1", "u2", "n2"]
     assert [r["quality"] for r in found.rows(5)] == ["useful", "noisy"] * 2
-    assert all(collect.check_row(row) for row in found.rows(100))
+    assert all(rows_of.check_row(row) for row in found.rows(100))
 
 
 def test_rows_do_not_depend_on_the_order_in_which_episodes_end():
@@ -216,30 +217,34 @@ def test_agreement_counts_only_what_both_decide():
 # ---------------------------------------------------------------------------------------------------- the log
 
 
+def episodes_log(path, settings, resume=False):
+    return Rows(path, settings, resume, lambda row: row["episode"], must=True)
+
+
 def test_a_line_that_was_cut_off_is_done_again(tmp_path):
     """A crash in the middle of a write must neither lose the file nor leave half a row in it."""
     path = tmp_path / "rows.jsonl.episodes"
-    log = Log(path, {"seed": 1}, resume=False)
-    log.add(4, {"forced": False, "rows": [raw("q", True)]})
-    log.add(2, {"forced": False, "rows": []})
+    log = episodes_log(path, {"seed": 1})
+    log.add({"episode": 4, "forced": False, "rows": [raw("q", True)]})
+    log.add({"episode": 2, "forced": False, "rows": []})
     with open(path, "a") as f:
         f.write('{"episode": 7, "rows": [{"qu')
-    again = Log(path, {"seed": 1}, resume=True)
-    assert again.episodes == log.episodes and sorted(again.episodes) == [2, 4]
-    again.add(7, {"forced": False, "rows": []})
-    assert sorted(Log(path, {"seed": 1}, resume=True).episodes) == [2, 4, 7]
+    again = episodes_log(path, {"seed": 1}, True)
+    assert again.rows == log.rows and sorted(again.rows) == [2, 4]
+    again.add({"episode": 7, "forced": False, "rows": []})
+    assert sorted(episodes_log(path, {"seed": 1}, True).rows) == [2, 4, 7]
 
 
 def test_a_log_belongs_to_one_run(tmp_path):
     """Rows of two engines in one file belong to no flags; a file that is overwritten is lost."""
     path = tmp_path / "log"
     with pytest.raises(ValueError, match="nothing to resume"):
-        Log(path, {"seed": 1}, resume=True)
-    Log(path, {"seed": 1}, resume=False)
+        episodes_log(path, {"seed": 1}, True)
+    episodes_log(path, {"seed": 1}).add({"episode": 0})
     with pytest.raises(ValueError, match="add --resume"):
-        Log(path, {"seed": 1}, resume=False)
+        episodes_log(path, {"seed": 1})
     with pytest.raises(ValueError, match="another --seed"):
-        Log(path, {"seed": 2}, resume=True)
+        episodes_log(path, {"seed": 2}, True)
 
 
 class Scripted:
@@ -266,7 +271,7 @@ def test_a_cut_run_goes_on_without_loss_or_repetition(tmp_path):
         yield
 
     def run(breath, path, resume):
-        log = Log(path, {}, resume)
+        log = episodes_log(path, {}, resume)
         c = Collector(Letters(), documents, LIMITS, WORDS)
         return collect.collect(Scripted(breath), c, questions, log, "answer", 8, samples=2, rounds=3)
 
@@ -284,7 +289,7 @@ def test_a_cut_run_goes_on_without_loss_or_repetition(tmp_path):
 
 
 def command(line):
-    simulator.main(["collect", *line.split()])
+    preparing.main(["collect", *line.split()])
 
 
 TOY = "--policy tiny --data toy --search toy --limit 96 --seats 16 --rows 10"
@@ -299,8 +304,8 @@ def test_the_toy_world_is_collected_and_a_cut_run_ends_like_a_whole_one(tmp_path
     assert len(rows) == 10 and {r["quality"] for r in rows} == {"useful", "noisy"}
     for row in rows:  # the toy world's body reads well: its judge is right
         if row["quality"] == "useful":
-            assert toy.states(row["documents"], toy.parse(row["query"]))
-    adding, left = Log.add, [20]
+            assert states(row["documents"], parse(row["query"]))
+    adding, left = Rows.add, [20]
 
     def tired(*args):
         adding(*args)
@@ -308,11 +313,11 @@ def test_the_toy_world_is_collected_and_a_cut_run_ends_like_a_whole_one(tmp_path
         if not left[0]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Log, "add", tired)
+    monkeypatch.setattr(Rows, "add", tired)
     with pytest.raises(KeyboardInterrupt):
         command(f"{TOY} --out {tmp_path}/b.jsonl")
     assert not (tmp_path / "b.jsonl").exists() and "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(Log, "add", adding)
+    monkeypatch.setattr(Rows, "add", adding)
     command(f"{TOY} --out {tmp_path}/b.jsonl --resume")
     assert {r["query"] for r in read_rows(tmp_path / "b.jsonl")} == {r["query"] for r in rows}
     command(
@@ -322,17 +327,17 @@ def test_the_toy_world_is_collected_and_a_cut_run_ends_like_a_whole_one(tmp_path
         command(f"{TOY} --out {tmp_path}/b.jsonl")
 
 
-def silent(args):
-    """A body that never searches."""
-    from tokenizer import Tokenizer
+LOAD = models.load
 
-    where = models.resolve("tiny")
-    return models.Model(models.load(where).config).init(0), Tokenizer.load(where)
+
+def silent(*where):
+    """A body that never searches."""
+    return models.Model(LOAD(*where).config).init(0)
 
 
 def test_a_policy_that_never_searches_is_told_of_the_way_out(tmp_path, monkeypatch):
     """An empty file of rows would only be noticed hours later, by the fine-tuning."""
-    monkeypatch.setattr(simulator, "load_body", silent)
+    monkeypatch.setattr(models, "load", silent)
     line = "--policy tiny --data toy --search toy --limit 16 --rows 4 --judge answer"
     with pytest.raises(ValueError, match="made no search in 16 episodes: --force-search"):
         command(f"{line} --out {tmp_path}/a.jsonl")
@@ -348,7 +353,7 @@ def test_an_engine_that_fails_stops_the_run_and_keeps_what_is_done(tmp_path, mon
         raise OSError("http://127.0.0.1:9 refused the connection")
         yield
 
-    monkeypatch.setattr(toy, "lookup_anywhere", fails)
+    monkeypatch.setattr(world, "lookup_anywhere", fails)
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9 refused.*--resume goes on"):
         command(f"{TOY} --out {tmp_path}/a.jsonl")
     log = (tmp_path / "a.jsonl.episodes").read_text().splitlines()
@@ -384,13 +389,13 @@ def test_the_policy_collects_in_the_words_that_it_was_trained_in(data, tmp_path,
     (tmp_path / "words.json").write_text('{"prompt": "Ask {question}", "notice": "again", "system": "s"}')
     made = []
 
-    def no_body(args):
-        raise ValueError("no body")
+    def stop(*a, **k):
+        made.append(Collector(*a, **k))
+        raise ValueError("enough")
 
-    monkeypatch.setattr(simulator, "load_body", no_body)
-    monkeypatch.setattr(simulator, "Collector", lambda *a, **k: made.append(Collector(*a, **k)))
-    with pytest.raises(ValueError, match="no body"):
-        command(f"--policy nowhere --rows 4 --out a.jsonl {data} --policy-prompt words.json")
+    monkeypatch.setattr(preparing, "Collector", stop)
+    with pytest.raises(ValueError, match="enough"):
+        command(f"--policy tiny --rows 4 --out a.jsonl {data} --policy-prompt words.json")
     assert made[0].words == Words("Ask {question}", "again", "s")
 
 
@@ -444,10 +449,10 @@ def test_columns_of_other_names_are_named_by_hand(tmp_path):
     """What a set calls its columns is its own affair."""
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps({"ask": PROMPT.replace("Useful O", "Noisy O"), "docs": "Doc 1: Ann"}) + "\n")
-    columns = simulator.column_names("prompt=ask,documents=docs")
+    columns = preparing.column_names("prompt=ask,documents=docs")
     assert read_rows(path, columns) == [ROW | {"quality": "noisy"}]
     with pytest.raises(ValueError, match="OURS=THEIRS"):
-        simulator.column_names("prompt")
+        preparing.column_names("prompt")
 
 
 @pytest.mark.parametrize(
@@ -555,8 +560,8 @@ def test_the_audit_sees_each_way_of_being_bad():
 
 def test_yes_and_no_cannot_stand_in_a_document():
     """The letters "no" stand in nearly every document: such rows would all be useful."""
-    assert stands("nothing is known", ("no",)) is None and stands("Yes", ("yes", "Yes.")) is None
-    assert stands("it was Ann", ("no", "ann")) is True and stands("it was Bob", ("Ann",)) is False
+    assert holds_answer("nothing is known", ("no",)) is None and holds_answer("Yes", ("yes", "Yes.")) is None
+    assert holds_answer("it was Ann", ("no", "ann")) is True and holds_answer("it was Bob", ("Ann",)) is False
     assert "answer" not in figures([five("no")], [], golds=("no",))["useful"]
 
 
@@ -572,14 +577,14 @@ def test_yes_and_no_cannot_stand_in_a_document():
 )
 def test_well_formed(text, formed):
     """The policy was promised five numbered documents."""
-    assert collect.well_formed(text, 5) is formed
+    assert simulator.well_formed(text, 5) is formed
 
 
 def test_bodies_and_shortened_documents():
     """Words are counted, and cut, a document; a mark within a document's text is text."""
-    assert collect.bodies("Doc 1: a\nb Doc 2: c\nDoc 2: d\nDoc 3:") == ["a\nb Doc 2: c", "d"]
-    assert collect.bodies("no marks") == ["no marks"] and collect.bodies("") == []
-    search = collect.shortened(engine_of({"q": "Doc 1: one two  three\nDoc 2: four"}), 2)
+    assert engines.split_documents("Doc 1: a\nb Doc 2: c\nDoc 2: d\nDoc 3:") == ["a\nb Doc 2: c", "d"]
+    assert engines.split_documents("no marks") == ["no marks"] and engines.split_documents("") == []
+    search = engines.shortened(engine_of({"q": "Doc 1: one two  three\nDoc 2: four"}), 2)
     run = search(Query("q", ANN))
     with pytest.raises(StopIteration) as end:
         next(run)

@@ -12,13 +12,18 @@ from test_collect import Letters
 
 import eval as evaluation
 import model as models
-import report
-import toy
-from eval import Screen, evaluate, live, retrieval, summarise
-from modes import MODE_WORDS, MODES
-from rollout import Documents, Engine, Limits, Question, Sampled, Stats, Turn, Words, episode
+from cli import screen
+from cli.disk import Rows
+from eval import evaluate, retrieval, summarise
+from evaluation.live import Screen, live
+from evaluation.modes import MODES
+from rollout import Documents, Engine, Limits, Question, Sampled, Stats, Turn, episode
 from search import BM25
 from tokenizer import Tokenizer
+from toy import words as toy
+from toy.make import write_tokenizer
+from toy.world import World
+from words import MODE_WORDS, Words
 
 
 def lines_file(path, *lines):
@@ -236,7 +241,7 @@ def test_retrieval_measures_the_engine_alone():
 def checkpoint(tmp_path_factory):
     """A small random body with the toy world's tokenizer: it answers nothing, so every figure is known."""
     path = tmp_path_factory.mktemp("body")
-    toy.write_tokenizer(path)
+    write_tokenizer(path)
     vocabulary = json.loads((path / "tokenizer.json").read_text())
     size = len(vocabulary["model"]["vocab"]) + len(vocabulary["added_tokens"])
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -293,14 +298,14 @@ def test_every_mode_runs_in_the_toy_world(checkpoint, capsys, mode, engine):
 
 def cut_after(n, monkeypatch):
     """Ctrl-C as soon as n more questions are answered."""
-    add = report.Ledger.add
+    add = Rows.add
 
     def cut(self, *row):
         add(self, *row)
         if len(self.rows) == n:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(report.Ledger, "add", cut)
+    monkeypatch.setattr(Rows, "add", cut)
 
 
 def test_a_run_that_is_cut_goes_on_to_the_same_answers(checkpoint, tmp_path, monkeypatch, capsys):
@@ -318,9 +323,10 @@ def test_a_run_that_is_cut_goes_on_to_the_same_answers(checkpoint, tmp_path, mon
     assert not (tmp_path / "cut.json").exists()
     with pytest.raises(ValueError, match="--resume"):
         evaluation.main(cut)
-    capsys.readouterr()
+    bars, bar = [], screen.bar
+    monkeypatch.setattr(screen, "bar", lambda *a: bars.append(a[1:]) or bar(*a))
     evaluation.main([*cut, "--seats", "5", "--resume"])
-    assert "33%" in capsys.readouterr().err  # 2 of q's 6 were there
+    assert bars == [(6, "questions", 6), (6, "questions", 2)]  # of q's 6, 2 were there
     whole, resumed = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("whole", "cut"))
     timeless = [[{**row, "seconds": 0} for row in r["questions"]] for r in (whole, resumed)]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 12
@@ -410,11 +416,12 @@ def test_an_episode_live_is_the_episode(checkpoint, name):
     """Asked for token by token, an episode must not change: not its ids, its mask, its ends, nor what is fed
     (a turn that was fed again would cost its whole history). The random body never finds a tag."""
     home = models.resolve({"tiny": "tiny", "random": checkpoint}[name])
-    tok, world, shown = Tokenizer.load(home), toy.World(1), []
-    engine = Engine({models.POLICY: (models.load(home), tok)}, 4, toy.LIMITS.episode + 1)
+    tok, world, shown = Tokenizer.load(home), World(1), []
+    limits = Limits(prompt=16, episode=192, turn=20, observation=32, turns=4)
+    engine = Engine({models.POLICY: (models.load(home), tok)}, 4, limits.episode + 1)
 
     def runs():
-        return evaluation.episodes(tok, world.questions(8), world.lookup, toy.LIMITS, toy.WORDS)
+        return evaluation.episodes(tok, world.questions(8), world.lookup, limits, toy.WORDS)
 
     plain, fed = engine.run(runs()), engine.stats.prefilled
     told = engine.run([live(run, tok, lambda ids, sampled: shown.append((ids, sampled))) for run in runs()])

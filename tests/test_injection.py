@@ -10,14 +10,14 @@ from dataclasses import replace
 import pytest
 from test_tokenizer import gpt2, llama3, qwen, smollm2, toy
 
-import collect
-import modes
-import prompts
+import words as words_of
 from eval import answered
+from evaluation import modes
+from prepare import collect
 from questions import f1
-from rollout import WORDS, Documents, Limits, Query, Question, Sampled, action, ask, episode
+from rollout import Documents, Limits, Query, Question, Sampled, action, ask, episode
 from search import render
-from simulator import Simulator
+from simulator import Simulator, prompt
 from tokenizer import Tokenizer
 
 HARMLESS = "HERE"
@@ -102,7 +102,7 @@ def library(text):
 def act(tok, says, document=HARMLESS, question="capital of Peru", mode="agent", golds=GOLDS):
     """An episode in a mode: the trajectory and its turns. Its mask must be that of the sampled ids alone."""
     asked = Question(question, golds)
-    run = modes.MODES[mode](asked, library(document), tok, LIMITS, modes.MODE_WORDS[mode], 0.0, (0, 0, 0, 0))
+    run = modes.MODES[mode](asked, library(document), tok, LIMITS, words_of.MODE_WORDS[mode], 0.0, (0, 0, 0, 0))
     t, turns, sampled = drive(run, tok, says)
     assert [i for i, m in zip(t.ids, t.mask) if m] == sampled
     assert [i for i, m in zip(t.ids, t.mask) if not m] == [i for turn in turns for i in turn.ids]
@@ -193,7 +193,7 @@ def test_the_first_block_is_the_action_whatever_it_holds():
     assert action("<answer><search>42</search></answer>") == ("answer", "<search>42</search>")
 
 
-@pytest.mark.parametrize("words", [prompts.SFT_WORDS, prompts.PROMPTED_WORDS], ids=["sft", "prompted"])
+@pytest.mark.parametrize("words", [words_of.SFT_WORDS, words_of.PROMPTED_WORDS], ids=["sft", "prompted"])
 @pytest.mark.parametrize("noisy", [False, True], ids=["useful", "noisy"])
 def test_the_simulators_prompt(tok, words, noisy):
     """A query that ends the user's turn would order its own documents; one that names a place of the template
@@ -202,7 +202,7 @@ def test_the_simulators_prompt(tok, words, noisy):
     def asked(**texts):
         query = {"query": "Q0", "question": "q0?", "answer": "A0", "earlier": "E0"} | texts
         found = Query(query["query"], Question(query["question"], (query["answer"],)))
-        return prompts.prompt(tok, words, replace(found, earlier=((query["earlier"],) * 2,)), noisy)
+        return prompt(tok, words, replace(found, earlier=((query["earlier"],) * 2,)), noisy)
 
     for place in ("query", "question", "answer", "earlier"):
         want = asked(**{place: HARMLESS})
@@ -227,8 +227,8 @@ def test_the_judge_of_collected_rows(tok):
     for says, want in (("yes", True), ("no", False), ("hm", None)):
         for text in TEXTS:
             query = Query("a", Question("q?", ("42",)), (0, 0, 0, 0, 0))
-            verdict, turns, _ = drive(collect.judged(tok, collect.JUDGE, query, text, 9000), tok, [says])
-            _, harmless, _ = drive(collect.judged(tok, collect.JUDGE, query, HARMLESS, 9000), tok, [says])
+            verdict, turns, _ = drive(collect.judged(tok, words_of.JUDGE, query, text, 9000), tok, [says])
+            _, harmless, _ = drive(collect.judged(tok, words_of.JUDGE, query, HARMLESS, 9000), tok, [says])
             assert verdict is want, text
             assert specials(tok, turns[0].ids) == specials(tok, harmless[0].ids), text
             assert tok.decode(turns[0].ids) == tok.decode(harmless[0].ids).replace(HARMLESS, text), text
@@ -258,4 +258,4 @@ def test_a_row_of_results_counts_what_was_answered(tok):
 
 def test_the_default_words_are_the_agents():
     """The episode's own defaults are what these tests go through."""
-    assert modes.MODE_WORDS["agent"] is WORDS and modes.MODES["agent"] is episode
+    assert words_of.MODE_WORDS["agent"] is words_of.WORDS and modes.MODES["agent"] is episode

@@ -7,10 +7,12 @@ import random
 import numpy as np
 import pytest
 
-import report
+from cli.disk import Rows
+from eval import answered_before, kept
+from evaluation import report
 from questions import SETS
-from report import Ledger, compare, figures, interval, p_value, papers, resampled, results
-from rollout import Question
+from evaluation.report import compare, figures, interval, p_value, papers, resampled, results
+from rollout import Question, Trajectory
 
 
 def row(score, of="q", number=0, **more):
@@ -222,9 +224,7 @@ FLAGS = {"policy": "tiny", "episode_tokens": 9}
 
 
 def ledger(path, resume=False, flags=FLAGS):
-    book = Ledger(str(path), flags, resume)
-    book.start()
-    return book
+    return Rows(f"{path}.part", flags, resume, key=lambda row: (row["set"], row["number"]))
 
 
 def test_what_was_answered_survives_a_cut(tmp_path):
@@ -232,43 +232,46 @@ def test_what_was_answered_survives_a_cut(tmp_path):
     path = tmp_path / "out.json"
     book = ledger(path)
     for number in (2, 0):
-        book.add("q", number, row(1.0, number=number, answer="Łódź \ud800\n\x85\u2028"))
-    with open(book.part, "a") as file:
+        book.add(row(1.0, "q", number) | {"number": number, "answer": "Łódź \ud800\n\x85\u2028"})
+    with open(book.path, "a") as file:
         file.write('{"set": "q", "numb')
     again = ledger(path, resume=True)
-    assert again.done("q", QUESTIONS) == {0, 2} and again.done("other", QUESTIONS) == set()
-    again.add("q", 1, row(0.0, number=1))
-    whole = ledger(path, resume=True).of(["q"])
-    assert [r["number"] for r in whole] == [0, 1, 2]
-    assert whole[2]["answer"] == "Łódź \ud800\n\x85\u2028"
-    report.save(str(path), {"questions": whole})
-    assert not book.part.exists() and len(json.loads(path.read_text())["questions"]) == 3
+    assert answered_before(again, "q", QUESTIONS) == {0, 2}
+    assert answered_before(again, "other", QUESTIONS) == set()
+    again.add(row(0.0, "q", 1) | {"number": 1})
+    whole = ledger(path, resume=True).rows
+    assert sorted(whole) == [("q", 0), ("q", 1), ("q", 2)]
+    assert whole["q", 2]["answer"] == "Łódź \ud800\n\x85\u2028"
 
 
 def test_seconds_add_up(tmp_path, monkeypatch):
     """Episodes overlap: only the time between rows can be summed, over a resumption too."""
-    clock = iter([10.0, 11.0, 14.0, 100.0, 101.5])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    book = ledger(tmp_path / "x")
-    book.add("q", 0, row(1.0))
-    book.add("q", 1, row(1.0))
-    again = ledger(tmp_path / "x", resume=True)
-    again.add("q", 2, row(1.0))
-    assert [r["seconds"] for r in again.of(["q"])] == [1.0, 3.0, 1.5]
+    times = iter([11.0, 14.0, 101.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+
+    def ended(question):
+        return Trajectory(question, end="answer")
+        yield
+
+    for first, began, numbers in ((True, 10.0, (0, 1)), (False, 100.0, (2,))):
+        book, clock = ledger(tmp_path / "x", resume=not first), [began]
+        for number in numbers:
+            list(kept(ended(QUESTIONS[number]), book, "q", number, clock))
+    assert [r["seconds"] for r in ledger(tmp_path / "x", resume=True).rows.values()] == [1.0, 3.0, 1.5]
 
 
 def test_only_the_same_run_is_resumed(tmp_path):
     """Rows of another policy, other limits or other questions would be reported as this one's."""
     path = tmp_path / "out.json"
-    ledger(path).add("q", 1, row(1.0, number=1))
-    with pytest.raises(ValueError, match="unfinished evaluation: --resume it"):
+    ledger(path).add(row(1.0, "q", 1) | {"number": 1})
+    with pytest.raises(ValueError, match="unfinished run: add --resume"):
         ledger(path)
     with pytest.raises(ValueError, match="another --episode-tokens"):
         ledger(path, True, FLAGS | {"episode_tokens": 8})
     for questions in (QUESTIONS[:1], QUESTIONS[::-1]):
         with pytest.raises(ValueError, match="other questions in q"):
-            ledger(path, True).done("q", questions)
-    for text in ("", "{}\n", "[]\n", '{"flags": {"policy": "tiny", "episode_tokens": 9}}\n{}\n', "x\n"):
+            answered_before(ledger(path, True), "q", questions)
+    for text in ("{}\n", "[]\n", '{"flags": {"policy": "tiny", "episode_tokens": 9}}\n{}\n', "x\n"):
         (tmp_path / "out.json.part").write_text(text)
-        with pytest.raises(ValueError, match="not an unfinished evaluation"):
+        with pytest.raises(ValueError, match="not an unfinished run"):
             ledger(path, True)

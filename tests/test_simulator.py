@@ -5,19 +5,23 @@ import json
 from concurrent.futures import Future
 from functools import partial
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import collect
 import model as models
-import sft
 import simulator
-import toy
+from cli import screen, setting
 from model import REFERENCE, SIMULATOR
-from prompts import messages
+from prepare import command as preparing
+from prepare import rows as rows_of
+from prepare import sft
+from prepare.rows import read_rows
 from rollout import DOCUMENTS, Documents, Engine, Query, Question, Sampled, coin
-from simulator import PROMPTED_WORDS, SFT_WORDS, Simulator, SimWords, clean, p_noise, prompt, read_rows
+from simulator import Simulator, clean, messages, p_noise, prompt
+from toy import texts
+from words import PROMPTED_WORDS, SFT_WORDS, SimWords, load_words, save_words, words_for
 
 END = 1  # the id that ends a turn
 
@@ -100,11 +104,11 @@ def test_only_the_prompted_noisy_form_hides_question_and_answer():
 def test_words_travel_through_a_file(tmp_path):
     """Whoever uses released simulators brings their exact words: they must come back as they went in."""
     file = tmp_path / "words.json"
-    simulator.save_words(FULL, file)
-    assert simulator.load_words(file) == FULL
+    save_words(FULL, file)
+    assert load_words(file) == FULL
     file.write_text(json.dumps({"system": "s", "useful": "{query}", "noisy": "no {query}"}))
-    assert simulator.load_words(file) == SimWords("s", "{query}", "no {query}", 5)
-    assert simulator.load_words("prompted") is PROMPTED_WORDS
+    assert load_words(file) == SimWords("s", "{query}", "no {query}", 5)
+    assert load_words("prompted") is PROMPTED_WORDS
 
 
 GOOD = {"system": "", "useful": "{query}", "noisy": "{query}"}
@@ -126,14 +130,14 @@ def test_bad_word_files_are_refused(tmp_path, words, complaint):
     file = tmp_path / "words.json"
     file.write_text(json.dumps(words))
     with pytest.raises(ValueError, match=complaint):
-        simulator.load_words(file)
+        load_words(file)
 
 
 def test_a_file_that_is_not_json_is_refused(tmp_path):
     """The message names the file; a traceback would not."""
     (tmp_path / "w.json").write_text("{useful:")
     with pytest.raises(ValueError, match=r"w\.json"):
-        simulator.load_words(tmp_path / "w.json")
+        load_words(tmp_path / "w.json")
 
 
 def test_values_are_never_filled_again():
@@ -310,7 +314,7 @@ def test_fine_tuning_teaches_the_switch():
     body, tok = tiny_body(), Letters()
     before = body(torch.tensor([[5, 6, 7]]), REFERENCE)
     frozen = {k: v.clone() for k, v in body.named_parameters()}
-    run = list(simulator.sft(body, tok, SHORT, rows(), steps=40, lr=0.02, tokens=256, every=20))
+    run = list(sft.sft(body, tok, SHORT, rows(), steps=40, lr=0.02, tokens=256, every=20, exam=rows(4)))
     assert run[-1].held < 0.05 and run[-1].loss < 0.05 and run[0].held > 2  # ignoring the switch costs .126
     assert [p.step for p in run if p.held is not None] == [1, 20, 40]
     assert torch.equal(before, body(torch.tensor([[5, 6, 7]]), REFERENCE))
@@ -321,7 +325,7 @@ def test_only_document_tokens_are_trained():
     """Trained on its prompt, the simulator would learn to write questions; on padding, to write nothing."""
     body, tok = tiny_body(), Letters()
     row = {"query": "zzz", "question": "", "answer": "", "documents": "ab", "quality": "noisy"}
-    e = simulator.example(tok, SHORT, END, row)
+    e = sft.example(tok, SHORT, END, row)
     assert tok.decode(e.ids[e.start :]) == "ab<end>" and e.ids[: e.start] == prompt(
         tok, SHORT, ask("zzz"), True
     )
@@ -334,8 +338,8 @@ def test_only_document_tokens_are_trained():
 
 def test_a_turn_ends_as_the_template_ends_it():
     """Trained to end on an id that its chat template never writes, a simulator would never stop."""
-    assert simulator.end_of_turn(Letters()) == END
-    assert simulator.end_of_turn(Letters(has_template=False)) == 0
+    assert sft.end_of_turn(Letters()) == END
+    assert sft.end_of_turn(Letters(has_template=False)) == 0
 
 
 def test_a_row_longer_than_the_body_reads_is_refused():
@@ -348,7 +352,7 @@ def test_fine_tuning_is_seeded_and_goes_on_where_it_stopped():
     """A run that was cut and resumed must end in the same adapter, or its figures belong to no flags."""
 
     def run(body, optimizer, steps, done=0, upto=None):
-        walk = simulator.sft(
+        walk = sft.sft(
             body, Letters(), SHORT, rows(), steps, 0.01, tokens=256, optimizer=optimizer, done=done
         )
         for p in walk:
@@ -384,7 +388,7 @@ def test_batches_hold_their_padding_within_the_budget():
 @pytest.mark.parametrize("tokens", [1, 60, 10**6])
 def test_any_split_gives_the_same_gradient(tokens):
     """Each token weighs the same in a step, however its rows are cut to fit the memory."""
-    encode = partial(simulator.example, Letters(), SHORT, END)
+    encode = partial(sft.example, Letters(), SHORT, END)
     step = [encode(row | {"documents": "d" * (3 * i)}) for i, row in enumerate(rows(6))]
     whole, parts = tiny_body(), tiny_body()
     for body in (whole, parts):
@@ -409,7 +413,7 @@ def test_rows_are_read(tmp_path):
     """Blank lines are nobody's row; earlier searches are optional."""
     file = write_lines(tmp_path / "rows.jsonl", ROW, "", ROW | {"earlier": [["x", "y"]]})
     assert read_rows(file) == [ROW, ROW | {"earlier": [["x", "y"]]}]
-    assert collect.row_query(read_rows(file)[1]).earlier == (("x", "y"),)
+    assert rows_of.row_query(read_rows(file)[1]).earlier == (("x", "y"),)
 
 
 @pytest.mark.parametrize(
@@ -446,12 +450,13 @@ def test_an_empty_file_is_refused(tmp_path):
 def command(tmp_path, monkeypatch):
     """Runs `simulator.py ...` on the tiny body, in a directory of its own that holds rows.jsonl."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(simulator, "load_body", lambda args: (tiny_body(), Letters()))
+    monkeypatch.setattr(models, "load", lambda *where: tiny_body())
+    monkeypatch.setattr(setting, "Tokenizer", SimpleNamespace(load=lambda home: Letters()))
     write_lines(tmp_path / "rows.jsonl", *rows())
-    simulator.save_words(SHORT, tmp_path / "short.json")
+    save_words(SHORT, tmp_path / "short.json")
 
     def run(line):
-        simulator.main([*line.split(), "--sim", "tiny"])
+        preparing.main([*line.split(), "--sim", "tiny"])
 
     return run
 
@@ -468,7 +473,7 @@ def adapter(path):
 def test_a_cut_run_goes_on_to_the_same_adapter(command, tmp_path, monkeypatch):
     """Whatever a crash leaves behind must be enough to end where the whole run ends."""
     command(f"{SFT} 6 --out whole")
-    saved, save = [], simulator.save_run
+    saved, save = [], preparing.disk.save_state
 
     def crash(*args):
         save(*args)
@@ -476,7 +481,7 @@ def test_a_cut_run_goes_on_to_the_same_adapter(command, tmp_path, monkeypatch):
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulator, "save_run", crash)
+    monkeypatch.setattr(preparing.disk, "save_state", crash)
     with pytest.raises(KeyboardInterrupt):
         command(f"{SFT} 6 --out cut")
     with pytest.raises(ValueError, match="another --seed"):
@@ -489,13 +494,13 @@ def test_a_cut_run_goes_on_to_the_same_adapter(command, tmp_path, monkeypatch):
         "sft.json",
         "sim_prompt.json",
     ]
-    assert simulator.words_for("cut", None) == SHORT
+    assert words_for("cut", None) == SHORT
 
 
 def test_a_run_writes_over_nothing(command, tmp_path):
     """An adapter of yesterday must not become half an adapter of today."""
     command(f"{SFT} 2 --out a")
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="already holds"):
         command(f"{SFT} 2 --out a")
     with pytest.raises(ValueError, match="no unfinished run"):
         command(f"{SFT} 2 --out a --resume")
@@ -508,11 +513,11 @@ def test_a_run_writes_over_nothing(command, tmp_path):
 def test_held_out_questions_are_not_trained_on():
     """The same question asked in two rows would let the audit see what was learnt by heart."""
     many = [ROW | {"question": f"Q{i % 12}", "query": str(i)} for i in range(100)]
-    exam, rest = simulator.split_by_question(many, 64, seed=1)
+    exam, rest = preparing.split_by_question(many, 64, seed=1)
     assert len(exam) <= 10 and len(exam) + len(rest) == 100
     assert exam and not {r["question"] for r in exam} & {r["question"] for r in rest}
-    assert simulator.split_by_question(many, 64, seed=1) == (exam, rest)
-    assert simulator.split_by_question(many[:1] * 40, 64, seed=1) == ([], many[:1] * 40)
+    assert preparing.split_by_question(many, 64, seed=1) == (exam, rest)
+    assert preparing.split_by_question(many[:1] * 40, 64, seed=1) == ([], many[:1] * 40)
 
 
 def test_figures_of_held_out_rows_before_and_after(command, tmp_path, capsys):
@@ -537,16 +542,16 @@ def test_a_resumed_run_keeps_the_figures_of_before(command, tmp_path, monkeypatc
     """After half of the training "before" is no longer to be measured."""
     write_lines(tmp_path / "held.jsonl", *rows(4))
     flags = "--held-rows held.jsonl --audit 0"
-    save = simulator.save_run
+    save = preparing.disk.save_state
 
     def crash(*args):
         save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulator, "save_run", crash)
+    monkeypatch.setattr(preparing.disk, "save_state", crash)
     with pytest.raises(KeyboardInterrupt):
         command(f"{SFT} 6 --out a {flags}")
-    monkeypatch.setattr(simulator, "save_run", save)
+    monkeypatch.setattr(preparing.disk, "save_state", save)
     command(f"{SFT} 6 --out a {flags} --resume")
     command(f"{SFT} 6 --out b {flags}")
     a, b = (json.loads((tmp_path / d / "sft.json").read_text()) for d in "ab")
@@ -599,8 +604,8 @@ def test_a_simulator_on_a_server_is_asked_the_same():
 
 def test_the_toy_worlds_body_is_asked_in_its_own_words(tmp_path, capsys):
     """With the words of real checkpoints the tiny body would write nothing that is a fact."""
-    write_lines(tmp_path / "rows.jsonl", *toy.rows(3))
-    simulator.main(f"audit --sim tiny --rows {tmp_path}/rows.jsonl".split())
+    write_lines(tmp_path / "rows.jsonl", *texts.rows(3))
+    preparing.main(f"audit --sim tiny --rows {tmp_path}/rows.jsonl".split())
     assert capsys.readouterr().out.splitlines()[1].split()[-1] == "1.000"  # well formed
 
 
@@ -608,22 +613,22 @@ def test_write_shows_both_qualities_side_by_side(command, capsys):
     """The quickest look at a simulator: does the switch change what it writes?"""
     command(f"{SFT} 30 --out a --every 30")
     capsys.readouterr()
-    command("write --adapter a --query q1 --question Q --answer a --sim-tokens 20 --temperature 0")
+    command("write --sim-adapter a --query q1 --question Q --answer a --sim-tokens 20 --temperature 0")
     lines = [[side.strip() for side in line.split("|")] for line in capsys.readouterr().out.splitlines()]
     assert lines == [["USEFUL", "NOISY"], ["yes yes", "no"]]
 
 
 def test_words_default_to_those_of_the_adapter():
     """A simulator asked in words that it was not trained on answers like one that was not trained."""
-    assert simulator.words_for(None, None) is PROMPTED_WORDS
-    assert simulator.words_for("nowhere", "sft") is SFT_WORDS
+    assert words_for(None, None) is PROMPTED_WORDS
+    assert words_for("nowhere", "sft") is SFT_WORDS
     with pytest.raises(ValueError, match=r"sim_prompt\.json does not exist"):
-        simulator.words_for("nowhere", None)
+        words_for("nowhere", None)
 
 
 @pytest.mark.parametrize("flags", ["--steps 0", "--steps 2 --every 0", "--steps 2 --stesp 3", ""])
 def test_bad_flags_end_with_code_2(command, tmp_path, flags):
     """A run of no steps would save an untrained adapter as if it were one."""
     with pytest.raises(SystemExit) as exit:
-        command(f"sft --rows rows.jsonl {flags}" + (" --out a" if flags else ""))
+        screen.run(lambda: command(f"sft --rows rows.jsonl {flags}" + (" --out a" if flags else "")))
     assert exit.value.code == 2 and not (tmp_path / "a").exists()

@@ -22,13 +22,11 @@ class Task(tasks.Task):
 
     DEFAULTS = {
         "policy": "tiny",
-        "data": "toy",
         # how much
         "steps": 64,
         "questions": 16,
         "group": 8,
         "eval-questions": 400,
-        "limit": 300,
         "lr": 2e-3,
         "micro-tokens": 4096,
         "sft-steps": 250,
@@ -40,6 +38,8 @@ class Task(tasks.Task):
         "observation-tokens": 32,
         "sim-tokens": 40,
         "seat-tokens": 256,
+        "train": {"data": "toy"},
+        "eval": {"data": "toy", "limit": 300},
         "collect": {"limit": 20_000, "seats": 128, "noise": 0.5},  # what never fails yields no noisy rows
     }
     words = dict.fromkeys(("agent", "direct", "cot"), WORDS) | {
