@@ -38,7 +38,7 @@ ROLES = 2  # roles that have an adapter
 
 HERE = Path(__file__).resolve().parent
 PRESETS = {
-    "tiny": str(HERE / "toy"),
+    "tiny": str(HERE / "toy" / "body"),
     "0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
     "1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
     "3b": "Qwen/Qwen2.5-3B-Instruct",

@@ -13,7 +13,7 @@ from test_collect import Letters
 import eval as evaluation
 import model as models
 import report
-import toy
+import toy.make
 from eval import Screen, evaluate, live, retrieval, summarise
 from modes import MODE_WORDS, MODES
 from rollout import Documents, Engine, Limits, Question, Sampled, Stats, Turn, Words, episode
@@ -236,7 +236,7 @@ def test_retrieval_measures_the_engine_alone():
 def checkpoint(tmp_path_factory):
     """A small random body with the toy world's tokenizer: it answers nothing, so every figure is known."""
     path = tmp_path_factory.mktemp("body")
-    toy.write_tokenizer(path)
+    toy.make.write_tokenizer(path)
     vocabulary = json.loads((path / "tokenizer.json").read_text())
     size = len(vocabulary["model"]["vocab"]) + len(vocabulary["added_tokens"])
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -1,0 +1,10 @@
+"""The toy task: a world whose facts only a search can tell, and a small body that speaks of it.
+
+To make another task, copy the folder: world.py has the questions and the engine, words.py what each role is
+told, texts.py what the body learns; make.py makes body/.
+"""
+
+# ruff: noqa: F401
+from toy.texts import audit, rows, skipping, states
+from toy.words import LIMITS, SIM_WORDS, WORDS
+from toy.world import World, fresh_questions, lookup_anywhere, parse, shuffled

@@ -1,0 +1,253 @@
+"""The texts that the body is trained on, the simulator's rows, and figures that need to know every fact.
+
+In these texts people search well and badly, and an engine answers well and badly: RL and the fine-tuning
+select among behaviours that the body already has, as with an instruct model. A text is a list of pieces
+(text, learned), which are encoded one by one, as sampled and given text are in an episode; only learned
+pieces carry the loss. Not a data set: every text is drawn at random, about a world of its own.
+"""
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from prompts import messages
+from rollout import Query, Question, Trajectory, fill
+from toy.words import END, LIMITS, SIM_WORDS, WORDS
+from toy.world import KIND, LINKS, NAMES, RELATIONS, UNKNOWN, VALUES, World, number, parse, read, say
+
+Piece = tuple[str, bool]
+Asked = tuple[str, str]  # entity, relation
+
+# Probabilities of the behaviours in the texts.
+GUESS = 0.65  # answers at once, without a search
+SLIP = 0.06  # asks for the wrong relation, or about a made-up entity
+MISREAD = 0.03  # takes a random object instead of the one in the documents
+STOP = 0.55  # answers with the bridge of a chain
+AGAIN = 0.03  # has the answer, and searches on
+RETRY = 0.20  # nothing found: searches again instead of guessing
+NOISE = 0.25  # a search finds nothing
+OBEY = 0.70  # the simulator writes what it was ordered to
+
+# Kinds of searches -> their share in the body's texts, and in the fine-tuning (more of the hard ones).
+SEARCHES = {
+    "first": (0.34, 0.25),  # the question's entity and first relation
+    "second": (0.26, 0.27),  # the bridge, which an earlier search led to, and the last relation
+    "shortcut": (0.08, 0.08),  # the question's entity and the last relation, which it cannot have
+    "invented": (0.20, 0.28),  # an entity from nowhere, and the last relation
+    "stranger": (0.08, 0.10),  # an entity from documents about others, and the last relation
+    "slip": (0.04, 0.02),  # any other mistake
+}
+
+
+def begin(rng: random.Random, hops: int | None = None) -> tuple[World, Question, str, list[str]]:
+    """A new world and a question about it, with the question's entity and relations."""
+    world = World(rng.getrandbits(48))
+    question = world.ask(rng, hops)
+    entity, *relations = parse(question.text)
+    return world, question, entity, relations
+
+
+def slip(asked: Asked, relations: list[str], rng: random.Random) -> Asked:
+    """A wrong query instead of `asked`: the last relation of the first entity, or a made-up entity."""
+    if len(relations) == 2 and rng.random() < 0.5:
+        return asked[0], relations[-1]
+    return rng.choice(VALUES[RELATIONS[asked[1]][0]]), asked[1]
+
+
+def transcript(rng: random.Random) -> list[Piece]:
+    """An episode as rollout.episode would tell it, of one of many behaviours: right, lazy, careless, lost."""
+    world, question, entity, relations = begin(rng)
+    pieces, hop = [(fill(WORDS.prompt, question=question.text), False)], 0
+    thought = answer = ""
+    for _ in range(0 if rng.random() < GUESS else LIMITS.turns):
+        asked = entity, relations[hop]
+        if rng.random() < SLIP:
+            asked = slip(asked, relations, rng)
+        documents = world.documents(say(*asked), rng, rng.random() < NOISE)
+        pieces.append((f"{thought}<search> {say(*asked)}</search>", True))
+        pieces.append((f"\n\n<information>{documents}</information>\n\n", False))
+        found = read(documents, asked)
+        if rng.random() < MISREAD:
+            found = rng.choice(VALUES[RELATIONS[asked[1]][1]])
+        thought = f"<think> {say(*asked)} {found}</think>"
+        last = asked[1] == relations[-1]
+        if found == UNKNOWN:
+            if rng.random() >= RETRY:
+                break
+        elif rng.random() >= AGAIN if last else rng.random() < STOP:
+            answer = found
+            break
+        elif not last:
+            entity, hop = found, 1
+    answer = answer or rng.choice(VALUES[RELATIONS[relations[-1]][1]])
+    return [*pieces, (f"{thought}<answer> {answer}</answer>", True)]
+
+
+def reading(rng: random.Random) -> list[Piece]:
+    """Facts, then eight questions about what they say and do not say: the skill that all others need."""
+    world = World(rng.getrandbits(48))
+    facts = [world.distractor((), rng) for _ in range(rng.randint(3, 6))]
+    asked = []
+    for entity, *_, relation in map(parse, facts * 2):
+        if rng.random() < 0.25:  # a near miss: seldom another relation of the entity, else another entity
+            if rng.random() < 0.2:
+                relation = rng.choice(list(LINKS[KIND[entity]]))
+            else:
+                entity = rng.choice(VALUES[KIND[entity]])
+        asked.append((entity, relation))
+    rng.shuffle(asked)
+    documents = number(facts)
+    pieces = [(f"<information>{documents}</information>\n\n", False)]
+    for a in asked[:8]:
+        pieces += [(f"<think> {say(*a)}", False), (f" {read(documents, a)}</think>", True)]
+    return pieces
+
+
+def recall(rng: random.Random) -> list[Piece]:
+    """Pairs of names, then the same pairs in another order: teaches attention to what followed last time."""
+    pairs = [(f" {rng.choice(NAMES)}", f" {rng.choice(NAMES)}") for _ in range(rng.randint(4, 12))]
+    pieces = [("".join(a + b for a, b in pairs), False)]
+    for a, b in rng.sample(pairs, len(pairs)):
+        pieces += [(a, False), (b, True)]
+    return pieces
+
+
+def situation(rng: random.Random, kind: str) -> tuple[World, Query]:
+    """A search of that kind within an episode; some of the searches before it may have found nothing."""
+    world, question, entity, relations = begin(rng, 2 if kind in ("second", "shortcut", "stranger") else None)
+    last, bridge, earlier = relations[-1], world.follow(entity, relations[:-1]), []
+    asked = first = entity, relations[0]
+
+    def search(asked: Asked, noisy: bool) -> None:
+        earlier.append((say(*asked), world.documents(say(*asked), rng, noisy)))
+
+    while rng.random() < 0.3 and len(earlier) < 2:
+        search(first, noisy=True)
+    if kind == "second" or (kind in ("invented", "stranger") and rng.random() < 0.5):
+        search(first, noisy=False)
+        while rng.random() < 0.2 and len(earlier) < 3:
+            search((bridge, last), noisy=True)
+    if kind == "slip":
+        asked = slip(first, relations, rng)
+    elif kind in ("second", "shortcut"):
+        asked = bridge if kind == "second" else entity, last
+    elif kind != "first":
+        others = [e for e in VALUES[RELATIONS[last][0]] if e != bridge]
+        seen = [e for _, documents in earlier for e in parse(documents) if e in others]
+        asked = rng.choice((kind == "stranger" and seen) or others), last
+    return world, Query(say(*asked), question, earlier=tuple(earlier))
+
+
+def answered(rng: random.Random, tuning: bool = False) -> tuple[Query, str, bool]:
+    """A search, what the world's engine answers, and whether it was made to find nothing.
+
+    An entity that nothing has led to gets its own fact, which is not the golden answer; a relation that the
+    entity cannot have gets nothing. So no short cut is taught.
+    """
+    kind = rng.choices(list(SEARCHES), [shares[tuning] for shares in SEARCHES.values()])[0]
+    world, query = situation(rng, kind)
+    noisy = rng.random() < 0.5
+    return query, world.documents(query.text, rng, noisy, ranked=True), noisy
+
+
+def rows(n: int, seed: int = 0) -> list[dict]:
+    """n rows for the simulator's fine-tuning (collect.py), from worlds that are used nowhere else."""
+    rng = random.Random(f"rows {seed}")
+    out = []
+    for query, documents, noisy in (answered(rng, tuning=True) for _ in range(n)):
+        row = {"query": query.text, "question": query.question.text, "answer": query.question.answers[0]}
+        row |= {"documents": documents, "quality": "noisy" if noisy else "useful"}
+        out.append(row | {"earlier": [list(search) for search in query.earlier]})
+    return out
+
+
+def simulation(rng: random.Random) -> list[Piece]:
+    """A search as the simulator sees it, and documents that obey the order with probability OBEY."""
+    query, documents, noisy = answered(rng)
+    order = messages(SIM_WORDS, query, noisy == (rng.random() < OBEY))[1]["content"]
+    return [(order, False), (documents + END, True)]
+
+
+def drill(rng: random.Random, practice: bool = False) -> list[Piece]:
+    """Searches in a row, one fact each: when the golden answer is due and when not is what is hard to learn.
+
+    The question's proper searches come in their order, among as many improper ones of its last relation.
+    """
+    world, question, entity, relations = begin(rng)
+    last, bridge, golden = relations[-1], world.follow(entity, relations[:-1]), question.answers[0]
+    proper = [(entity, relations[0]), (bridge, last)][: question.hops]
+    improper = rng.sample(VALUES[RELATIONS[last][0]], question.hops)
+    order = proper + [(other, last) for other in improper if other != bridge]
+    rng.shuffle(order)
+    if order.index(proper[-1]) < order.index(proper[0]):  # nothing has led to the bridge yet
+        order.append(order.pop(order.index(proper[-1])))
+    pieces = [(f"Question: {question.text}", False)]
+    for asked in order:
+        query = say(*asked)
+        if practice and asked != order[-1] and rng.random() < 0.5:
+            documents = world.documents(query, rng)
+            pieces.append((fill(SIM_WORDS.earlier, query=query, documents=documents), False))
+        else:
+            told = f"\nQuery: {query}\nAnswer: {golden}\n" + ("Useful:\n" if practice else "")
+            pieces += [(f"{told}Doc 1: {query}", False), (f" {world.fact(*asked)}", True)]
+    return pieces
+
+
+def practice(rng: random.Random) -> list[Piece]:
+    """The drill in the simulator's own words; of some searches only what the policy saw of them is told."""
+    return drill(rng, practice=True)
+
+
+def states(documents: str, asked: tuple[str, ...], answer: str = "") -> bool:
+    """Whether the documents hold the fact asked for: this entity, this relation, the answer if given."""
+    found = read(documents, asked)
+    return found == answer if answer else found != UNKNOWN
+
+
+def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: int = 0) -> dict[str, float]:
+    """How well a simulator plays the engine, on n held-out searches of each kind.
+
+    write(queries, noisy) returns the documents that the simulator writes when asked for useful or noisy ones.
+    useful_hit   useful documents hold the asked fact (where the question fixes it: with the golden answer)
+    noisy_hit    noisy documents hold a fact about the asked entity and relation
+    leak         useful documents hold the golden answer though the query skips a hop ("shortcut")
+    invented     the same for the last relation of an entity that nothing has led to
+    """
+    rng, address = random.Random(f"audit {seed}"), itertools.count(1)
+
+    def draw(kind: str) -> list[Query]:
+        return [replace(situation(rng, kind)[1], address=(seed, 0, next(address), 0, 0)) for _ in range(n)]
+
+    def mean(seen: Callable[[str, Query], bool], queries: list[Query], noisy: bool = False) -> float:
+        return sum(map(seen, write(queries, noisy), queries)) / len(queries)
+
+    def leaks(documents: str, query: Query) -> bool:
+        return query.question.answers[0] in documents
+
+    proper, shortcut, invented = draw("first") + draw("second"), draw("shortcut"), draw("invented")
+    return {
+        "useful_hit": mean(lambda d, q: states(d, parse(q.text), golden(q)), proper),
+        "noisy_hit": mean(lambda d, q: states(d, parse(q.text)), proper, noisy=True),
+        "leak": mean(leaks, shortcut),
+        "invented": mean(leaks, invented),
+    }
+
+
+def golden(query: Query) -> str:
+    """The golden answer where a proper query asks for it, else "": a bridge may be invented."""
+    return query.question.answers[0] if parse(query.text)[1] == parse(query.question.text)[-1] else ""
+
+
+def skips(query: Query) -> bool:
+    """Whether a search skips a hop: the last relation of an entity that nothing before it has led to."""
+    entity, *relations = parse(query.question.text)
+    asked = parse(query.text)
+    led_to = {read(documents, (entity, relations[0])) for _, documents in query.earlier}
+    return len(relations) == 2 and asked[1:] == (relations[-1],) and asked[0] not in led_to
+
+
+def skipping(trajectories: list[Trajectory]) -> float:
+    """The share of the searches for two-hop questions that skip a hop: what a leak would teach."""
+    queries = [query for t in trajectories if t.question.hops == 2 for query, _ in t.searches]
+    return sum(map(skips, queries)) / max(1, len(queries))

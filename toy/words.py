@@ -1,0 +1,18 @@
+"""The words of the toy task: what each role is told, its limits in tokens, and the tokens of the body."""
+
+from prompts import SimWords
+from rollout import Limits, Words
+from toy.world import BEASTS, COLOURS, ENDINGS, NAMES, RELATIONS, SHOWN, STEMS, UNKNOWN
+
+WORDS = Words(prompt="Question: {question}\n", notice="\n\nSearch or answer.\n\n", system=None)
+LIMITS = Limits(prompt=16, episode=192, turn=20, observation=32, turns=4)
+ORDER = "Question: {question}{earlier}\nQuery: {query}\nAnswer: {answer}\n"
+SIM_WORDS = SimWords("", ORDER + "Useful:\n", ORDER + "Noisy:\n", SHOWN, "\nQuery: {query}\n{documents}")
+END = "<|end|>"
+TAGS = [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
+LABELS = ["Question:", "\nAnswer:", "\nQuery:", "\nUseful:", "\nNoisy:", "Doc 1:"]
+LABELS += [f"\nDoc {i}:" for i in range(1, 7)]
+# Words that merges make one token each; shared parts come first.
+LEXICON = [end for ends in ENDINGS.values() for end in ends] + [" " + stem for stem in STEMS]
+LEXICON += [" " + word for word in [*NAMES, *RELATIONS, *COLOURS, *BEASTS, UNKNOWN]]
+LEXICON += ["\n\n", "Search", " or", " answer"]
