@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 SMOLLM2 = Config("llama", vocab=12288, d=576, layers=4, heads=9, kv_heads=3, head_dim=64, ffn=1536)
 QWEN3 = Config("qwen3", vocab=12288, d=512, layers=2, heads=8, kv_heads=4, head_dim=128, ffn=1536)
 SMALL = Config("qwen2", vocab=112, d=48, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=96, context=512)
-TOY = Config.from_hf(read_json(ROOT / "toy" / "config.json", "a checkpoint"))
+TOY = Config.from_hf(read_json(ROOT / "toy" / "body" / "config.json", "a checkpoint"))
 
 
 def nbytes(*tensors):

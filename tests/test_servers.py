@@ -488,7 +488,7 @@ def test_the_command_line_fails_in_one_line_and_can_be_interrupted(place):
 def body():
     """The shipped body and its tokenizer; its policy searches now and then."""
     torch.set_num_threads(1)
-    return models.load(ROOT / "toy", torch.float32, "cpu"), Tokenizer.load(ROOT / "toy")
+    return models.load("tiny", torch.float32, "cpu"), Tokenizer.load(models.resolve("tiny"))
 
 
 LIMITS = Limits(prompt=64, episode=400, turn=64, observation=120, turns=3)

@@ -1,28 +1,49 @@
-"""The toy world: its facts, its engine, its texts, and the body that is shipped with it."""
+"""The toy task: its facts, its engine, its texts, and the body that is shipped with it."""
 
+import ast
 import random
 from dataclasses import replace
 
 import pytest
 import torch
+from test_floors import FLOORS, ROOT, imported
 
 import collect
 import model as models
 import simulator
-import toy
+from prompts import messages
 from rollout import Documents, Query, Question, Trajectory, observation, prompt
 from tokenizer import Tokenizer
+from toy import make, texts, words
+from toy.world import (
+    BEASTS,
+    CHAINS,
+    COLOURS,
+    KIND,
+    NAMES,
+    RELATIONS,
+    SHOWN,
+    UNKNOWN,
+    VALUES,
+    World,
+    fresh_questions,
+    lookup_anywhere,
+    number,
+    parse,
+    read,
+    say,
+)
 
 
 @pytest.fixture(scope="module")
 def tok(tmp_path_factory):
     path = tmp_path_factory.mktemp("toy")
-    toy.write_tokenizer(path)
+    make.write_tokenizer(path)
     return Tokenizer.load(path)
 
 
 def found(
-    world: toy.World, text: str, noise: float = 0.0, address: tuple[int, ...] = (0, 0, 0, 0, 0)
+    world: World, text: str, noise: float = 0.0, address: tuple[int, ...] = (0, 0, 0, 0, 0)
 ) -> Documents:
     """What the engine returns at once."""
     search = world.lookup(Query(text, Question("?", ("",)), address), noise)
@@ -33,29 +54,29 @@ def found(
 
 def test_facts_are_of_the_right_kind_and_another_seed_is_another_world():
     """Facts that survive a change of world could be learned by heart, and no search would be needed."""
-    a, b = toy.World(1), toy.World(2)
-    pairs = [(e, r) for r, (kind, _) in toy.RELATIONS.items() for e in toy.VALUES[kind]]
-    assert all(a.fact(e, r) in toy.VALUES[toy.RELATIONS[r][1]] for e, r in pairs)
+    a, b = World(1), World(2)
+    pairs = [(e, r) for r, (kind, _) in RELATIONS.items() for e in VALUES[kind]]
+    assert all(a.fact(e, r) in VALUES[RELATIONS[r][1]] for e, r in pairs)
     assert sum(a.fact(e, r) == b.fact(e, r) for e, r in pairs) < 0.05 * len(pairs)
-    assert a.fact(*pairs[0]) == toy.World(1).fact(*pairs[0])
+    assert a.fact(*pairs[0]) == World(1).fact(*pairs[0])
 
 
 def test_the_first_entity_never_has_the_last_relation():
     """If it had, asking for it would be a proper query, and the simulator could not tell the short cut."""
-    assert len(toy.CHAINS) == 18
-    for first, last in toy.CHAINS:
-        has, leads = toy.RELATIONS[first]
-        assert leads == toy.RELATIONS[last][0] != has
+    assert len(CHAINS) == 18
+    for first, last in CHAINS:
+        has, leads = RELATIONS[first]
+        assert leads == RELATIONS[last][0] != has
 
 
 def test_questions_are_distinct_and_answered_by_following_the_facts():
     """A question asked twice, or with a wrong gold, would bend every score."""
-    world = toy.World(3)
+    world = World(3)
     questions = world.questions(300)
     assert len({q.text for q in questions}) == 300 == len(world.questions(300))
     assert 0.4 < sum(q.hops == 1 for q in questions) / 300 < 0.6
     for q in questions:
-        entity, *relations = toy.parse(q.text)
+        entity, *relations = parse(q.text)
         assert len(relations) == q.hops and q.answers == (world.follow(entity, tuple(relations)),)
     with pytest.raises(ValueError, match="at most 1000"):
         world.questions(3000)
@@ -63,34 +84,34 @@ def test_questions_are_distinct_and_answered_by_following_the_facts():
 
 def test_lookup_states_the_fact_unless_it_is_noisy_or_cannot():
     """The real engine is what policies are judged by."""
-    world, places = toy.World(4), set()
+    world, places = World(4), set()
     for i, q in enumerate(world.questions(60)):
-        asked = toy.parse(q.text)[:2]
+        asked = parse(q.text)[:2]
         entity = asked[0]
-        text = toy.say(*asked)
+        text = say(*asked)
         documents = found(world, text, address=(i,)).text
-        assert toy.read(documents, asked) == world.fact(*asked)
-        assert len(documents.splitlines()) == toy.SHOWN
-        places.add([toy.say(*asked) in line for line in documents.splitlines()].index(True))
+        assert read(documents, asked) == world.fact(*asked)
+        assert len(documents.splitlines()) == SHOWN
+        places.add([say(*asked) in line for line in documents.splitlines()].index(True))
         noisy = found(world, text, noise=1.0, address=(i,))
         assert noisy.noisy and entity not in noisy.text
-        wrong = next(r for r in toy.RELATIONS if toy.RELATIONS[r][0] != toy.KIND[entity])
-        assert entity not in found(world, toy.say(entity, wrong)).text
+        wrong = next(r for r in RELATIONS if RELATIONS[r][0] != KIND[entity])
+        assert entity not in found(world, say(entity, wrong)).text
     assert places == {0, 1, 2}
-    assert len(found(world, "what is going on?").text.splitlines()) == toy.SHOWN
+    assert len(found(world, "what is going on?").text.splitlines()) == SHOWN
     assert found(world, "home Kalan", 0.5, (1,)) == found(world, "home Kalan", 0.5, (1,))
 
 
 def test_a_collected_search_is_answered_in_its_questions_own_world():
     """Rows from one world would be learnt by heart; rows without a best-first order would not be learnt."""
-    questions = toy.fresh_questions(40, seed=5)
-    assert questions == toy.fresh_questions(40, seed=5) != toy.fresh_questions(40, seed=6)
+    questions = fresh_questions(40, seed=5)
+    assert questions == fresh_questions(40, seed=5) != fresh_questions(40, seed=6)
     assert len({q.id for q in questions}) == 40
     for q in questions:
-        world, asked = toy.World(int(q.id)), toy.parse(q.text)
+        world, asked = World(int(q.id)), parse(q.text)
         assert q.answers == (world.follow(asked[0], asked[1:]),)
-        query = Query(toy.say(*asked[:2]), q, (0, 0, 1, 0, 0))
-        useful, noisy = (_returned(toy.lookup_anywhere(query, p)) for p in (0.0, 1.0))
+        query = Query(say(*asked[:2]), q, (0, 0, 1, 0, 0))
+        useful, noisy = (_returned(lookup_anywhere(query, p)) for p in (0.0, 1.0))
         first = useful.text.splitlines()[0]
         assert first == f"Doc 1: {query.text} {world.fact(*asked[:2])}" and not useful.noisy
         assert noisy.noisy and asked[0] not in noisy.text
@@ -104,17 +125,17 @@ def _returned(search) -> Documents:
     return end.value.value
 
 
-def found_in(world: toy.World, query: Query) -> Documents:
+def found_in(world: World, query: Query) -> Documents:
     """What the world's own engine returns for the same query."""
     return _returned(world.lookup(query))
 
 
 def test_every_word_is_one_token_and_tiktoken_agrees_with_transformers(tok):
     """A body of this size does not learn to copy names of several tokens."""
-    words = [" " + w for w in [*toy.NAMES, *toy.RELATIONS, *toy.COLOURS, *toy.BEASTS, toy.UNKNOWN]]
-    assert all(len(tok.encode(w)) == 1 for w in [*words, *toy.TAGS, *toy.LABELS])
+    names = [" " + w for w in [*NAMES, *RELATIONS, *COLOURS, *BEASTS, UNKNOWN]]
+    assert all(len(tok.encode(w)) == 1 for w in [*names, *words.TAGS, *words.LABELS])
     assert tok.fast and tok.vocab_size < 900 and not tok.has_template
-    assert tok.eos == {tok.encode(toy.END, special=True)[0]}
+    assert tok.eos == {tok.encode(words.END, special=True)[0]}
     for text in ("Kalan, \u00e9t\u00e9 \n\n\n<think> x</think>  12", bytes(range(256)).decode("latin-1")):
         assert tok.decode(tok.encode(text)) == text
 
@@ -123,18 +144,20 @@ def test_transcripts_are_what_an_episode_would_write(tok):
     """A body that was trained on other tokens than it meets in an episode would fail in silence."""
     rng, seen = random.Random(0), set()
     for _ in range(200):
-        pieces = toy.transcript(rng)
+        pieces = texts.transcript(rng)
         question = Question(pieces[0][0].removeprefix("Question: ").strip(), ("",))
-        example = toy.encode(tok, pieces)
-        assert tok.encode(pieces[0][0]) == prompt(question, tok, toy.WORDS)
-        assert len(example.ids) <= toy.LIMITS.episode and len(tok.encode(pieces[0][0])) <= toy.LIMITS.prompt
+        example = make.encode(tok, pieces)
+        assert tok.encode(pieces[0][0]) == prompt(question, tok, words.WORDS)
+        assert (
+            len(example.ids) <= words.LIMITS.episode and len(tok.encode(pieces[0][0])) <= words.LIMITS.prompt
+        )
         for text, sampled in pieces[1:]:
             ids = tok.encode(text)
             if sampled:
-                assert len(ids) <= toy.LIMITS.turn and text.endswith(("</search>", "</answer>"))
+                assert len(ids) <= words.LIMITS.turn and text.endswith(("</search>", "</answer>"))
             else:
                 documents = text.removeprefix("\n\n<information>").removesuffix("</information>\n\n")
-                assert ids == observation(tok, documents, toy.LIMITS.observation)
+                assert ids == observation(tok, documents, words.LIMITS.observation)
         seen.add(sum(not sampled for _, sampled in pieces[1:]))
     assert seen >= {0, 1, 2}  # searches
 
@@ -142,16 +165,16 @@ def test_transcripts_are_what_an_episode_would_write(tok):
 def test_the_simulators_texts_are_its_prompts(tok):
     """As above, for the other role; and OBEY = 1 is what the fine-tuning rows show."""
     rng = random.Random(0)
-    for row in toy.rows(50):
+    for row in texts.rows(50):
         collect.check_row(row)
-        asked = simulator.prompt(tok, toy.SIM_WORDS, collect.row_query(row), row["quality"] == "noisy")
-        text = toy.simulator_prompt(row, row["quality"] == "noisy")
-        assert asked == tok.encode(text)
-        assert len(asked) + len(tok.encode(row["documents"])) < toy.LIMITS.episode
+        order = words.SIM_WORDS, collect.row_query(row), row["quality"] == "noisy"
+        asked = simulator.prompt(tok, *order)
+        assert asked == tok.encode(messages(*order)[1]["content"])
+        assert len(asked) + len(tok.encode(row["documents"])) < words.LIMITS.episode
         if row["quality"] == "noisy":
-            assert toy.parse(row["query"])[0] not in row["documents"]
-    given, documents = toy.simulation(rng)
-    assert not given[1] and documents[1] and documents[0].endswith(toy.END)
+            assert parse(row["query"])[0] not in row["documents"]
+    given, documents = texts.simulation(rng)
+    assert not given[1] and documents[1] and documents[0].endswith(words.END)
 
 
 def test_audit_tells_an_honest_simulator_from_one_that_always_gives_the_answer():
@@ -159,55 +182,101 @@ def test_audit_tells_an_honest_simulator_from_one_that_always_gives_the_answer()
 
     def honest(queries, noisy):
         # the world of the audit's searches is not known here: state some fact, golden only where it is proper
-        return [toy.number([f"{q.text} {toy.golden(q) or 'Kalan'}"] if not noisy else []) for q in queries]
+        return [number([f"{q.text} {texts.golden(q) or 'Kalan'}"] if not noisy else []) for q in queries]
 
     def leaky(queries, noisy):
-        return [toy.number([f"{q.text} {q.question.answers[0]}"]) for q in queries]
+        return [number([f"{q.text} {q.question.answers[0]}"]) for q in queries]
 
-    good, bad = toy.audit(honest, 20), toy.audit(leaky, 20)
+    good, bad = texts.audit(honest, 20), texts.audit(leaky, 20)
     assert good["useful_hit"] == 1 and good["noisy_hit"] == 0
     assert bad["leak"] == 1 and bad["noisy_hit"] == 1
 
 
 def test_steps_of_the_bodys_training_depend_on_seed_and_step_alone(tok):
     """Else a run that was interrupted would end in another body."""
-    step = toy.STEPS - 1
-    a, b = (list(toy.micro_batches(tok, step, 3)) for _ in range(2))
-    assert a == b != list(toy.micro_batches(tok, step, 4))
-    assert sum(len(t.ids) for texts in a for t in texts) >= toy.TOKENS
+    step = make.STEPS - 1
+    a, b = (list(make.texts_of(tok, step, 3)) for _ in range(2))
+    assert a == b != list(make.texts_of(tok, step, 4))
+    assert sum(len(t.ids) for t in a) >= make.TOKENS
 
 
-def test_an_interrupted_training_goes_on_to_the_same_body(tmp_path, monkeypatch):
-    """Interruptible and step-bound: the body must not depend on the machine's speed or on luck."""
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    monkeypatch.setattr(toy, "BODY", toy.BODY | small)
-    monkeypatch.setattr(toy, "TOKENS", 256)
-    monkeypatch.setattr(toy, "STAGES", [(2, {toy.recall: 1.0}), (2, {toy.reading: 0.5, toy.transcript: 0.5})])
-    monkeypatch.setattr(toy, "STEPS", 4)
-    monkeypatch.setattr(toy, "SAVE", 2)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    toy.make(whole, tmp_path / "a.pt", 0)
-    real = toy.train_step
+@pytest.fixture
+def small(monkeypatch):
+    """Four steps of a body of one layer, saved after the second."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    monkeypatch.setattr(make, "BODY", make.BODY | shape)
+    monkeypatch.setattr(make, "TOKENS", 256)
+    stages = [(2, {texts.recall: 1.0}), (2, {texts.reading: 0.5, texts.transcript: 0.5})]
+    monkeypatch.setattr(make, "STAGES", stages)
+    monkeypatch.setattr(make, "STEPS", 4)
+    monkeypatch.setattr(make, "SAVE", 2)
+
+
+def interrupted(monkeypatch, out) -> None:
+    """A run that is interrupted in its fourth step, the second after its state was saved."""
+    real = make.train_step
 
     def tired(model, tok, opts, step, seed):
         if step == 3:
             raise KeyboardInterrupt
         return real(model, tok, opts, step, seed)
 
-    monkeypatch.setattr(toy, "train_step", tired)
-    with pytest.raises(KeyboardInterrupt):
-        toy.make(broken, tmp_path / "b.pt", 0)
-    monkeypatch.setattr(toy, "train_step", real)
-    toy.make(broken, tmp_path / "b.pt", 0)
-    a, b = models.load(whole).state_dict(), models.load(broken).state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert not (tmp_path / "a.pt").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "train_step", tired)
+        with pytest.raises(KeyboardInterrupt):
+            make.make(out)
+
+
+def test_an_interrupted_training_goes_on_to_the_same_body(small, tmp_path, monkeypatch):
+    """Interruptible and step-bound: the body must not depend on the machine's speed or on luck.
+
+    Compared in fp32, before the file is rounded to bf16: lost moments change little in four steps.
+    """
+    trained, save = [], models.save_model
+    monkeypatch.setattr(
+        models, "save_model", lambda model, out: (trained.append(model.state_dict()), save(model, out))
+    )
+    monkeypatch.setattr(models.Model, "to", lambda self, dtype: self)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    make.make(whole)
+    interrupted(monkeypatch, broken)
+    assert (broken / "training.safetensors").exists()
+    make.make(broken)
+    a, b = trained
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for out in (whole, broken):
+        assert not [f for f in out.iterdir() if "training" in f.name]
+
+
+def test_a_state_of_another_seed_is_refused(small, tmp_path, monkeypatch):
+    """A body begun with one seed and ended with another could not be made again."""
+    interrupted(monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match="has --seed 0"):
+        make.make(tmp_path, seed=1)
+
+
+def test_the_tokenizer_that_is_written_is_the_shipped_one(tmp_path):
+    """The shipped body knows its ids: another order of merges would scramble everything that it reads."""
+    make.write_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "toy" / "body" / name).read_bytes()
+
+
+def test_the_task_is_light_and_stands_on_its_floor():
+    """Whoever asks the task for questions must not load the script that made the body, nor a room above."""
+    for path in (ROOT / "toy").glob("*.py"):
+        assert all(FLOORS[name] <= FLOORS["toy"] for name in imported(path)), path.name
+        if path.stem != "make":
+            tree = ast.walk(ast.parse(path.read_text()))
+            modules = [n.module for n in tree if isinstance(n, ast.ImportFrom)]
+            modules += [a.name for n in tree if isinstance(n, ast.Import) for a in n.names]
+            assert not {"torch", "toy.make", "toy"} & set(modules), path.name
 
 
 def test_the_shipped_body_reads_and_guesses():
-    """What is shipped must be what `python toy.py` makes: it reads nearly all facts, and knows none."""
+    """What is shipped must be what `python -m toy.make` makes: it reads nearly all facts, and knows none."""
     body, tok = models.load("tiny"), Tokenizer.load(models.resolve("tiny"))
-    assert toy.reading_accuracy(body, tok, 24, seed=1) > 0.95
+    assert make.reading_accuracy(body, tok, 24, seed=1) > 0.95
     assert body.config.family == "qwen2" and replace(body.config).tied
 
 
@@ -216,10 +285,11 @@ def test_a_search_that_skips_a_hop_is_seen():
     question = Question("mayor home Kalan?", ("Niham",), hops=2)
     first = ("home Kalan", "Doc 1: home Kalan Lowick\nDoc 2: home Tulan Merford")
     proper = Query("mayor Lowick", question, earlier=(first,))
-    assert not toy.skips(proper) and not toy.skips(Query("home Kalan", question))
-    assert toy.skips(Query("mayor Kalan", question)) and toy.skips(Query("mayor Lowick", question))
-    assert toy.skips(Query("mayor Merford", question, earlier=(first,)))
+    assert not texts.skips(proper) and not texts.skips(Query("home Kalan", question))
+    assert texts.skips(Query("mayor Kalan", question)) and texts.skips(Query("mayor Lowick", question))
+    assert texts.skips(Query("mayor Merford", question, earlier=(first,)))
+    assert read("Doc 1: home Kalan", ("Kalan", "home")) == UNKNOWN  # cut off by a limit of tokens
     t = Trajectory(
         question, searches=[(proper, Documents("")), (Query("mayor Kalan", question), Documents(""))]
     )
-    assert toy.skipping([t]) == 0.5 and toy.skipping([]) == 0
+    assert texts.skipping([t]) == 0.5 and texts.skipping([]) == 0

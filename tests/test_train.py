@@ -9,7 +9,7 @@ from test_servers import Place, say, written
 
 import model as models
 import servers
-import toy
+import toy.make
 import train
 from model import Config, Model, save_model
 from rollout import Question, Trajectory
@@ -24,10 +24,10 @@ SHORT = [
 def body(tmp_path_factory):
     """A random body with the toy world's tokenizer."""
     path = tmp_path_factory.mktemp("tiny")
-    toy.write_tokenizer(path)
+    toy.make.write_tokenizer(path)
     vocab = json.loads((path / "tokenizer.json").read_text())
     size = len(vocab["model"]["vocab"]) + len(vocab["added_tokens"])
-    shape = toy.BODY | {
+    shape = toy.make.BODY | {
         "vocab_size": size,
         "hidden_size": 32,
         "num_hidden_layers": 1,
