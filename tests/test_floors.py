@@ -55,7 +55,7 @@ def floor(name: str) -> int | None:
 
 
 def imported(path: Path, tree: ast.Module) -> set[str]:
-    """The modules of ours that a file imports, wherever in it, but for the block that runs it as a command."""
+    """The modules of ours that a file imports, wherever in it, except where it is run as a command."""
     body = [n for n in tree.body if not (isinstance(n, ast.If) and "__main__" in ast.dump(n.test))]
     names, ours = set(), modules()
     for node in (node for part in body for node in ast.walk(part)):
@@ -70,6 +70,8 @@ def imported(path: Path, tree: ast.Module) -> set[str]:
 def test_imports_go_down():
     """An import from the same floor or above ties two rooms together: neither can be read or forked alone."""
     for name, path in modules().items():
+        if path.name == "__init__.py" and not path.read_text().count("import "):
+            continue
         assert floor(name) is not None, f"{name} needs a floor"
         for other in imported(path, ast.parse(path.read_text())):
             same_room = other.partition(".")[0] == name.partition(".")[0]
@@ -90,7 +92,9 @@ def calls(name: str) -> set[str]:
     for module, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
-                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                called = (
+                    node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                )
                 found |= {module} if called == name else set()
     return found
 

@@ -3,5 +3,3 @@
 To make another task, copy the folder: world.py has the questions and the engine, words.py what each role is
 told, texts.py what the body learns; make.py makes body/.
 """
-<<<<<<< HEAD
-=======

@@ -23,18 +23,10 @@ from tokenizers import AddedToken
 
 import model as models
 from cli import screen
-<<<<<<< HEAD
-from cli import screen
 from cli.disk import load_state, pack_optimizer, save_state, unpack_optimizer
-from cli.parser import Flag, parse, with_defaults
 from cli.parser import Flag, parse, with_defaults
 from model import REFERENCE, Config, Model
 from prepare.sft import batches
-=======
-from cli.disk import load_state, pack_optimizer, save_state, unpack_optimizer
-from model import REFERENCE, Config, Model
-from prepare.sft import batches
->>>>>>> refs/heads/toy
 from tokenizer import BYTE, Tokenizer
 from toy.texts import Piece, drill, practice, reading, recall, simulation, transcript
 from toy.words import END, LABELS, LEXICON, TAGS
@@ -76,14 +68,8 @@ def write_tokenizer(path: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json: byte-level BPE with the world's words as tokens."""
     merges = make_merges(LEXICON)
     tokens = [*sorted(BYTE), *map("".join, merges)]
-<<<<<<< HEAD
-    tok = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
-    )
-=======
     bpe = tokenizers.models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges)
     tok = tokenizers.Tokenizer(bpe)
->>>>>>> refs/heads/toy
     tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tok.decoder = tokenizers.decoders.ByteLevel()
     tok.add_special_tokens([AddedToken(END, special=True, normalized=False)])
@@ -110,12 +96,7 @@ def encode(tok: Tokenizer, pieces: list[Piece]) -> Example:
 
 def texts_of(tok: Tokenizer, step: int, seed: int) -> Iterator[Example]:
     """The texts of one step: a function of (seed, step), so that resuming changes nothing."""
-<<<<<<< HEAD
-    mixture = [mixture for steps, mixture in STAGES for _ in range(steps)][step]
-    for kind, share in mixture.items():
-=======
     for kind, share in [mixture for steps, mixture in STAGES for _ in range(steps)][step].items():
->>>>>>> refs/heads/toy
         rng, left = random.Random(f"{seed} {step} {kind.__name__}"), int(TOKENS * share)
         while left > 0:
             text = encode(tok, kind(rng))
@@ -199,16 +180,6 @@ def make(out: Path, seed: int = 0) -> None:
     state.unlink(missing_ok=True)
 
 
-<<<<<<< HEAD
-FLAGS = {
-    "what is made": [
-        Flag("out", str, models.PRESETS["tiny"], "directory of the body", "DIR"),
-        Flag("seed", int, 0, "of weights and texts", least=0),
-        Flag("show", bool, False, "only print a training text of each kind"),
-    ]
-}
-
-
 FLAGS = {
     "what is made": [
         Flag("out", str, models.PRESETS["tiny"], "directory of the body", "DIR"),
@@ -221,27 +192,14 @@ FLAGS = {
 def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # sums in another order would make another body
     args = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
-=======
-def main(argv: list[str] | None = None) -> None:
-    torch.set_num_threads(1)  # sums in another order would make another body
-    args = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
->>>>>>> refs/heads/toy
     if args.show:
         rng = random.Random(args.seed)
         for kind in (recall, reading, transcript, simulation, drill, practice):
             print(f"-- {kind.__name__}: {kind.__doc__.splitlines()[0]}")
             print("".join(text for text, _ in kind(rng)) + "\n")
     else:
-<<<<<<< HEAD
         make(Path(args.out), args.seed)
 
 
 if __name__ == "__main__":
     screen.run(main)
-=======
-        make(Path(args.out), args.seed)
-
-
-if __name__ == "__main__":
-    screen.run(main)
->>>>>>> refs/heads/toy

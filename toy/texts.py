@@ -11,20 +11,11 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-<<<<<<< HEAD
 from rollout import Query, Question, Trajectory
 from simulator import messages
 from toy.words import END, SIM_WORDS, TURNS, WORDS
 from toy.world import KIND, LINKS, NAMES, RELATIONS, UNKNOWN, VALUES, World, number, parse, read, say
 from words import fill
-from words import fill
-=======
-from rollout import Query, Question, Trajectory
-from simulator import messages
-from toy.words import END, SIM_WORDS, TURNS, WORDS
-from toy.world import KIND, LINKS, NAMES, RELATIONS, UNKNOWN, VALUES, World, number, parse, read, say
-from words import fill
->>>>>>> refs/heads/toy
 
 Piece = tuple[str, bool]
 Asked = tuple[str, str]  # entity, relation
@@ -70,11 +61,7 @@ def transcript(rng: random.Random) -> list[Piece]:
     world, question, entity, relations = begin(rng)
     pieces, hop = [(fill(WORDS.prompt, question=question.text), False)], 0
     thought = answer = ""
-<<<<<<< HEAD
     for _ in range(0 if rng.random() < GUESS else TURNS):
-=======
-    for _ in range(0 if rng.random() < GUESS else TURNS):
->>>>>>> refs/heads/toy
         asked = entity, relations[hop]
         if rng.random() < SLIP:
             asked = slip(asked, relations, rng)
@@ -102,10 +89,6 @@ def reading(rng: random.Random) -> list[Piece]:
     """Facts, then eight questions about what they say and do not say: the skill that all others need."""
     world = World(rng.getrandbits(48))
     facts = [world.distractor((), rng) for _ in range(rng.randint(3, 6))]
-<<<<<<< HEAD
-    asked = [(parse(fact)[0], parse(fact)[-1]) for fact in facts]
-    asked = [near_miss(e, r, rng) if rng.random() < 0.25 else (e, r) for e, r in asked * 2]
-=======
     asked = []
     for entity, *_, relation in map(parse, facts * 2):
         if rng.random() < 0.25:  # a near miss: seldom another relation of the entity, else another entity
@@ -114,7 +97,6 @@ def reading(rng: random.Random) -> list[Piece]:
             else:
                 entity = rng.choice(VALUES[KIND[entity]])
         asked.append((entity, relation))
->>>>>>> refs/heads/toy
     rng.shuffle(asked)
     documents = number(facts)
     pieces = [(f"<information>{documents}</information>\n\n", False)]
@@ -123,16 +105,6 @@ def reading(rng: random.Random) -> list[Piece]:
     return pieces
 
 
-<<<<<<< HEAD
-def near_miss(entity: str, relation: str, rng: random.Random) -> Asked:
-    """The same relation of another entity of its kind, or sometimes another relation of the same entity."""
-    if rng.random() < 0.2:
-        return entity, rng.choice(list(LINKS[KIND[entity]]))
-    return rng.choice(VALUES[KIND[entity]]), relation
-
-
-=======
->>>>>>> refs/heads/toy
 def recall(rng: random.Random) -> list[Piece]:
     """Pairs of names, then the same pairs in another order: teaches attention to what followed last time."""
     pairs = [(f" {rng.choice(NAMES)}", f" {rng.choice(NAMES)}") for _ in range(rng.randint(4, 12))]
@@ -245,11 +217,7 @@ def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: i
     """
     rng, address = random.Random(f"audit {seed}"), itertools.count(1)
 
-<<<<<<< HEAD
-    def searches(kind: str) -> list[Query]:
-=======
     def draw(kind: str) -> list[Query]:
->>>>>>> refs/heads/toy
         return [replace(situation(rng, kind)[1], address=(seed, 0, next(address), 0, 0)) for _ in range(n)]
 
     def mean(seen: Callable[[str, Query], bool], queries: list[Query], noisy: bool = False) -> float:
@@ -258,12 +226,7 @@ def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: i
     def leaks(documents: str, query: Query) -> bool:
         return query.question.answers[0] in documents
 
-<<<<<<< HEAD
-    proper = searches("first") + searches("second")
-    shortcut, invented = searches("shortcut"), searches("invented")
-=======
     proper, shortcut, invented = draw("first") + draw("second"), draw("shortcut"), draw("invented")
->>>>>>> refs/heads/toy
     return {
         "useful_hit": mean(lambda d, q: states(d, parse(q.text), golden(q)), proper),
         "noisy_hit": mean(lambda d, q: states(d, parse(q.text)), proper, noisy=True),

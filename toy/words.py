@@ -1,21 +1,5 @@
 """The words of the toy task: what each role is told, its limits in tokens, and the tokens of the body."""
 
-<<<<<<< HEAD
-from toy.world import BEASTS, COLOURS, ENDINGS, NAMES, RELATIONS, SHOWN, STEMS, UNKNOWN
-from words import JudgeWords, SimWords, Words
-from words import JudgeWords, SimWords, Words
-
-WORDS = Words(prompt="Question: {question}\n", notice="\n\nSearch or answer.\n\n", system=None)
-TURNS = 4  # of an episode, before the last
-ORDER = "Question: {question}{earlier}\nQuery: {query}\nAnswer: {answer}\n"
-SIM_WORDS = SimWords("", ORDER + "Useful:\n", ORDER + "Noisy:\n", SHOWN, "\nQuery: {query}\n{documents}")
-# The body has been taught to read: what it is asked for, or "unknown".
-JUDGE = JudgeWords("<information>{documents}</information>\n\n<think> {query}", r"\w", r"\bunknown\b")
-# The body has been taught to read: what it is asked for, or "unknown".
-JUDGE = JudgeWords("<information>{documents}</information>\n\n<think> {query}", r"\w", r"\bunknown\b")
-END = "<|end|>"
-
-=======
 from toy.world import BEASTS, COLOURS, ENDINGS, NAMES, RELATIONS, SHOWN, STEMS, UNKNOWN
 from words import JudgeWords, SimWords, Words
 
@@ -26,7 +10,6 @@ SIM_WORDS = SimWords("", ORDER + "Useful:\n", ORDER + "Noisy:\n", SHOWN, "\nQuer
 # The body has been taught to read: what it is asked for, or "unknown".
 JUDGE = JudgeWords("<information>{documents}</information>\n\n<think> {query}", r"\w", r"\bunknown\b")
 END = "<|end|>"
->>>>>>> refs/heads/toy
 TAGS = [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
 LABELS = ["Question:", "\nAnswer:", "\nQuery:", "\nUseful:", "\nNoisy:", "Doc 1:"]
 LABELS += [f"\nDoc {i}:" for i in range(1, 7)]
