@@ -161,7 +161,9 @@ class Rows:
         self.rows: dict[object, dict] = {}
         there = self.path is not None and self.path.exists()
         if there and not resume:
-            raise ValueError(f"{self.path} holds an unfinished run: add --resume to go on with it, or delete it")
+            raise ValueError(
+                f"{self.path} holds an unfinished run: add --resume to go on with it, or delete it"
+            )
         if resume and must and not there:
             raise ValueError(f"{self.path} holds nothing to resume, or --out is another")
         if there:
@@ -229,16 +231,15 @@ def claimed(out: Path, resume: bool) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY) if fcntl else None
     try:
-        try:
-            if fcntl:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"another run is writing into {out}: wait for it, or choose another --out"
-            ) from None
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise ValueError(f"another run is writing into {out}: wait, or choose another --out") from None
+    try:
         if not resume and any(out.iterdir()):
             raise ValueError(
-                f"--out {out} already holds something: choose another, or add --resume to go on with it"
+                f"--out {out} already holds something: choose another, or --resume the run in it"
             )
         yield
     finally:

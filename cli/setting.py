@@ -55,7 +55,9 @@ def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) 
     """
     names = named_bodies(a)
     words = policy_words(a, task) if POLICY in names else None
-    sim_words = words_for(getattr(a, "sim_adapter", ""), a.sim_prompt, usual_words(a, task)) if simulated(a) else None
+    sim_words = None
+    if simulated(a):
+        sim_words = words_for(getattr(a, "sim_adapter", ""), a.sim_prompt, usual_words(a, task))
     limits = limits_of(a) if POLICY in names else None
     homes = {role: models.resolve(name) for role, name in names.items()}
     server = Chat(a.sim) if simulated(a) and is_address(a.sim) else None

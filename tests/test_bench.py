@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import plan
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import kernels
 import model as models
-import plan
 from bench import Lesson, Meter, Row, Run, Silent, Workload
 from kernels import linear_logp
 from model import POLICY, REFERENCE, SIMULATOR, Config, Model, command_line

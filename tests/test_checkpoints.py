@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 
 import kernels
 import model as models
+import tasks
 import tokenizer
 import train as story
 from cli import flags as flags_of
@@ -24,7 +25,6 @@ from prepare.rows import write_rows
 from prepare.sft import end_of_turn
 from rollout import Engine, Limits, Query, Question, Turn, episode
 from simulator import Simulator, prompt
-import tasks
 from tokenizer import Tokenizer
 from words import WORDS, WORDS_FILE, SimWords, Words, save_words
 

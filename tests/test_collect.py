@@ -9,21 +9,20 @@ import pytest
 import model as models
 import search as engines
 import simulator
-from cli import setting
 from cli.disk import Rows
+from model import POLICY, REFERENCE
 from prepare import collect
 from prepare import command as preparing
 from prepare import rows as rows_of
 from prepare.collect import Collector, agreement, sort_rows, verdict
 from prepare.rows import read_rows
 from questions import holds_answer
+from rollout import Documents, Limits, Query, Question, Sampled
 from simulator import audit_figures
 from toy import world
 from toy.texts import states
 from toy.words import JUDGE as TOY_JUDGE
 from toy.world import parse
-from model import POLICY, REFERENCE
-from rollout import Documents, Limits, Query, Question, Sampled
 from words import JUDGE, Words
 
 

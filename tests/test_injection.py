@@ -102,7 +102,8 @@ def library(text):
 def act(tok, says, document=HARMLESS, question="capital of Peru", mode="agent", golds=GOLDS):
     """An episode in a mode: the trajectory and its turns. Its mask must be that of the sampled ids alone."""
     asked = Question(question, golds)
-    run = modes.MODES[mode](asked, library(document), tok, LIMITS, words_of.MODE_WORDS[mode], 0.0, (0, 0, 0, 0))
+    words = words_of.MODE_WORDS[mode]
+    run = modes.MODES[mode](asked, library(document), tok, LIMITS, words, 0.0, (0, 0, 0, 0))
     t, turns, sampled = drive(run, tok, says)
     assert [i for i, m in zip(t.ids, t.mask) if m] == sampled
     assert [i for i, m in zip(t.ids, t.mask) if not m] == [i for turn in turns for i in turn.ids]

@@ -6,15 +6,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import plan
 import pytest
 import torch
+from plan import Settings
 
 import grpo
 import model as models
-import plan
 from bench import Lesson, Meter, Silent, generate_ours
 from model import POLICY, SIMULATOR, Cache, Config, Model, read_json
-from plan import Settings
 from rollout import Engine
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,8 @@ import pytest
 from cli.disk import Rows
 from eval import answered_before, kept
 from evaluation import report
-from questions import SETS
 from evaluation.report import compare, figures, interval, p_value, papers, resampled, results
+from questions import SETS
 from rollout import Question, Trajectory
 
 
