@@ -8,6 +8,7 @@ What this is not: configuration files. `python train.py --help` prints this tabl
 """
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from model import DTYPES, PRESETS
 from questions import SETS
 from servers import is_address
 
-BODY = f"{' '.join(PRESETS)}, a directory in Hugging Face format, or a hub id"
+BODY = f"{', '.join(PRESETS)}; a directory in Hugging Face format, or a hub id"
 ENGINE = "none, bm25:CORPUS, http://HOST:PORT or serpapi"
 LABELS = ("judge", "answer", "trajectory")
 
@@ -248,12 +249,12 @@ COMMANDS: dict[str, Groups] = {"train": TRAIN, "eval": EVAL} | {
 
 def given_to(command: str, doc: str, argv: list[str] | None = None) -> dict[str, object]:
     """The flags that were given to train or eval."""
-    return parse(doc, COMMANDS[command], argv, tasks.defaults(tasks.FIRST))
+    return parse(doc, COMMANDS[command], argv, tasks.defaults(tasks.FIRST, command))
 
 
 def given_to_verb(doc: str, argv: list[str] | None = None) -> tuple[str, dict[str, object]]:
     """The verb and the flags that were given to simulator.py."""
-    return parse_verb(doc, VERBS, argv, tasks.defaults(tasks.FIRST))
+    return parse_verb(doc, VERBS, argv, {verb: tasks.defaults(tasks.FIRST, verb) for verb in VERBS})
 
 
 def machine(device: str, dtype: str) -> tuple[str, str]:
@@ -265,14 +266,12 @@ def machine(device: str, dtype: str) -> tuple[str, str]:
     try:
         kind = torch.device(device).type
     except RuntimeError:
-        raise ValueError(
-            f"--device {device} is no device that torch knows: use cpu, cuda or cuda:1"
-        ) from None
+        kind = ""
     if kind not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device} is not supported: use cpu, cuda or cuda:1")
-    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device} is unknown or not supported: use cpu, cuda or cuda:1")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"--device {device}, but torch sees no GPU: install a CUDA build of torch, or use --device cpu"
+            f"--device {device}, but torch sees no such GPU: use --device cpu, or a CUDA build of torch"
         )
     return device, dtype or ("fp32" if kind == "cpu" else "bf16")
 
@@ -284,15 +283,14 @@ def settle(command: str, given: dict[str, object]) -> argparse.Namespace:
     whether the memory plan has settled its flags.
     """
     a = argparse.Namespace(command=command, task=tasks.named(command, given), planned=False)
-    device, dtype = machine(given.get("device", ""), given.get("dtype", ""))
+    a.device, a.dtype = machine(given.get("device", ""), given.get("dtype", ""))
     usual = tasks.defaults(a.task, command)
+    real_on_cpu = not a.task and a.device == "cpu"
     for f in flags_of(command):
-        default = usual.get(
-            f.name, f.cpu if f.cpu is not None and not a.task and device == "cpu" else f.default
-        )
-        setattr(a, f.key, given.get(f.name, default))
-    a.device, a.dtype = device, dtype
-    FOLLOWS[command](a, given)
+        if f.name not in ("device", "dtype"):
+            default = f.cpu if real_on_cpu and f.cpu is not None else usual.get(f.name, f.default)
+            setattr(a, f.key, given.get(f.name, default))
+    follow(a, given)
     check(a)
     return a
 
@@ -301,124 +299,103 @@ def flags_of(command: str) -> list[Flag]:
     return [f for flags in COMMANDS[command].values() for f in flags]
 
 
+def follow(a: argparse.Namespace, given: dict[str, object]) -> None:
+    """Fill in what follows from other flags."""
+    if a.command == "train":
+        a.data, a.sim = a.data or "nq,hotpotqa", a.sim or a.policy
+        if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter):
+            a.sft_steps = 0  # that simulator has been fine-tuned already
+        if "seat-tokens" not in given:
+            a.seat_tokens = max(a.seat_tokens, a.episode_tokens)
+    if a.command == "eval":
+        if "policy" not in given and a.ask is None:
+            a.policy = ""  # the engine alone
+        if not a.search:
+            a.search = "none" if a.mode in ("direct", "cot") else a.task if a.ask is not None else ""
+    if a.command in ("eval", "collect"):
+        half = a.episode_tokens // 2
+        own = a.command == "eval" and a.ask is not None and "prompt-tokens" not in given
+        a.prompt_tokens = half if own else min(a.prompt_tokens, half)  # a question of one's own may be long
+
+
 def check(a: argparse.Namespace) -> None:
     """Raise ValueError for what cannot work, before anything is loaded or written."""
     machine(a.device, a.dtype)
     for f in flags_of(a.command):
         f.check(getattr(a, f.key, None))
-    CHECKS[a.command](a)
+    for wrong, message in COMPLAINTS.get(a.command, lambda a: ())(a):
+        if wrong:
+            raise ValueError(message)
 
 
-# What follows from other flags.
+Complaints = Iterator[tuple[object, str]]
 
 
-def _train(a: argparse.Namespace, given: dict) -> None:
-    a.data = a.data or "nq,hotpotqa"
-    a.sim = a.sim or a.policy
-    if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter):
-        a.sft_steps = 0  # that simulator has been fine-tuned already
-    if "seat-tokens" not in given:
-        a.seat_tokens = max(a.seat_tokens, a.episode_tokens)
+def _train(a: argparse.Namespace) -> Complaints:
+    room = a.episode_tokens - a.prompt_tokens - 2 * min(a.turn_tokens, 64)
+    served = is_address(a.sim) and (a.sim_adapter or a.sft_steps)
+    yield a.group < 2, "--group 1 has no siblings to be compared with: use 2 or more"
+    yield (
+        a.seat_tokens < a.episode_tokens,
+        f"--seat-tokens {a.seat_tokens} cannot hold an episode of {a.episode_tokens}: raise it",
+    )
+    yield room < 0, "--episode-tokens leaves no room behind a prompt of --prompt-tokens: raise it"
+    yield (
+        a.task and (a.eval_data or a.eval_search),
+        f"the task {a.task} brings its own held-out questions: --eval-data needs --data FILE",
+    )
+    yield a.sim_adapter and a.sft_steps, "--sim-adapter is fine-tuned already: leave --sft-steps out"
+    yield served, "--sim-adapter and --sft-steps cannot be sent to a server: let --sim serve that simulator"
+    yield (
+        a.sft_steps and not a.task,
+        "--sft-steps is for the toy task: use simulator.py sft, then --sim-adapter",
+    )
+    yield (
+        bool(a.eval_data) != bool(a.eval_search),
+        "--eval-data and --eval-search go together: questions, and the engine that answers them",
+    )
 
 
-def _eval(a: argparse.Namespace, given: dict) -> None:
-    if "policy" not in given and a.ask is None:
-        a.policy = ""  # the engine alone
-    if not a.search:
-        a.search = "none" if a.mode in ("direct", "cot") else a.task if a.ask is not None else ""
-    a.prompt_tokens = min(a.prompt_tokens, a.episode_tokens // 2)
-    if a.ask is not None and "prompt-tokens" not in given:
-        a.prompt_tokens = a.episode_tokens // 2  # a question of one's own may be a long one
-
-
-def _collect(a: argparse.Namespace, given: dict) -> None:
-    a.prompt_tokens = min(a.prompt_tokens, a.episode_tokens // 2)
-
-
-FOLLOWS = {"train": _train, "eval": _eval, "collect": _collect} | dict.fromkeys(
-    ("sft", "audit", "write"), lambda a, given: None
-)
-
-# What cannot work, said before anything is loaded or written.
-
-
-def _check_train(a: argparse.Namespace) -> None:
-    if a.group < 2:
-        raise ValueError("--group 1 has no siblings to be compared with: use 2 or more")
-    if a.seat_tokens < a.episode_tokens:
-        raise ValueError(
-            f"--seat-tokens {a.seat_tokens} cannot hold an episode of {a.episode_tokens}: raise it"
-        )
-    if a.prompt_tokens + 2 * min(a.turn_tokens, 64) > a.episode_tokens:
-        raise ValueError("--episode-tokens leaves no room behind a prompt of --prompt-tokens: raise it")
-    if a.task and (a.eval_data or a.eval_search):
-        raise ValueError(
-            f"the task {a.task} brings its own held-out questions: --eval-data needs --data FILE"
-        )
-    if a.sim_adapter and a.sft_steps:
-        raise ValueError("--sim-adapter is fine-tuned already: leave --sft-steps out")
-    if is_address(a.sim) and (a.sim_adapter or a.sft_steps):
-        raise ValueError(
-            "--sim-adapter and --sft-steps cannot be sent to a server: let --sim serve that simulator"
-        )
-    if a.sft_steps and not a.task:
-        raise ValueError("--sft-steps is for the toy task: use simulator.py sft, then --sim-adapter")
-    if bool(a.eval_data) != bool(a.eval_search):
-        raise ValueError(
-            "--eval-data and --eval-search go together: questions, and the engine that answers them"
-        )
-
-
-def _check_eval(a: argparse.Namespace) -> None:
+def _eval(a: argparse.Namespace) -> Complaints:
     if a.compare:
         return
-    if not a.search:
-        raise ValueError("--search is missing: sim, none, toy, bm25:CORPUS, http://HOST:PORT or serpapi")
-    if not a.policy and not a.search.startswith("bm25:"):
-        raise ValueError(f"--search {a.search} needs a --policy: only bm25 can be measured alone")
-    if a.mode in ("direct", "cot") and a.search != "none":
-        raise ValueError(f"--mode {a.mode} does not search: leave out --search {a.search}")
-    if a.ask is not None and not a.ask.strip():
-        raise ValueError("--ask needs a question")
-    if a.ask is not None and a.search == "sim" and not a.answer:
-        raise ValueError("a simulator is told the golden answer, in order to write documents: give --answer")
-    if a.search == "sim" and is_address(a.sim) and a.sim_adapter:
-        raise ValueError("--sim-adapter cannot be sent to a server: let --sim serve it")
-    if a.noise and a.search not in ("sim", *tasks.NAMES):
-        raise ValueError(f"--noise is for --search sim and toy: {a.search} returns what it finds")
-    if a.search != "sim" and (a.sim or a.sim_adapter or a.sim_prompt):
-        raise ValueError(f"--sim, --sim-adapter and --sim-prompt are for --search sim, not {a.search}")
-    if a.json and (Path(a.json).is_dir() or not Path(a.json).parent.is_dir()):
-        raise ValueError(f"--json {a.json} is not a file in a directory that exists")
-    if a.resume and not a.json:
-        raise ValueError("--resume goes on with what --json FILE has kept: give both")
+    yield not a.search, f"--search is missing: sim, {ENGINE}, or toy"
+    alone = not a.policy and not a.search.startswith("bm25:")
+    yield alone, f"--search {a.search} needs a --policy: only bm25 can be measured alone"
+    searches = a.mode in ("direct", "cot") and a.search != "none"
+    yield searches, f"--mode {a.mode} does not search: leave out --search {a.search}"
+    yield a.ask is not None and not a.ask.strip(), "--ask needs a question"
+    untold = a.ask is not None and a.search == "sim" and not a.answer
+    yield untold, "a simulator is told the golden answer, in order to write documents: give --answer"
+    if a.search == "sim":
+        yield from _served(a)
+    noise = a.noise and a.search not in ("sim", *tasks.NAMES)
+    yield noise, f"--noise is for --search sim and toy: {a.search} returns what it finds"
+    other = a.search != "sim" and (a.sim or a.sim_adapter or a.sim_prompt)
+    yield other, f"--sim, --sim-adapter and --sim-prompt are for --search sim, not {a.search}"
+    nowhere = a.json and (Path(a.json).is_dir() or not Path(a.json).parent.is_dir())
+    yield nowhere, f"--json {a.json} is not a file in a directory that exists"
+    yield a.resume and not a.json, "--resume goes on with what --json FILE has kept: give both"
 
 
-def _check_collect(a: argparse.Namespace) -> None:
-    if a.task and a.search != a.task:
-        raise ValueError(f"--data {a.task} is answered by --search {a.task}, not {a.search}")
-    if a.noise is not None and not a.task:
-        raise ValueError(f"--noise is for --search toy: {a.search} returns what it finds")
-    if Path(a.out).exists() and not a.resume:
-        raise ValueError(f"--out {a.out} is there already: choose another, or add --resume to go on with it")
+def _collect(a: argparse.Namespace) -> Complaints:
+    other = a.task and a.search != a.task
+    yield other, f"--data {a.task} is answered by --search {a.task}, not {a.search}"
+    noise = a.noise is not None and not a.task
+    yield noise, f"--noise is for --search toy: {a.search} returns what it finds"
+    there = Path(a.out).exists() and not a.resume
+    yield there, f"--out {a.out} is there already: choose another, or add --resume to go on with it"
 
 
-def _check_audit(a: argparse.Namespace) -> None:
-    if bool(a.rows) == bool(a.data):
-        raise ValueError("audit needs --rows, or --data: rows or questions that it was not trained on")
-    _check_server(a)
+def _audit(a: argparse.Namespace) -> Complaints:
+    both = bool(a.rows) == bool(a.data)
+    yield both, "audit needs --rows, or --data: rows or questions that it was not trained on"
+    yield from _served(a)
 
 
-def _check_server(a: argparse.Namespace) -> None:
-    if is_address(a.sim) and a.sim_adapter:
-        raise ValueError("--sim-adapter cannot be sent to a server: let --sim serve it")
+def _served(a: argparse.Namespace) -> Complaints:
+    own = is_address(a.sim) and a.sim_adapter
+    yield own, "--sim-adapter cannot be sent to a server: let --sim serve it"
 
 
-CHECKS = {
-    "train": _check_train,
-    "eval": _check_eval,
-    "collect": _check_collect,
-    "sft": lambda a: None,
-    "audit": _check_audit,
-    "write": _check_server,
-}
+COMPLAINTS = {"train": _train, "eval": _eval, "collect": _collect, "audit": _audit, "write": _served}

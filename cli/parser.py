@@ -32,7 +32,11 @@ class Flag:
 
     def shown(self, task: dict[str, object]) -> str:
         """The help with its defaults; task: the toy task's."""
-        usual = {"": self.default, "toy": task.get(self.name), "cpu": self.cpu}
+        usual = {
+            "": self.default,
+            "toy": task.get(self.name) if self.kind is not str else None,
+            "cpu": self.cpu,
+        }
         told = [
             f"{k} {v}".strip() for k, v in usual.items() if v not in (None, "", NEEDED) and v is not False
         ]
@@ -89,19 +93,20 @@ def parse(
     doc: str, groups: Groups, argv: list[str] | None = None, task: dict | None = None
 ) -> dict[str, object]:
     """The flags that were given, {name: value}."""
-    parser = OneLine(description=doc)
+    parser = OneLine(description=doc, usage="%(prog)s FLAGS")
     declare(parser, groups, task or {})
     return {k.replace("_", "-"): v for k, v in vars(parser.parse_args(argv)).items()}
 
 
 def parse_verb(
-    doc: str, verbs: dict[str, tuple[str, Groups]], argv: list[str] | None = None, task: dict | None = None
+    doc: str, verbs: dict[str, tuple[str, Groups]], argv: list[str] | None, task: dict[str, dict]
 ) -> tuple[str, dict[str, object]]:
     """The same for a command of several verbs, {verb: (what it does, its flags)}: (verb, flags given)."""
     parser = OneLine(description=doc)
     choices = parser.add_subparsers(required=True, metavar=" | ".join(verbs), dest="verb")
     for verb, (what, groups) in verbs.items():
-        declare(choices.add_parser(verb, help=what, description=what), groups, task or {})
+        one = choices.add_parser(verb, help=what, description=what, usage=f"{parser.prog} {verb} FLAGS")
+        declare(one, groups, task[verb])
     given = vars(parser.parse_args(argv))
     return given.pop("verb"), {k.replace("_", "-"): v for k, v in given.items()}
 

@@ -22,23 +22,18 @@ class Task(tasks.Task):
 
     DEFAULTS = {
         "policy": "tiny",
-        # how much
-        "steps": 64,
-        "questions": 16,
-        "group": 8,
-        "eval-questions": 400,
-        "lr": 2e-3,
-        "micro-tokens": 4096,
-        "sft-steps": 250,
-        # lengths
-        "turns": 4,
-        "prompt-tokens": 16,
-        "episode-tokens": 192,
-        "turn-tokens": 20,
-        "observation-tokens": 32,
-        "sim-tokens": 40,
-        "seat-tokens": 256,
-        "train": {"data": "toy"},
+        **{
+            "turns": 4,
+            "prompt-tokens": 16,
+            "episode-tokens": 192,
+            "turn-tokens": 20,
+            "observation-tokens": 32,
+        },
+        **{"sim-tokens": 40, "seat-tokens": 256},
+        "train": {
+            **{"data": "toy", "steps": 64, "questions": 16, "group": 8, "eval-questions": 400},
+            **{"lr": 2e-3, "micro-tokens": 4096, "sft-steps": 250},
+        },
         "eval": {"data": "toy", "limit": 300},
         "collect": {"limit": 20_000, "seats": 128, "noise": 0.5},  # what never fails yields no noisy rows
     }
