@@ -54,7 +54,7 @@ def starts(B, T, L, device):
     ],
 )
 def test_equals_fp64(device, B, T, H, KV, D, L, dtype):
-    """Decoding and extension; groups of 1, 2, 3, 7 and 8; blocks of 16, 64 and 128 rows; one seat and many."""
+    """Decoding and extension; groups of 1 to 8; blocks of 16, 64 and 128 rows; one seat and many."""
     q, k, v = seats(B, T, H, KV, D, L, dtype, device)
     start = starts(B, T, L, device)
     mine = cached_attention_triton(q, k, v, start)
@@ -97,8 +97,8 @@ def test_nothing_is_read_past_the_last_query(device, T):
 
 @pytest.mark.parametrize("T, L", [(40, 64), (80, 70)])
 def test_padding_may_point_past_the_cache(device, T, L):
-    """A row nearly full, in a batch of longer turns: its padding stands past the seat's end, which no block of
-    keys divides if L = 70. Whole blocks must end before it; the next seat, or nothing, lies behind."""
+    """A row nearly full, in a batch of longer turns: its padding stands past the seat's end. If L = 70 that is
+    no multiple of a block of keys: a whole block across it would read the next seat, or beyond the cache."""
     q, k, v = seats(2, T, 2, 1, 32, L, torch.float32, device)
     start = torch.tensor([0, 60], device=device)
     mine, theirs = cached_attention_triton(q, k, v, start), truth(q, k, v, start)
