@@ -97,7 +97,7 @@ def test_nothing_is_read_past_the_last_query(device, T):
 
 @pytest.mark.parametrize("T, L", [(40, 64), (80, 70)])
 def test_padding_may_point_past_the_cache(device, T, L):
-    """A row nearly full, in a batch of longer turns: its padding stands past the seat's end. If L = 70 that is
+    """A row nearly full, in a batch of longer turns: its padding stands past the seat's end. L = 70 is
     no multiple of a block of keys: a whole block across it would read the next seat, or beyond the cache."""
     q, k, v = seats(2, T, 2, 1, 32, L, torch.float32, device)
     start = torch.tensor([0, 60], device=device)
