@@ -111,9 +111,8 @@ def adapter(c: Config, rank: int) -> int:
 
 def packed_type(c: Config, s: Settings) -> torch.dtype | None:
     """The type of the copies that `Model.pack` makes on a CPU; None where it makes none."""
-    dtype = kernels.fast_type(s.dtype, s.seats)
-    never = s.kernels or dtype == torch.float16 or not packs(parameters(c) * dtype.itemsize)
-    return None if never else dtype
+    dtype = None if s.kernels else kernels.fast_type(s.dtype, s.seats)
+    return dtype if dtype and packs(parameters(c) * dtype.itemsize) else None
 
 
 def packed(c: Config, s: Settings) -> int:

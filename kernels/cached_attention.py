@@ -60,8 +60,8 @@ def _cached(
     n_keys = tl.minimum(start + last_t + 1, L)  # that some of them see
     first = c * chunk
     last = tl.minimum(first + chunk, n_keys)
-    whole = (start + m // G + 1) // BN * BN  # that all of them see
-    whole = tl.minimum(tl.maximum(whole, first), last)
+    whole = tl.minimum(start + m // G + 1, last) // BN * BN  # that all of them see, in whole blocks
+    whole = tl.maximum(whole, first)
     p_k += b * s_kb + kv * s_kh
     p_v += b * s_vb + kv * s_vh
     m_row = m_row & (first < last)

@@ -3,6 +3,7 @@
 One process cannot both interpret and compile: test_compile_check.py compiles in subprocesses.
 """
 
+import importlib
 import os
 
 import pytest
@@ -60,3 +61,13 @@ def filled_with_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["all it can", "fp32", "nothing"])
+def packable(request, monkeypatch):
+    """Types of matrices that can be packed: those of this CPU and torch; fp32 alone, as on an x86 CPU without
+    AVX-512; none, as in builds of torch without oneDNN.
+    """
+    file = importlib.import_module("kernels.packed_linear")  # the package has a function of that name
+    can, some = file.can_pack, {"fp32": {torch.float32}, "nothing": set()}.get(request.param)
+    monkeypatch.setattr(file, "can_pack", lambda dtype: can(dtype) and (some is None or dtype in some))

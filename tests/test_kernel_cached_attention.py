@@ -50,10 +50,11 @@ def starts(B, T, L, device):
         (2, 9, 14, 2, 64, 70),
         (1, 20, 16, 2, 96, 65),
         (1, 65, 3, 3, 64, 65),
+        (2, 5, 3, 1, 40, 77),
     ],
 )
 def test_equals_fp64(device, B, T, H, KV, D, L, dtype):
-    """Decoding and extension; groups of 1, 2, 7 and 8; blocks of 16, 64 and 128 rows; one seat and many."""
+    """Decoding and extension; groups of 1 to 8; blocks of 16, 64 and 128 rows; one seat and many."""
     q, k, v = seats(B, T, H, KV, D, L, dtype, device)
     start = starts(B, T, L, device)
     mine = cached_attention_triton(q, k, v, start)
@@ -64,7 +65,7 @@ def test_equals_fp64(device, B, T, H, KV, D, L, dtype):
 @pytest.mark.parametrize("T", [1, 3])
 def test_chunks_are_merged(device, pretend_to_be, program_order, T, dtype):
     """Rows of one key to all of them, over three chunks: empty, partial and full ones, in any order."""
-    B, L = 4, 800
+    B, L = 4, 803
     q, k, v = seats(B, T, 4, 2, 32, L, dtype, device)
     assert chunks(B * 2, T == 1, L, TARGETS["sm_90"]) == 3
     start = torch.tensor([0, 255, 256, L - T], device=device)
@@ -73,7 +74,7 @@ def test_chunks_are_merged(device, pretend_to_be, program_order, T, dtype):
     assert relative_rms(mine, truth(q, k, v, start)) <= BOUND[dtype]
 
 
-@pytest.mark.parametrize("T, L", [(1, 100), (1, 600), (5, 100), (5, 600)])
+@pytest.mark.parametrize("T, L", [(1, 100), (1, 603), (5, 101), (5, 600)])
 def test_earlier_tenants_and_other_rows_change_nothing(device, T, L):
     """Keys past a row's last token, and other seats, may hold anything: the row's output keeps every bit."""
     q, k, v = seats(2, T, 4, 2, 64, L, torch.bfloat16, device)
@@ -88,15 +89,17 @@ def test_earlier_tenants_and_other_rows_change_nothing(device, T, L):
 @pytest.mark.parametrize("T", [1, 4])
 def test_nothing_is_read_past_the_last_query(device, T):
     """NaN there, as in a cache that was never written, does not reach the output (0 * NaN would)."""
-    q, k, v = seats(1, T, 4, 2, 32, 96, torch.bfloat16, device)
+    q, k, v = seats(1, T, 4, 2, 32, 97, torch.bfloat16, device)
     start = torch.tensor([40], device=device)
     k[:, :, 40 + T :], v[:, :, 40 + T :] = float("nan"), float("nan")
     assert cached_attention_triton(q, k, v, start).isfinite().all()
 
 
-def test_padding_may_point_past_the_cache(device):
-    """A row nearly full, in a batch of longer turns: its padding stands past the seat's end."""
-    q, k, v = seats(2, 40, 2, 1, 32, 64, torch.float32, device)
+@pytest.mark.parametrize("T, L", [(40, 64), (80, 70)])
+def test_padding_may_point_past_the_cache(device, T, L):
+    """A row nearly full, in a batch of longer turns: its padding stands past the seat's end. L = 70 is
+    no multiple of a block of keys: a whole block across it would read the next seat, or beyond the cache."""
+    q, k, v = seats(2, T, 2, 1, 32, L, torch.float32, device)
     start = torch.tensor([0, 60], device=device)
     mine, theirs = cached_attention_triton(q, k, v, start), truth(q, k, v, start)
     assert relative_rms(mine[0], theirs[0]) <= 1e-5 and relative_rms(mine[1, :4], theirs[1, :4]) <= 1e-5
@@ -126,7 +129,7 @@ def test_every_choice_of_blocks(device, pretend_to_be, target):
     """The blocks chosen for each GPU give the same result here: 8, 40 and 160 rows, in chunks or not."""
     with pretend_to_be(target):
         for T in (1, 5, 20):
-            q, k, v = seats(1, T, 8, 1, 128, 520, torch.bfloat16, device)
+            q, k, v = seats(1, T, 8, 1, 128, 523, torch.bfloat16, device)
             start = torch.tensor([300], device=device)
             mine = cached_attention_triton(q, k, v, start)
             assert relative_rms(mine, truth(q, k, v, start)) <= 5e-3

@@ -55,7 +55,7 @@ def test_reference_equals_fp64(n, dtype):
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("n,v,d", [(1, 130, 64), (63, 129, 96), (65, 300, 48), (111, 70, 32), (5, 1111, 16)])
+@pytest.mark.parametrize("n,v,d", [(1, 130, 64), (63, 129, 96), (65, 300, 48), (111, 71, 33), (5, 1111, 13)])
 def test_kernel_equals_fp64(device, n, v, d, dtype):
     """A word beyond the vocabulary in the sum, partials merged wrongly, a target in the wrong stripe."""
     compare(linear_logp_triton, *case(n, v, d, dtype, device), tau=1.3)
@@ -65,12 +65,12 @@ def test_kernel_equals_fp64(device, n, v, d, dtype):
 def test_every_tile_of_the_halves(device, pretend_to_be, name):
     """The other tile sizes that a GPU may choose: they fall into stripes differently."""
     with pretend_to_be(name):
-        compare(linear_logp_triton, *case(3, 300, 64, torch.bfloat16, device), tau=1.0)
+        compare(linear_logp_triton, *case(3, 301, 77, torch.bfloat16, device), tau=1.0)
 
 
 def test_order_of_programs_changes_nothing(device, program_order):
     """A race between the stripes of a row would be seen as a result that depends on who comes first."""
-    compare(linear_logp_triton, *case(66, 200, 32, torch.float32, device), tau=1.0)
+    compare(linear_logp_triton, *case(66, 201, 35, torch.float32, device), tau=1.0)
 
 
 @pytest.mark.parametrize("function", [linear_logp_torch, linear_logp_triton])

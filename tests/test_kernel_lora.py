@@ -39,6 +39,7 @@ def truth(y, x, A, B, weight):
         (3, 1, 1100, 33, 96),
         (3, 21, 40, 72, 24),
         (111, 1, 16, 40, 8),
+        (7, 3, 37, 53, 5),
     ],
     ids=str,
 )
@@ -61,7 +62,7 @@ def test_in_place_and_the_reference_untouched(device, function):
 
 def test_order_of_programs_changes_nothing(device, filled_with_nan, program_order):
     """The splits are added by the second launch, never by each other."""
-    args = rows(17, 1, 1100, 70, 16, torch.float32, device)
+    args = rows(17, 1, 1103, 71, 13, torch.float32, device)
     want = truth(*args)
     assert relative_rms(lora_triton(*args), want) <= BOUND[torch.float32]
 
@@ -69,7 +70,7 @@ def test_order_of_programs_changes_nothing(device, filled_with_nan, program_orde
 @pytest.mark.parametrize("name", ["sm_86", "gfx942"])
 def test_other_targets(device, pretend_to_be, name):
     """Fewer processors, smaller blocks: other splits of the same sum."""
-    args = rows(20, 1, 1100, 40, 48, torch.bfloat16, device)
+    args = rows(20, 1, 1103, 41, 47, torch.bfloat16, device)
     want = truth(*args)
     with pretend_to_be(name):
         assert relative_rms(lora_triton(*args), want) <= BOUND[torch.bfloat16]

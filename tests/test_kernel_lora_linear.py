@@ -24,7 +24,7 @@ def layer(n, i, o, k, dtype, bias):
 @pytest.mark.parametrize("bias", [False, True])
 def test_training_layer_and_its_gradients(dtype, bias):
     """A wrong transpose or a forgotten scale in the hand-written backward would train the wrong adapter."""
-    x, W, b, A, B, dy = layer(37, 40, 56, 12, dtype, bias)
+    x, W, b, A, B, dy = layer(37, 41, 53, 11, dtype, bias)
     leaves = [t.requires_grad_() for t in (x, A, B)]
     y = lora_linear(x, W, b, A, B, 1.7)
     got = torch.autograd.grad(y, leaves, dy)

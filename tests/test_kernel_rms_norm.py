@@ -34,7 +34,7 @@ def check(shape, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("shape", [(1, 1, 63), (3, 21, 65), (7, 111), (2, 896)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 63), (3, 21, 65), (7, 111), (2, 897)], ids=str)
 def test_with_residual_equals_fp64(device, shape, dtype):
     """An odd width or a last block of rows handled wrongly, or a gradient that misses one of two ways in."""
     check(shape, dtype, device)
@@ -48,7 +48,7 @@ def test_order_of_programs_changes_nothing(device, program_order):
 @pytest.mark.parametrize("dtype", BOUND)
 def test_without_residual_equals_fp64(device, dtype):
     """The first norm has no residual; its weight has a gradient only where the body is trained."""
-    x, _, dy, _, w = inputs((5, 130), dtype, device)
+    x, _, dy, _, w = inputs((5, 131), dtype, device)
     x64, w64 = double(x, w)
     truth = rms_norm_torch(x64, w64, 1e-5)
     grads = torch.autograd.grad(truth, (x64, w64), dy.double())

@@ -43,10 +43,17 @@ def check(B, T, H, KV, D, dtype, device):
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize(
     "B, T, H, KV, D",
-    [(1, 1, 1, 1, 64), (1, 63, 4, 2, 96), (1, 65, 8, 1, 128), (1, 111, 2, 2, 32), (2, 3, 14, 2, 64)],
+    [
+        (1, 1, 1, 1, 64),
+        (1, 63, 4, 2, 96),
+        (1, 65, 8, 1, 128),
+        (1, 111, 2, 2, 32),
+        (2, 3, 14, 2, 64),
+        (2, 7, 3, 3, 10),
+    ],
 )
 def test_equals_fp64(device, B, T, H, KV, D, dtype):
-    """Odd lengths, heads no power of two, groups of 1 to 8, halves of 48."""
+    """Odd lengths, heads no power of two, groups of 1 to 8, halves of 5 and 48."""
     check(B, T, H, KV, D, dtype, device)
 
 

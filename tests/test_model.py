@@ -137,15 +137,16 @@ def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 20])
-def test_packed_copies_change_nothing_but_rounding(tmp_path, monkeypatch, rows, dtype):
-    """Copies of another layout or type, biases and adapters with them, must give the products of the body."""
+def test_packed_copies_change_nothing_but_rounding(tmp_path, monkeypatch, packable, rows, dtype):
+    """Copies of another layout or type, biases and adapters with them, must give the products of the body.
+    A CPU that cannot pack bf16 must not be asked to: it gets copies in fp32, or none.
+    """
     checkpoint(tmp_path, "qwen2")
     bodies = [M.load(tmp_path, t) for t in (torch.float64, dtype, dtype)]
     packed = bodies[2]
     monkeypatch.setattr(M, "packs", lambda size: True)
     packed.pack(3), packed.pack(rows)  # the second engine may have more seats than the first
-    if packed.packed_head is None:
-        pytest.skip("this build of torch has no packed products")
+    assert (packed.packed_head and packed.packed_head.weight.dtype) == M.kernels.fast_type(dtype, rows)
     x, roles = ids(rows, 1), torch.arange(rows) % 3
     out = []
     for body in bodies:
@@ -157,13 +158,16 @@ def test_packed_copies_change_nothing_but_rounding(tmp_path, monkeypatch, rows, 
                 assert h.dtype == body.dtype
                 out.append(body.logits(h[:, 0]).double())
     for truth, plain, got in (out[0::2], out[1::2]):
-        error, usual = (got - truth).abs().max(), (plain - truth).abs().max()
-        assert error < (1e-4 if dtype == torch.float32 else 1.5 * usual)
+        error, usual = got - truth, plain - truth
+        if dtype == torch.float32:
+            assert error.abs().max() < 1e-4
+        else:  # two rounding errors of one size: their norms vary less than their maxima
+            assert error.norm() < 1.5 * usual.norm()
     assert (out[0] - out[1]).abs().max() > 1e-2 or rows == 1  # the roles differ
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_gradient_is_no_other_arithmetic(tmp_path, monkeypatch, dtype):
+def test_no_gradient_is_no_other_arithmetic(tmp_path, monkeypatch, packable, dtype):
     """The KL reference and a held-out loss are taken without gradients: in another rounding (the packed
     copies') the KL of an untrained policy is not 0; and fp32 adapters meet a body of any type."""
     checkpoint(tmp_path, "qwen2")
@@ -202,13 +206,14 @@ def test_adapters_are_read_anew_in_the_type_of_the_products(tmp_path, monkeypatc
     body = M.load(tmp_path, torch.bfloat16)
     trained(body, POLICY)
     monkeypatch.setattr(M, "packs", lambda size: True)
-    monkeypatch.setattr(M.kernels, "fast_type", lambda dtype, rows: torch.float32 if rows > 4 else dtype)
+    if M.kernels.fast_type(torch.float32, 16) is None:
+        pytest.skip("this build of torch has no packed products")
+    few = torch.bfloat16 if M.kernels.fast_type(torch.bfloat16, 4) == torch.bfloat16 else None
+    monkeypatch.setattr(M.kernels, "fast_type", lambda dtype, rows: torch.float32 if rows > 4 else few)
     body.pack(4)
     old = body.stacked()
-    assert body.stacked(old) is old
+    assert body.stacked(old) is old and old.pairs[0][0].dtype == torch.bfloat16
     body.pack(16)
-    if body.packed_head is None:
-        pytest.skip("this build of torch has no packed products")
     assert body.stacked(old).pairs[0][0].dtype == body.packed_head.weight.dtype == torch.float32
 
 
