@@ -48,6 +48,7 @@ from rollout import (
     Turn,
     Words,
     harmless,
+    stopped,
 )
 from search import BM25, open_bm25, open_search
 from servers import Chat, is_address
@@ -214,8 +215,8 @@ def token_by_token(turn: Turn, tok: Tokenizer, show: Callable[[list[int], bool],
         one = yield replace(turn, ids=given, limit=1, address=(*turn.address, len(ids)))
         ids, logps, given = ids + one.ids, logps + one.logps, []
         show(one.ids, True)
-        stopped = any(stop in tok.decode(ids) for stop in turn.stops)
-        end = "eos" if one.end == "eos" else "stop" if stopped else "limit"
+        stop = stopped([*turn.before, *ids], turn.stops, tok)
+        end = "eos" if one.end == "eos" else "stop" if stop else "limit"
     return Sampled(ids, logps, end)
 
 

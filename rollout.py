@@ -16,7 +16,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 
@@ -62,7 +62,8 @@ class Turn:
     """A wish for tokens: feed `ids`, then sample until a stop, an end-of-turn token, or `limit` tokens.
 
     Turns of one `context` share a seat, so what the cache holds is never fed again; a turn without a context
-    has a seat of its own, for as long as it lasts.
+    has a seat of its own, for as long as it lasts. before: the ids sampled so far, where this goes on with a
+    turn of the policy: a stop may begin in them.
     """
 
     ids: list[int]
@@ -72,6 +73,7 @@ class Turn:
     stops: tuple[str, ...]
     address: tuple[int, ...]  # of the randomness: one uniform a token
     context: object = None
+    before: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -164,27 +166,44 @@ class Trajectory:
         self.logps += [0.0] * len(ids) if logps is None else logps
 
 
-ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+BLOCK = re.compile(r"<(think|search|answer)>(.*?)</\1>|<search>", re.DOTALL)
 STOPS = ("</search>", "</answer>")
-QUERY = re.compile(r"\A(?:(?!<answer>).)*?<search>(?!.*</search>)", re.DOTALL)  # one that is not closed
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(kind, text) of each search or answer block, ("open", "") for a query that is not closed.
+
+    A closed thought is skipped with all it holds; one that is never closed (base models) hides nothing.
+    """
+    for block in BLOCK.finditer(text):
+        if block[1] != "think":
+            yield block[1] or "open", (block[2] or "").strip()
 
 
 def action(text: str) -> tuple[str, str] | None:
     """Kind and text of the first whole search or answer block of one sampled turn, or None."""
-    found = ACTION.search(text)
-    if found is None or (found[1] == "search" and not found[2].strip()):
-        return None
-    return found[1], found[2].strip()
+    found = next((block for block in blocks(text) if block[0] != "open"), None)
+    return None if found == ("search", "") else found
 
 
 def whole(turn: Turn, tok) -> Generator:
     """Sample a turn of the policy. A query may hold an answer block: only </search> ends it."""
     sampled = yield turn
-    while sampled.end == "stop" and len(sampled.ids) < turn.limit and QUERY.search(tok.decode(sampled.ids)):
+    while sampled.end == "stop" and len(sampled.ids) < turn.limit:
+        if next(blocks(tok.decode(sampled.ids)), ("",))[0] != "open":
+            break
         n = len(sampled.ids)
-        more = yield replace(turn, ids=[], limit=turn.limit - n, address=(*turn.address, n))
+        address = (*turn.address, n)
+        more = yield replace(turn, ids=[], limit=turn.limit - n, address=address, before=sampled.ids)
         sampled = Sampled(sampled.ids + more.ids, sampled.logps + more.logps, more.end)
     return sampled
+
+
+def stopped(ids: Sequence[int], stops: tuple[str, ...], tok) -> bool:
+    """Whether the last of a turn's ids completes a stop, which may begin or end inside a merged token."""
+    tail = ids[-max((len(s.encode()) for s in stops), default=1) :]  # a token is one byte at least
+    text, before = tok.decode(tail), tok.decode(tail[:-1])
+    return any(text.count(s) > before.count(s) for s in stops)
 
 
 def fill(template: str, **values: str) -> str:
@@ -572,15 +591,12 @@ class Pool:
         self.graphs[n].replay()
 
     def ended(self, seat: Seat) -> str | None:
-        """Why a row's turn is over, if it is. Stops are looked for in the text of its last tokens."""
+        """Why a row's turn is over, if it is."""
         n = int(self.count[seat.row])
-        stops = seat.turn.stops
-        reach = 1 + max((len(s.encode()) for s in stops), default=0)  # tokens: each is a byte at least
-        tail = self.ids[seat.row, max(0, n - reach) : n].tolist()
-        if tail[-1] in self.tok.eos:
+        said = [*seat.turn.before, *self.ids[seat.row, :n].tolist()]
+        if said[-1] in self.tok.eos:
             return "eos"
-        text = self.tok.decode(tail)
-        if any(s in text for s in stops):
+        if stopped(said, seat.turn.stops, self.tok):
             return "stop"
         return "limit" if n >= int(self.limit[seat.row]) else None
 

@@ -1,7 +1,9 @@
 """The engine and the episode: scripted turns for the story, a small random network for the arithmetic."""
 
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 import kernels
 import rollout
+from eval import live
 from kernels import linear_logp
 from model import POLICY, SIMULATOR, Config, Model, Stack
 from rollout import (
@@ -122,10 +125,19 @@ def test_only_what_was_sampled_is_parsed():
         ("a</search>", None),
         ("<search>a</answer>", None),
         ("<search>a\nb</search>\n\n", ("search", "a\nb")),
+        ("<search>a <answer>b</answer></search>", ("search", "a <answer>b</answer>")),
+        ("<search>a <answer>b</answer>", ("answer", "b")),
+        ("<think><answer>a</answer> <search>b</search></think>", None),
+        ("<think>a <search> b</think><answer>c</answer><search>d</search>", ("answer", "c")),
+        ("<think>a</think> <answer>b</answer> <think>c</think>", ("answer", "b")),
+        ("<think>a <answer>b</answer>", ("answer", "b")),
+        ("a</think><answer>b</answer>", ("answer", "b")),
+        ("<answer>a <think>b</think></answer>", ("answer", "a <think>b</think>")),
     ],
 )
 def test_the_first_whole_block_is_the_action(text, want):
-    """A half-open block, an empty query or a second block must not be taken for the action."""
+    """A half-open block, an empty query, a second block or what a closed thought weighs must not be taken for
+    the action; a thought that a base model never closes must not hide it."""
     assert rollout.action(text) == want
 
 
@@ -371,13 +383,20 @@ def test_stops_limits_and_ends(body):
 
 
 class Merged(Letters):
-    """Token 1 is the tail of a closing tag merged with what follows it."""
+    """As in real vocabularies, tags share tokens with what stands around them."""
+
+    pieces = MappingProxyType(dict(enumerate(("h>\n\n", "></", "r></", "k><", "h>.", "answe", "thin"), 1)))
+
+    def encode(self, text, special=False):
+        ids = {piece: i for i, piece in self.pieces.items()}
+        longest = "|".join(sorted(map(re.escape, ids), key=len, reverse=True))
+        return [ids.get(p) or ord(p) for p in re.findall(f"{longest}|.", text, re.DOTALL)]
 
     def decode(self, ids):
-        return "".join("h>\n\n" if i == 1 else chr(i) for i in ids if i)
+        return "".join(self.pieces.get(i, chr(i)) for i in ids if i)
 
     def token_bytes(self, i):
-        return b"h>\n\n" if i == 1 else bytes([i])
+        return self.decode([i]).encode()
 
 
 class Script:
@@ -416,6 +435,42 @@ def test_a_closing_tag_merged_with_newlines_stops():
 
     (s,) = Engine({POLICY: (Script(says, 3), tok)}, 2, 100).run([one()])
     assert tok.decode(s.ids) == "ok <search>x</search>\n\n" and s.end == "stop"
+
+
+SAID = [  # what a policy says up to where its turn must end, and its action
+    ("<think>I need not <search> again.</think><answer>Jane</answer>", ("answer", "Jane")),
+    ("<think>to <search> or <answer>Emma</answer>?</think> <answer>Jane</answer>", ("answer", "Jane")),
+    (
+        "<think>to <search>?</think><search>a <answer>b</answer></search>\n\n",
+        ("search", "a <answer>b</answer>"),
+    ),
+    ("<think>I never close <answer>Jane</answer>", ("answer", "Jane")),
+    ("<think>nor <search>a</search>\n\n", ("search", "a")),
+    ("<search>a <answer>b</answer></search>\n\n", ("search", "a <answer>b</answer>")),
+    ("<search>a <answer>b</answer></answer></search>.", ("search", "a <answer>b</answer></answer>")),
+    ("<think>a</think></search>.", None),
+]
+
+
+@pytest.mark.parametrize("text, want", SAID)
+@pytest.mark.parametrize("tok", [TOK, Merged()], ids=["letters", "merged"])
+@pytest.mark.parametrize("token_by_token", [False, True])
+def test_a_turn_ends_with_its_action(text, want, tok, token_by_token):
+    """A thought that named <search> disabled </answer>, and a tag begun before an answer block that a query
+    holds was looked for in what came after it alone: either way the turn went on to its limit, and what was
+    said there could be taken for the action. eval.py's live mode must end where the engine ends."""
+    text = text if isinstance(tok, Merged) else text.rstrip("\n.")
+    says, prompt = tok.encode(text), tok.encode("Q")
+    script = Script(says + tok.encode(" and on <answer>Emma</answer></search>" * 3), 1)
+
+    def one():
+        context = object()
+        return (yield from rollout.whole(Turn(prompt, POLICY, 120, 0.0, rollout.STOPS, (0,), context), tok))
+
+    run = live(one(), tok, lambda ids, sampled: None) if token_by_token else one()
+    (s,) = Engine({POLICY: (script, tok)}, 1, 200).run([run])
+    assert (s.ids, s.end) == (says, "stop") and len(s.logps) == len(says)
+    assert rollout.action(tok.decode(s.ids)) == want
 
 
 def test_a_greedy_turn_needs_no_randomness(body):
