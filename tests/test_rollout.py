@@ -440,10 +440,8 @@ def test_a_closing_tag_merged_with_newlines_stops():
 SAID = [  # what a policy says up to where its turn must end, and its action
     ("<think>I need not <search> again.</think><answer>Jane</answer>", ("answer", "Jane")),
     ("<think>to <search> or <answer>Emma</answer>?</think> <answer>Jane</answer>", ("answer", "Jane")),
-    (
-        "<think>to <search>?</think><search>a <answer>b</answer></search>\n\n",
-        ("search", "a <answer>b</answer>"),
-    ),
+    ("<think>to <search> or <answer>Emma</answer></think><answer>Jane</answer>", ("answer", "Jane")),
+    ("<think>to <search>?</think><search> <answer>b</answer></search>\n\n", ("search", "<answer>b</answer>")),
     ("<think>I never close <answer>Jane</answer>", ("answer", "Jane")),
     ("<think>nor <search>a</search>\n\n", ("search", "a")),
     ("<search>a <answer>b</answer></search>\n\n", ("search", "a <answer>b</answer>")),
