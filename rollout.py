@@ -17,8 +17,9 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -349,6 +350,7 @@ class Stats:
     seconds: float = 0.0
 
 
+EARLY = 128  # episodes begun before there is a seat for them, at least: what a server is kept busy with
 NUMBERS = ("last id", "length", "count", "on", "limit", "kind of stops", "role")  # that a row has
 
 
@@ -391,7 +393,7 @@ class Pool:
         self.rows: list[Seat | None] = [None] * self.cache.seats
         self.busy = 0
         self.on.zero_()
-        self.waiting: deque[tuple[Task, Turn]] = deque()
+        self.going_on, self.writing, self.new = deque(), deque(), deque()  # (task, turn) that wait, by rank
         self.seated: dict[int, Seat] = {}  # id of a context -> its seat
         self.prompts: dict[tuple, Seat] = {}  # (role, prompt) -> a seat that holds it
         stack = self.model.stacked(self.stack)
@@ -420,30 +422,34 @@ class Pool:
         if seat.shared is not None and self.prompts.get(seat.shared) is seat:
             del self.prompts[seat.shared]
 
+    def wait(self, task: Task, turn: Turn) -> None:
+        """Queue a turn: behind those that have a seat, that write documents, or that are to begin."""
+        documents = self.writing if turn.context is None else self.new
+        (self.going_on if id(turn.context) in self.seated else documents).append((task, turn))
+
     def take(self) -> list[Seat]:
         """Seat as many waiting turns as possible: those that have a seat, then those that documents wait for,
         then new episodes, for which some seats are not to be had (else all could wait for documents for
-        ever)."""
+        ever). Only those that are seated are looked at."""
         free = [r for r in range(self.busy, len(self.rows)) if self.rows[r] is None]
-        order = sorted(
-            self.waiting, key=lambda w: (id(w[1].context) not in self.seated, w[1].context is not None)
-        )
-        taken, left = [], deque()
-        for task, turn in order:
-            seat = self.seated.get(id(turn.context)) if turn.context is not None else None
-            if seat is None:
-                if len(free) <= (self.reserve if turn.context is not None else 0):
-                    left.append((task, turn))
-                    continue
-                seat = Seat(free.pop(), turn.context, turn.role)
-                self.rows[seat.row] = seat
-                if turn.context is not None:
-                    self.seated[id(turn.context)] = seat
-                    task.contexts.append(seat)
-            seat.task, seat.turn = task, turn
-            taken.append(seat)
-        self.waiting = left
+        taken = []
+        while self.going_on:
+            task, turn = self.going_on.popleft()
+            taken.append(self.sit(self.seated[id(turn.context)], task, turn))
+        while self.writing and free:
+            task, turn = self.writing.popleft()
+            taken.append(self.sit(Seat(free.pop(), None, turn.role), task, turn))
+        while self.new and len(free) > self.reserve:
+            task, turn = self.new.popleft()
+            seat = self.seated[id(turn.context)] = Seat(free.pop(), turn.context, turn.role)
+            task.contexts.append(seat)
+            taken.append(self.sit(seat, task, turn))
         return taken
+
+    def sit(self, seat: Seat, task: Task, turn: Turn) -> Seat:
+        """Give a turn its seat."""
+        self.rows[seat.row], seat.task, seat.turn = seat, task, turn
+        return seat
 
     # feeding
 
@@ -640,6 +646,7 @@ class Engine:
                 reserve = max(1, 2 * seats // 5) if shared else 0
                 pools[id(model)] = Pool(model, tok, seats, capacity, prefill, reserve)
         self.pools = {role: pools[id(model)] for role, (model, _) in bodies.items()}
+        self.early = max(seats, EARLY)
 
     @torch.inference_mode()
     def run(
@@ -655,33 +662,46 @@ class Engine:
         pools = list({id(p): p for p in self.pools.values()}.values())
         for pool in pools:
             pool.clear()
-        tasks = [Task(i, g) for i, g in enumerate(generators)]
-        results: list = [None] * len(tasks)
-        ready, futures, done = deque(tasks), {}, 0
+        unbegun = deque(Task(i, g) for i, g in enumerate(generators))
+        results: list = [None] * len(unbegun)
+        ready, early, done = deque(), set(), 0  # early: begun, but never seated yet
+        futures, answered = {}, SimpleQueue()
         try:
-            while done < len(tasks):
-                while ready:
-                    done += self.advance(ready.popleft(), results, futures)
+            while done < len(results):
+                while ready or (unbegun and len(early) < self.early):
+                    if not ready:
+                        ready.append(unbegun.popleft())
+                        early.add(ready[0])
+                    task = ready.popleft()
+                    if self.advance(task, results, futures, answered):
+                        done += 1
+                        early.discard(task)
                     if tell is not None and done:
                         self.stats.seconds = time.perf_counter() - began
-                        tell(done, len(tasks), self.stats)
+                        tell(done, len(results), self.stats)
                 for pool in pools:
-                    if pool.waiting:
-                        pool.feed(pool.take(), self.stats)
+                    taken = pool.take()
+                    early.difference_update(seat.task for seat in taken)
+                    pool.feed(taken, self.stats)
                     if pool.busy:
                         for task, sampled in pool.step(self.stats):
                             task.value = sampled
                             ready.append(task)
-                if futures:
-                    idle = not ready and not any(p.busy for p in pools)
-                    self.collect(futures, ready, idle)
+                idle = not ready and not any(p.busy for p in pools)
+                while futures and (idle or not answered.empty()):
+                    future, idle = answered.get(), False
+                    task = futures.pop(future)
+                    task.value = future.result()
+                    ready.append(task)
         finally:
             for future in futures:  # after a failure: what is not under way is not sent
                 future.cancel()
         self.stats.seconds = time.perf_counter() - began
         return results
 
-    def advance(self, task: Task, results: list, futures: dict[Future, Task]) -> bool:
+    def advance(
+        self, task: Task, results: list, futures: dict[Future, Task], answered: SimpleQueue[Future]
+    ) -> bool:
         """Send a generator what it waits for. True when that was its end."""
         try:
             wish = task.generator.send(task.value)
@@ -692,17 +712,7 @@ class Engine:
             return True
         if isinstance(wish, Future):
             futures[wish] = task
+            wish.add_done_callback(answered.put)
         else:
-            self.pools[wish.role].waiting.append((task, wish))
+            self.pools[wish.role].wait(task, wish)
         return False
-
-    @staticmethod
-    def collect(futures: dict[Future, Task], ready: deque, idle: bool) -> None:
-        """Move tasks whose futures are done to the ready ones; wait for one if there is nothing else to
-        do."""
-        if idle:
-            wait(futures, return_when=FIRST_COMPLETED)
-        for future in [f for f in futures if f.done()]:
-            task = futures.pop(future)
-            task.value = future.result()
-            ready.append(task)
