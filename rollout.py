@@ -16,9 +16,10 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -63,7 +64,8 @@ class Turn:
     """A wish for tokens: feed `ids`, then sample until a stop, an end-of-turn token, or `limit` tokens.
 
     Turns of one `context` share a seat, so what the cache holds is never fed again; a turn without a context
-    has a seat of its own, for as long as it lasts.
+    has a seat of its own, for as long as it lasts. before: the ids sampled so far, where this goes on with a
+    turn of the policy: a stop may begin in them.
     """
 
     ids: list[int]
@@ -73,6 +75,7 @@ class Turn:
     stops: tuple[str, ...]
     address: tuple[int, ...]  # of the randomness: one uniform a token
     context: object = None
+    before: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -140,27 +143,44 @@ class Trajectory:
         self.logps += [0.0] * len(ids) if logps is None else logps
 
 
-ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+BLOCK = re.compile(r"<(think|search|answer)>(.*?)</\1>|<search>", re.DOTALL)
 STOPS = ("</search>", "</answer>")
-QUERY = re.compile(r"\A(?:(?!<answer>).)*?<search>(?!.*</search>)", re.DOTALL)  # one that is not closed
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(kind, text) of each search or answer block, ("open", "") for a query that is not closed.
+
+    A closed thought is skipped with all it holds; one that is never closed (base models) hides nothing.
+    """
+    for block in BLOCK.finditer(text):
+        if block[1] != "think":
+            yield block[1] or "open", (block[2] or "").strip()
 
 
 def action(text: str) -> tuple[str, str] | None:
     """Kind and text of the first whole search or answer block of one sampled turn, or None."""
-    found = ACTION.search(text)
-    if found is None or (found[1] == "search" and not found[2].strip()):
-        return None
-    return found[1], found[2].strip()
+    found = next((block for block in blocks(text) if block[0] != "open"), None)
+    return None if found == ("search", "") else found
 
 
 def whole(turn: Turn, tok) -> Generator:
     """Sample a turn of the policy. A query may hold an answer block: only </search> ends it."""
     sampled = yield turn
-    while sampled.end == "stop" and len(sampled.ids) < turn.limit and QUERY.search(tok.decode(sampled.ids)):
+    while sampled.end == "stop" and len(sampled.ids) < turn.limit:
+        if next(blocks(tok.decode(sampled.ids)), ("",))[0] != "open":
+            break
         n = len(sampled.ids)
-        more = yield replace(turn, ids=[], limit=turn.limit - n, address=(*turn.address, n))
+        address = (*turn.address, n)
+        more = yield replace(turn, ids=[], limit=turn.limit - n, address=address, before=sampled.ids)
         sampled = Sampled(sampled.ids + more.ids, sampled.logps + more.logps, more.end)
     return sampled
+
+
+def stopped(ids: Sequence[int], stops: tuple[str, ...], tok) -> bool:
+    """Whether the last of a turn's ids completes a stop, which may begin or end inside a merged token."""
+    tail = ids[-max((len(s.encode()) for s in stops), default=1) :]  # a token is one byte at least
+    text, before = tok.decode(tail), tok.decode(tail[:-1])
+    return any(text.count(s) > before.count(s) for s in stops)
 
 
 def ask(text: str) -> str:
@@ -300,6 +320,7 @@ class Stats:
     seconds: float = 0.0
 
 
+EARLY = 128  # episodes begun before there is a seat for them, at least: what a server is kept busy with
 NUMBERS = ("last id", "length", "count", "on", "limit", "kind of stops", "role")  # that a row has
 
 
@@ -342,7 +363,7 @@ class Pool:
         self.rows: list[Seat | None] = [None] * self.cache.seats
         self.busy = 0
         self.on.zero_()
-        self.waiting: deque[tuple[Task, Turn]] = deque()
+        self.going_on, self.writing, self.new = deque(), deque(), deque()  # (task, turn) that wait, by rank
         self.seated: dict[int, Seat] = {}  # id of a context -> its seat
         self.prompts: dict[tuple, Seat] = {}  # (role, prompt) -> a seat that holds it
         stack = self.model.stacked(self.stack)
@@ -371,30 +392,34 @@ class Pool:
         if seat.shared is not None and self.prompts.get(seat.shared) is seat:
             del self.prompts[seat.shared]
 
+    def wait(self, task: Task, turn: Turn) -> None:
+        """Queue a turn: behind those that have a seat, that write documents, or that are to begin."""
+        documents = self.writing if turn.context is None else self.new
+        (self.going_on if id(turn.context) in self.seated else documents).append((task, turn))
+
     def take(self) -> list[Seat]:
         """Seat as many waiting turns as possible: those that have a seat, then those that documents wait for,
         then new episodes, for which some seats are not to be had (else all could wait for documents for
-        ever)."""
+        ever). Only those that are seated are looked at."""
         free = [r for r in range(self.busy, len(self.rows)) if self.rows[r] is None]
-        order = sorted(
-            self.waiting, key=lambda w: (id(w[1].context) not in self.seated, w[1].context is not None)
-        )
-        taken, left = [], deque()
-        for task, turn in order:
-            seat = self.seated.get(id(turn.context)) if turn.context is not None else None
-            if seat is None:
-                if len(free) <= (self.reserve if turn.context is not None else 0):
-                    left.append((task, turn))
-                    continue
-                seat = Seat(free.pop(), turn.context, turn.role)
-                self.rows[seat.row] = seat
-                if turn.context is not None:
-                    self.seated[id(turn.context)] = seat
-                    task.contexts.append(seat)
-            seat.task, seat.turn = task, turn
-            taken.append(seat)
-        self.waiting = left
+        taken = []
+        while self.going_on:
+            task, turn = self.going_on.popleft()
+            taken.append(self.sit(self.seated[id(turn.context)], task, turn))
+        while self.writing and free:
+            task, turn = self.writing.popleft()
+            taken.append(self.sit(Seat(free.pop(), None, turn.role), task, turn))
+        while self.new and len(free) > self.reserve:
+            task, turn = self.new.popleft()
+            seat = self.seated[id(turn.context)] = Seat(free.pop(), turn.context, turn.role)
+            task.contexts.append(seat)
+            taken.append(self.sit(seat, task, turn))
         return taken
+
+    def sit(self, seat: Seat, task: Task, turn: Turn) -> Seat:
+        """Give a turn its seat."""
+        self.rows[seat.row], seat.task, seat.turn = seat, task, turn
+        return seat
 
     # feeding
 
@@ -542,15 +567,12 @@ class Pool:
         self.graphs[n].replay()
 
     def ended(self, seat: Seat) -> str | None:
-        """Why a row's turn is over, if it is. Stops are looked for in the text of its last tokens."""
+        """Why a row's turn is over, if it is."""
         n = int(self.count[seat.row])
-        stops = seat.turn.stops
-        reach = 1 + max((len(s.encode()) for s in stops), default=0)  # tokens: each is a byte at least
-        tail = self.ids[seat.row, max(0, n - reach) : n].tolist()
-        if tail[-1] in self.tok.eos:
+        said = [*seat.turn.before, *self.ids[seat.row, :n].tolist()]
+        if said[-1] in self.tok.eos:
             return "eos"
-        text = self.tok.decode(tail)
-        if any(s in text for s in stops):
+        if stopped(said, seat.turn.stops, self.tok):
             return "stop"
         return "limit" if n >= int(self.limit[seat.row]) else None
 
@@ -594,6 +616,7 @@ class Engine:
                 reserve = max(1, 2 * seats // 5) if shared else 0
                 pools[id(model)] = Pool(model, tok, seats, capacity, prefill, reserve)
         self.pools = {role: pools[id(model)] for role, (model, _) in bodies.items()}
+        self.early = max(seats, EARLY)
 
     @torch.inference_mode()
     def run(
@@ -609,33 +632,46 @@ class Engine:
         pools = list({id(p): p for p in self.pools.values()}.values())
         for pool in pools:
             pool.clear()
-        tasks = [Task(i, g) for i, g in enumerate(generators)]
-        results: list = [None] * len(tasks)
-        ready, futures, done = deque(tasks), {}, 0
+        unbegun = deque(Task(i, g) for i, g in enumerate(generators))
+        results: list = [None] * len(unbegun)
+        ready, early, done = deque(), set(), 0  # early: begun, but never seated yet
+        futures, answered = {}, SimpleQueue()
         try:
-            while done < len(tasks):
-                while ready:
-                    done += self.advance(ready.popleft(), results, futures)
+            while done < len(results):
+                while ready or (unbegun and len(early) < self.early):
+                    if not ready:
+                        ready.append(unbegun.popleft())
+                        early.add(ready[0])
+                    task = ready.popleft()
+                    if self.advance(task, results, futures, answered):
+                        done += 1
+                        early.discard(task)
                     if tell is not None and done:
                         self.stats.seconds = time.perf_counter() - began
-                        tell(done, len(tasks), self.stats)
+                        tell(done, len(results), self.stats)
                 for pool in pools:
-                    if pool.waiting:
-                        pool.feed(pool.take(), self.stats)
+                    taken = pool.take()
+                    early.difference_update(seat.task for seat in taken)
+                    pool.feed(taken, self.stats)
                     if pool.busy:
                         for task, sampled in pool.step(self.stats):
                             task.value = sampled
                             ready.append(task)
-                if futures:
-                    idle = not ready and not any(p.busy for p in pools)
-                    self.collect(futures, ready, idle)
+                idle = not ready and not any(p.busy for p in pools)
+                while futures and (idle or not answered.empty()):
+                    future, idle = answered.get(), False
+                    task = futures.pop(future)
+                    task.value = future.result()
+                    ready.append(task)
         finally:
             for future in futures:  # after a failure: what is not under way is not sent
                 future.cancel()
         self.stats.seconds = time.perf_counter() - began
         return results
 
-    def advance(self, task: Task, results: list, futures: dict[Future, Task]) -> bool:
+    def advance(
+        self, task: Task, results: list, futures: dict[Future, Task], answered: SimpleQueue[Future]
+    ) -> bool:
         """Send a generator what it waits for. True when that was its end."""
         try:
             wish = task.generator.send(task.value)
@@ -646,17 +682,7 @@ class Engine:
             return True
         if isinstance(wish, Future):
             futures[wish] = task
+            wish.add_done_callback(answered.put)
         else:
-            self.pools[wish.role].waiting.append((task, wish))
+            self.pools[wish.role].wait(task, wish)
         return False
-
-    @staticmethod
-    def collect(futures: dict[Future, Task], ready: deque, idle: bool) -> None:
-        """Move tasks whose futures are done to the ready ones; wait for one if there is nothing else to
-        do."""
-        if idle:
-            wait(futures, return_when=FIRST_COMPLETED)
-        for future in [f for f in futures if f.done()]:
-            task = futures.pop(future)
-            task.value = future.result()
-            ready.append(task)

@@ -22,6 +22,7 @@ import re
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -77,22 +78,39 @@ class Server:
         self.secrets = {key, quote(key), quote_plus(key), key.replace("/", "\\/")} - {""}
         self.headers = {"Content-Type": "application/json", "Connection": "close"} | (headers or {})
         self.proxy = None if _is_here(self.host) or proxy_bypass(self.host) else getproxies().get(self.scheme)
-        self.slots = threading.BoundedSemaphore(parallel)
+        self.waiting: deque[Callable[[], None]] = deque()
+        self.threads, self.parallel, self.lock = 0, parallel, threading.Lock()
 
     def submit(self, work: Callable[..., Value], *arguments) -> Future[Value]:
-        """Do work in a thread that no exit waits for. A future cancelled before its turn is never begun."""
+        """Do work in one of `parallel` threads, for which no exit waits (an executor's are joined at exit).
+
+        A future cancelled before its turn is never begun.
+        """
         future: Future[Value] = Future()
 
         def run() -> None:
-            with self.slots:
-                if future.set_running_or_notify_cancel():
-                    try:
-                        future.set_result(work(*arguments))
-                    except Exception as e:  # it belongs to whoever waits for the future
-                        future.set_exception(e)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work(*arguments))
+                except Exception as e:  # it belongs to whoever waits for the future
+                    future.set_exception(e)
 
-        threading.Thread(target=run, daemon=True).start()
+        with self.lock:
+            self.waiting.append(run)
+            if self.threads < self.parallel:
+                self.threads += 1
+                threading.Thread(target=self._serve, daemon=True).start()
         return future
+
+    def _serve(self) -> None:
+        """A thread's life: whatever waits, one after the other."""
+        while True:
+            with self.lock:
+                if not self.waiting:
+                    self.threads -= 1
+                    return
+                run = self.waiting.popleft()
+            run()
 
     def ask(
         self,

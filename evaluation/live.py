@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from model import POLICY
-from rollout import Episode, Sampled, Turn, harmless
+from rollout import Episode, Sampled, Turn, harmless, stopped
 from tokenizer import Tokenizer
 
 
@@ -71,6 +71,6 @@ def token_by_token(turn: Turn, tok: Tokenizer, show: Callable[[list[int], bool],
         one = yield replace(turn, ids=given, limit=1, address=(*turn.address, len(ids)))
         ids, logps, given = ids + one.ids, logps + one.logps, []
         show(one.ids, True)
-        stopped = any(stop in tok.decode(ids) for stop in turn.stops)
-        end = "eos" if one.end == "eos" else "stop" if stopped else "limit"
+        stop = stopped([*turn.before, *ids], turn.stops, tok)
+        end = "eos" if one.end == "eos" else "stop" if stop else "limit"
     return Sampled(ids, logps, end)

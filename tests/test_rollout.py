@@ -1,7 +1,11 @@
 """The engine and the episode: scripted turns for the story, a small random network for the arithmetic."""
 
 import random
-from concurrent.futures import ThreadPoolExecutor
+import re
+import sys
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ import torch
 
 import kernels
 import rollout
+from eval import live
 from kernels import linear_logp
 from model import POLICY, SIMULATOR, Config, Model, Stack
 from rollout import (
@@ -122,10 +127,19 @@ def test_only_what_was_sampled_is_parsed():
         ("a</search>", None),
         ("<search>a</answer>", None),
         ("<search>a\nb</search>\n\n", ("search", "a\nb")),
+        ("<search>a <answer>b</answer></search>", ("search", "a <answer>b</answer>")),
+        ("<search>a <answer>b</answer>", ("answer", "b")),
+        ("<think><answer>a</answer> <search>b</search></think>", None),
+        ("<think>a <search> b</think><answer>c</answer><search>d</search>", ("answer", "c")),
+        ("<think>a</think> <answer>b</answer> <think>c</think>", ("answer", "b")),
+        ("<think>a <answer>b</answer>", ("answer", "b")),
+        ("a</think><answer>b</answer>", ("answer", "b")),
+        ("<answer>a <think>b</think></answer>", ("answer", "a <think>b</think>")),
     ],
 )
 def test_the_first_whole_block_is_the_action(text, want):
-    """A half-open block, an empty query or a second block must not be taken for the action."""
+    """A half-open block, an empty query, a second block or what a closed thought weighs must not be taken for
+    the action; a thought that a base model never closes must not hide it."""
     assert rollout.action(text) == want
 
 
@@ -371,13 +385,20 @@ def test_stops_limits_and_ends(body):
 
 
 class Merged(Letters):
-    """Token 1 is the tail of a closing tag merged with what follows it."""
+    """As in real vocabularies, tags share tokens with what stands around them."""
+
+    pieces = MappingProxyType(dict(enumerate(("h>\n\n", "></", "r></", "k><", "h>.", "answe", "thin"), 1)))
+
+    def encode(self, text, special=False):
+        ids = {piece: i for i, piece in self.pieces.items()}
+        longest = "|".join(sorted(map(re.escape, ids), key=len, reverse=True))
+        return [ids.get(p) or ord(p) for p in re.findall(f"{longest}|.", text, re.DOTALL)]
 
     def decode(self, ids):
-        return "".join("h>\n\n" if i == 1 else chr(i) for i in ids if i)
+        return "".join(self.pieces.get(i, chr(i)) for i in ids if i)
 
     def token_bytes(self, i):
-        return b"h>\n\n" if i == 1 else bytes([i])
+        return self.decode([i]).encode()
 
 
 class Script:
@@ -418,6 +439,40 @@ def test_a_closing_tag_merged_with_newlines_stops():
     assert tok.decode(s.ids) == "ok <search>x</search>\n\n" and s.end == "stop"
 
 
+SAID = [  # what a policy says up to where its turn must end, and its action
+    ("<think>I need not <search> again.</think><answer>Jane</answer>", ("answer", "Jane")),
+    ("<think>to <search> or <answer>Emma</answer>?</think> <answer>Jane</answer>", ("answer", "Jane")),
+    ("<think>to <search> or <answer>Emma</answer></think><answer>Jane</answer>", ("answer", "Jane")),
+    ("<think>to <search>?</think><search> <answer>b</answer></search>\n\n", ("search", "<answer>b</answer>")),
+    ("<think>I never close <answer>Jane</answer>", ("answer", "Jane")),
+    ("<think>nor <search>a</search>\n\n", ("search", "a")),
+    ("<search>a <answer>b</answer></search>\n\n", ("search", "a <answer>b</answer>")),
+    ("<search>a <answer>b</answer></answer></search>.", ("search", "a <answer>b</answer></answer>")),
+    ("<think>a</think></search>.", None),
+]
+
+
+@pytest.mark.parametrize("text, want", SAID)
+@pytest.mark.parametrize("tok", [TOK, Merged()], ids=["letters", "merged"])
+@pytest.mark.parametrize("token_by_token", [False, True])
+def test_a_turn_ends_with_its_action(text, want, tok, token_by_token):
+    """A thought that named <search> disabled </answer>, and a tag begun before an answer block that a query
+    holds was looked for in what came after it alone: either way the turn went on to its limit, and what was
+    said there could be taken for the action. eval.py's live mode must end where the engine ends."""
+    text = text if isinstance(tok, Merged) else text.rstrip("\n.")
+    says, prompt = tok.encode(text), tok.encode("Q")
+    script = Script(says + tok.encode(" and on <answer>Emma</answer></search>" * 3), 1)
+
+    def one():
+        context = object()
+        return (yield from rollout.whole(Turn(prompt, POLICY, 120, 0.0, rollout.STOPS, (0,), context), tok))
+
+    run = live(one(), tok, lambda ids, sampled: None) if token_by_token else one()
+    (s,) = Engine({POLICY: (script, tok)}, 1, 200).run([run])
+    assert (s.ids, s.end) == (says, "stop") and len(s.logps) == len(says)
+    assert rollout.action(tok.decode(s.ids)) == want
+
+
 def test_a_greedy_turn_needs_no_randomness(body):
     """Temperature 0 must be the argmax at every address."""
 
@@ -452,6 +507,97 @@ def test_many_episodes_few_seats_do_not_deadlock(body):
     assert len(got) == 9
     with pytest.raises(ValueError, match="at least 2 seats"):
         roam(body, 1)
+
+
+class Enough(Exception):
+    """The test has seen what it wants."""
+
+
+def calls_a_step(monkeypatch, n, fetch, early=None, steps=12):
+    """What rollout.py calls from one decode step to the next while n episodes wait, and how many it begins.
+
+    fetch: each starts with a future; four are done at the start, and three more at each step. early: how many
+    are begun before there is a seat, if not as many as usual.
+    """
+    counts, begun, asked = [0], [], deque()
+
+    def talker(i):
+        begun.append(i)
+        if fetch:
+            future = Future()
+            asked.append(future)
+            if len(begun) <= 4:
+                asked.pop().set_result(None)
+            yield future
+        context = object()
+        for call in range(3):
+            yield Turn(TOK.encode(f"{i % 9}"), POLICY, 1 + (i + call) % 3, 0.0, (), (0,), context)
+            yield Turn(TOK.encode("Doc"), POLICY, 2, 0.0, (), (0,))
+
+    def count(frame, event, arg):
+        caller = {"c_call": frame, "call": frame.f_back}.get(event)
+        counts[-1] += caller is not None and caller.f_code.co_filename == rollout.__file__
+
+    def step(pool, stats, plain=Pool.step):
+        counts.append(0)
+        for _ in range(min(3, len(asked))):
+            asked.popleft().set_result(None)
+        if len(counts) > steps:
+            raise Enough
+        return plain(pool, stats)
+
+    script = Script([97] * 200, 1)
+    engine = Engine({POLICY: (script, TOK), SIMULATOR: (script, TOK)}, 5, 64)
+    engine.early = early or engine.early
+    with monkeypatch.context() as patch, pytest.raises(Enough):
+        patch.setattr(Pool, "step", step)
+        sys.setprofile(count)
+        try:
+            engine.run(map(talker, range(n)))
+        finally:
+            sys.setprofile(None)
+    return counts[1:-1], len(begun)
+
+
+@pytest.mark.parametrize("fetch", [False, True])
+def test_a_step_costs_the_same_however_many_wait(monkeypatch, fetch):
+    """Sorting the whole queue at each step, or looking at every future, took 30 ms a step with PopQA's 14,267
+    questions waiting; and a prompt made, or a search sent, for each of them at once is memory and a flood."""
+    few, many = (calls_a_step(monkeypatch, n, fetch) for n in (300, 10_000))
+    assert few == many and 0 < few[1] < 200
+    few, many = (calls_a_step(monkeypatch, n, fetch, early=n) for n in (300, 3_000))
+    assert few[0] == many[0] and (few[1], many[1]) == (300, 3_000)
+
+
+@pytest.mark.parametrize("seats", [2, 5, 9])
+@pytest.mark.parametrize("first", ["episode", "documents"])
+def test_the_order_of_seating_is_that_of_all_begun_at_once(monkeypatch, seats, first):
+    """Who sits with whom decides the last bit of a log-prob: what is begun late must not be seated late."""
+
+    def talker(i):
+        context = object()
+        if first == "documents":  # as in --mode rag
+            yield Turn(TOK.encode("Doc"), POLICY, 1 + i % 4, 0.0, (), (0,))
+        for call in range(3):
+            yield Turn(TOK.encode(f"{i % 9}"), POLICY, 1 + (i + call) % 3, 0.0, (), (0,), context)
+            yield Turn(TOK.encode("Doc"), SIMULATOR, 1 + i % 2, 0.0, (), (0,))
+
+    def seating(early):
+        script, log = Script([97] * 200, 1), []
+        engine = Engine({POLICY: (script, TOK), SIMULATOR: (script, TOK)}, seats, 64)
+        engine.early = early
+
+        def sit(pool, seat, task, turn, plain=Pool.sit):
+            log.append((engine.stats.steps, seat.row, task.index, turn.role))
+            return plain(pool, seat, task, turn)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Pool, "sit", sit)
+            engine.run(map(talker, range(60)))
+        return log
+
+    log, at_first = seating(seats), seats if first == "documents" else seats - max(1, 2 * seats // 5)
+    assert log == seating(60) and sum(step == 0 for step, *_ in log) == at_first
 
 
 def test_what_does_not_fit_a_seat_is_an_error(body):

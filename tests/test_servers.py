@@ -453,6 +453,20 @@ def test_requests_are_bounded_and_can_be_called_off(place):
     assert len(done) == 12 and p.most == 3 and off and len(p.requests) == 12 - len(off)
 
 
+def test_threads_are_as_few_as_requests_at_a_time():
+    """`--mode rag` began a thread a question, 1,469 at once. Few must serve all, and come again later."""
+    server, go, before = (
+        Server("http://127.0.0.1:9", "a", parallel=3),
+        threading.Event(),
+        threading.enumerate(),
+    )
+    futures = [server.submit(go.wait) for _ in range(500)]
+    assert 1 <= len(set(threading.enumerate()) - set(before)) <= 3
+    go.set()
+    assert not wait(futures, timeout=10).not_done
+    assert [server.submit(str, n).result(timeout=10) for n in range(99)] == list(map(str, range(99)))
+
+
 def test_an_exit_waits_for_no_request(place):
     """Threads that are joined at exit would keep a failed run, and its GPU, for minutes."""
     p = place(stall)
