@@ -47,7 +47,8 @@ import grpo
 import kernels
 import model as models
 import plan
-from kernels import linear_logp, measure
+from kernels import linear_logp
+from kernels.tools import measure
 from model import POLICY, SIMULATOR, Cache, Config, Model
 from rollout import DOCUMENTS, TOKENS, Engine, Episode, Question, Trajectory, Turn
 from tokenizer import Tokenizer

@@ -50,7 +50,7 @@ def test_imports_go_down():
 
 def test_kernels_know_nothing_of_the_project():
     """A kernel that knows of the model cannot be taken to another project."""
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         assert imported(path) <= {"kernels"}, path.name
 
 
