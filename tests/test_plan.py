@@ -12,7 +12,8 @@ import torch
 import grpo
 import model as models
 import plan
-from bench import Lesson, Meter, Silent, generate_ours
+from bench.timing import Meter
+from bench.work import Lesson, Silent, generate_ours
 from model import POLICY, SIMULATOR, Cache, Config, Model, read_json
 from plan import Settings
 from rollout import Engine
