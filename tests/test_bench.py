@@ -283,8 +283,8 @@ def test_a_profile_calls_each_part_by_its_name(body, monkeypatch, module, name, 
 
 
 def test_the_products_alone_are_all_matrices_once_a_token(body, monkeypatch):
-    """The limit that our rates are held against: without the head, or with one for each prompt token, it would
-    be out of reach or no limit at all."""
+    """Without the head, or with a head for each prompt token, the limit that our rates are compared to would be
+    out of reach, or no limit."""
 
     def flops(call):
         with FlopCounterMode(display=False) as counter:
@@ -318,7 +318,8 @@ def test_the_row_without_adapters_is_the_one_without(monkeypatch):
 
 
 def test_a_training_row_says_what_was_trained(monkeypatch):
-    """ "Kept" and "computed again" differ threefold in memory: swapped, the table would advise the wrong one."""
+    """Kept or computed again: memory differs threefold, and with the labels swapped the table would advise the
+    wrong one."""
 
     def apart(f, b, lesson):
         ours = f is training.train_ours
@@ -406,8 +407,8 @@ def test_growth_is_that_of_the_work(monkeypatch):
 
 
 def test_a_turn_is_timed_among_those_that_wait(monkeypatch):
-    """An engine that pays for each waiting episode at each step must be seen to do so; the history is not timed,
-    and nobody waits until thousands of episodes are through."""
+    """An engine that pays at each step for each waiting episode must be seen to do so. The history is not
+    timed, and the run ends before thousands of episodes are through."""
     ticks = [0]
 
     def run(episodes):
