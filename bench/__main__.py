@@ -18,7 +18,6 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,11 +33,6 @@ from .work import installed
 # Each is a file, whose docstring says what it measures and whose `rows(p)` does it.
 ALL = (sampling, episodes, profile, training, growth, memory, gpu)
 SECTIONS = {section.__name__.removeprefix("bench."): section for section in ALL}
-
-
-def told(name: str) -> str:
-    """What a section says of itself."""
-    return " ".join(SECTIONS[name].__doc__.split())
 
 
 def about() -> str:
@@ -106,17 +100,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return a
 
 
-def run_sections(names: list[str], p: Run) -> Iterator[tuple[str, list[Row]]]:
-    """Each section's rows, printed as they come."""
-    for name in names:
-        print(f"\n{name}: {told(name)}\n", flush=True)
-        rows = []
-        for row in SECTIONS[name].rows(p):
-            rows.append(row)
-            print("  ".join(cell for cell in row.cells() if cell), flush=True)
-        yield name, rows
-
-
 def print_plan(a: argparse.Namespace) -> None:
     """The largest settings that fit, and the bytes of each part."""
     bodies = [plan.shape(name) for name in dict.fromkeys((a.plan, a.sim)) if name]
@@ -131,12 +114,19 @@ def main(argv: list[str] | None = None) -> None:
     a = parse_arguments(argv)
     if a.plan:
         return print_plan(a)
+    p = Run(a.checkpoint, a.quick, a.threads, a.seconds)
     print(about(), flush=True)
-    for name, rows in run_sections(a.only, Run(a.checkpoint, a.quick, a.threads, a.seconds)):
+    for name in a.only:
+        section, rows = SECTIONS[name], []
+        told = " ".join(section.__doc__.split())
+        print(f"\n{name}: {told}\n", flush=True)
+        for row in section.rows(p):
+            rows.append(row)
+            print("  ".join(cell for cell in row.cells() if cell), flush=True)
         if a.write:
             file = Path(a.file)
             text = file.read_text(encoding="utf-8") if file.exists() else "# Bench\n"
-            body = f"{told(name)}\n{about()}.\n\n{markdown(rows)}"
+            body = f"{told}\n{about()}.\n\n{markdown(rows)}"
             file.write_text(put(text, name, body), encoding="utf-8")
 
 

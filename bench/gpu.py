@@ -24,18 +24,19 @@ def rows(p: Run) -> Iterator[Row]:
     c, small = plan.shape("3b"), replace(plan.shape("tiny"), vocab=512)
     if DEVICE == "cpu":
         yield from dry_run(replace(c, layers=2) if p.quick else c)
-        with threads(1):
-            yield from decode_rows(random_body(small, BF16, DEVICE), (1, 3), 16, 8)
-            yield from pass_rows(random_body(small, BF16, DEVICE), 2, 32)
+    body = random_body(small if DEVICE == "cpu" else c, BF16, DEVICE)
+    least, most = ((1, 3), 16, 8, 2, 32), ((1, 32, 128, 320), 512, 128, 8, 1024)
+    seats, context, tokens, batch, length = least if DEVICE == "cpu" else p.few(least, most)
+    with threads(1):
+        yield from decode_rows(body, seats, context, tokens)
+        yield from pass_rows(body, batch, length)
+        del body
+        if DEVICE == "cpu":
             w = replace(SMALL, vocab=small.vocab)
             s = plan.Settings(6, w.context + 1, 64, True, dtype=BF16, kernels=False)
             yield step_row("a step, small body", small, w, s)
-        return
-    body = random_body(c, BF16, DEVICE)
-    yield from decode_rows(body, p.few((1, 8), (1, 32, 128, 320)), p.few(64, 512), p.few(8, 128))
-    yield from pass_rows(body, p.few(1, 8), p.few(64, 1024))
-    del body
-    yield from step_rows(p, c)
+        else:
+            yield from step_rows(p, c)
 
 
 def decode_bytes(c: Config, seats: int, context: int, dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,28 +134,24 @@ class Meter(TorchDispatchMode):
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        before = {x.untyped_storage()._cdata for x in self.tensors((args, kwargs))}
+        given = {storage._cdata for storage, _ in self.storages((args, kwargs))}
         out = f(*args, **(kwargs or {}))
-        for x in self.tensors(out):
-            if x.untyped_storage()._cdata not in before:
-                self.see(x)
+        for storage, shape in self.storages(out):
+            key, size = storage._cdata, storage.nbytes()
+            if key in given or key in self.known:
+                continue
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            if size > self.largest:
+                self.largest, self.largest_shape = size, shape
+            weakref.finalize(storage, self.forget, key, size)
         return out
 
     @staticmethod
-    def tensors(tree: object) -> Iterator[Tensor]:
-        return (x for x in tree_iter(tree) if isinstance(x, Tensor) and not x.is_mkldnn)
-
-    def see(self, x: Tensor) -> None:
-        storage = x.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        if size > self.largest:
-            self.largest, self.largest_shape = size, tuple(x.shape)
-        weakref.finalize(storage, self.forget, key, size)
+    def storages(tree: object) -> list[tuple[torch.UntypedStorage, tuple[int, ...]]]:
+        tensors = (x for x in tree_iter(tree) if isinstance(x, Tensor) and not x.is_mkldnn)
+        return [(x.untyped_storage(), tuple(x.shape)) for x in tensors]
 
     def forget(self, key: int, size: int) -> None:
         self.known.discard(key)
