@@ -4,7 +4,7 @@ All of it is arithmetic on a body's shape: weights, adapters, optimiser and cach
 counted tensor by tensor as the network keeps them for its backward pass; tests/test_plan.py holds the sums
 against what is really allocated. `train.py` asks `fit` for the settings that were not given.
 
-    python bench.py --plan 3b --memory 24
+    python -m bench --plan 3b --memory 24
 
 What this is not: a measurement, or a promise about fragments and the driver; `fit` leaves SPARE for those.
 """

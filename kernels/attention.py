@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import measure
 from .attention_backward import attention_backward
 from .launch import Target, check, choose, target, tl, triton
 from .online_softmax import LOG2E, attend, load_rows, store_rows
+from .tools import measure
 
 
 def attention_torch(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import measure
 from .attention import check_heads
 from .launch import Target, check, choose, target, tl, triton
 from .online_softmax import LOG2E, attend, load_rows, store_rows
 from .place import Place
+from .tools import measure
 
 
 def cached_attention_torch(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:

@@ -16,7 +16,7 @@ Not a framework: a kernel file is an ordinary module that takes these few names.
     if __name__ == "__main__":
         measure.main("thing")                    # python -m kernels.thing
 
-With TRITON_INTERPRET=1 the kernels run on CPU tensors, under the repaired interpreter of interpreter.py.
+With TRITON_INTERPRET=1 the kernels run on CPU tensors, under the repaired tools/interpreter.py.
 """
 
 import os
@@ -42,7 +42,7 @@ else:  # macOS, Windows: enough of a stand-in to define the kernels, which are t
     triton, tl = SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
 
 if INTERPRET:
-    from . import interpreter
+    from .tools import interpreter
 
     interpreter.install()
 

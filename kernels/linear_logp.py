@@ -23,10 +23,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import measure
 from .launch import check, choose, target, tl, triton
 from .linear_logp_backward import gradient_torch, gradient_triton
 from .logits_tile import chunks, config, first_row_and_word, logits_tile, tiles, wide, within
+from .tools import measure
 
 STRIPED = 2048  # tokens a launch: the partials of their stripes take up to 58 MB at V = 151,936
 

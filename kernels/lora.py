@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import measure
 from .launch import Target, check, choose, target, tl, triton
+from .tools import measure
 
 
 def lora_torch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:

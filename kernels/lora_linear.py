@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import measure
 from .launch import check
 from .lora import layers
+from .tools import measure
 
 
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import measure
 from .launch import Target, check, choose, target, tl, triton
+from .tools import measure
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):

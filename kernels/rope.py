@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import measure
 from .launch import Target, check, choose, target, tl, triton
+from .tools import measure
 
 
 def wide(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import measure
 from .launch import check, choose, target, tl, triton
 from .place import Place
 from .rope import check_table, config, inputs, turn
+from .tools import measure
 
 
 def rope_cache_torch(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:

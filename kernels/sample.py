@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import measure
 from .launch import check, choose, tl, triton
+from .tools import measure
 
 WIDTH = 512  # words in a stripe of the reference
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import measure
 from .launch import Target, check, choose, target, tl, triton
+from .tools import measure
 
 
 def swiglu_torch(gate_up: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def program_order(request, device):
             pytest.skip("a GPU chooses the order itself")
         yield
         return
-    from kernels import interpreter
+    from kernels.tools import interpreter
 
     with interpreter.program_order(request.param):
         yield

@@ -4,18 +4,22 @@ import re
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
-import plan
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import kernels
 import model as models
-from bench import Lesson, Meter, Row, Run, Silent, Workload
+from cli import plan
+from bench import __main__ as command
+from bench import episodes, gpu, growth, memory, profile, sampling, timing, training, work
+from bench.timing import Meter, Row, Run
+from bench.work import Lesson, Silent, Workload
 from kernels import linear_logp
-from model import POLICY, REFERENCE, SIMULATOR, Config, Model, command_line
+from cli import screen
+from model import POLICY, REFERENCE, SIMULATOR, Config, Model
 from rollout import Engine
 
 QUICK = Run(quick=True)
@@ -24,7 +28,7 @@ SHAPE = Config("qwen2", vocab=128, d=32, layers=2, heads=4, kv_heads=2, head_dim
 
 @pytest.fixture(scope="module")
 def body():
-    return bench.two_roles(Model(SHAPE).init(0, std=0.3), rank=4)
+    return work.with_roles(Model(SHAPE).init(0, std=0.3), rank=4)
 
 
 class Counting:
@@ -43,7 +47,7 @@ class Counting:
 def fails(capsys, *argv):
     """The one line that a command prints when it exits with 2."""
     with pytest.raises(SystemExit) as stop:
-        command_line(partial(bench.main, argv))
+        screen.run(partial(command.main, argv))
     err = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and err.startswith("error: ") and "\n" not in err
     return err
@@ -55,15 +59,15 @@ def fails(capsys, *argv):
 def test_a_power_law_is_found():
     """An exponent that is off by one would call a quadratic cost linear."""
     sizes = [3, 8, 20, 90]
-    assert abs(bench.exponent(sizes, [5 * n**1.7 for n in sizes]) - 1.7) < 1e-9
-    row = bench.grows("x", sizes, [0.002 * n for n in sizes], "seconds")
+    assert abs(timing.exponent(sizes, [5 * n**1.7 for n in sizes]) - 1.7) < 1e-9
+    row = timing.grows("x", sizes, [0.002 * n for n in sizes], "seconds")
     assert abs(row.ratio - 1) < 1e-9 and row.ours == "6 16 40 180 ms"
-    assert abs(bench.grows("x", [1, 2], [4.0, 16.0], "bytes", [2, 8]).ratio - 1) < 1e-9
+    assert abs(timing.grows("x", [1, 2], [4.0, 16.0], "bytes", [2, 8]).ratio - 1) < 1e-9
 
 
 def test_a_ratio_is_theirs_over_ours_pair_by_pair():
     """Upside down, a slow engine would look fast; of medians alone, the spread would mean nothing."""
-    row = bench.versus("x", ([1.0, 2.0, 4.0], [3.0, 8.0, 4.0]), tokens=8)
+    row = timing.versus("x", ([1.0, 2.0, 4.0], [3.0, 8.0, 4.0]), tokens=8)
     assert (row.ratio, row.spread) == (3.0, (1.0, 4.0))
     assert (row.ours, row.theirs) == ("4 tok/s", "2 tok/s")
     assert row.cells() == ("x", "4 tok/s", "2 tok/s", "3.00", "1.00 to 4.00", "")
@@ -73,7 +77,7 @@ def test_the_two_take_turns():
     """Ten runs of one and then ten of the other measure the machine's mood, not the programs."""
     said = []
     ours, theirs = (lambda: said.append("ours"), lambda: said.append("theirs"))
-    spans = bench.alternate(Run(seconds=0), ours, theirs)
+    spans = timing.alternate(Run(seconds=0), ours, theirs)
     assert said == ["ours", "theirs"] * 2 and len(spans[0]) == len(spans[1]) == 2
 
 
@@ -106,15 +110,15 @@ def test_the_meter_passes_over_packed_copies(monkeypatch):
 
 def test_the_peak_of_the_process_is_seen():
     """A peak that was there before the step, or is missed within it, would be charged to the wrong side."""
-    if not bench.resident()[0] or torch.cuda.is_available():
+    if not timing.resident()[0] or torch.cuda.is_available():
         pytest.skip("no /proc, or a GPU")
     big = torch.ones(1 << 26)
     del big
-    base = bench.forget_peak()
-    assert bench.peak() - base < 1 << 25
+    base = timing.forget_peak()
+    assert timing.peak() - base < 1 << 25
     big = torch.ones(1 << 24)
     del big
-    assert 1 << 25 < bench.peak() - base < 1 << 27
+    assert 1 << 25 < timing.peak() - base < 1 << 27
 
 
 def test_the_flops_of_a_pass_are_those_of_its_matrices(body):
@@ -123,17 +127,17 @@ def test_the_flops_of_a_pass_are_those_of_its_matrices(body):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         body(ids, REFERENCE)
     attention = 2 * 5 * SHAPE.layers * 4 * SHAPE.heads * SHAPE.head_dim * 3
-    assert bench.forward_flops(SHAPE, 2, 5) - attention <= counter.get_total_flops()
-    assert counter.get_total_flops() <= bench.forward_flops(SHAPE, 2, 5) + attention
+    assert gpu.forward_flops(SHAPE, 2, 5) - attention <= counter.get_total_flops()
+    assert counter.get_total_flops() <= gpu.forward_flops(SHAPE, 2, 5) + attention
 
 
 def test_the_bytes_of_a_decode_step_are_those_it_reads(body):
     """GB/s would be fiction. Embeddings that are not the head are not read."""
     read = plan.parameters(SHAPE) * 4 + 2 * 4 * sum(plan.blocks(SHAPE, 16))
     cache = 3 * 10 * 2 * SHAPE.layers * SHAPE.kv_heads * SHAPE.head_dim * 4
-    assert bench.decode_bytes(SHAPE, 3, 10, torch.float32) == read + cache
+    assert gpu.decode_bytes(SHAPE, 3, 10, torch.float32) == read + cache
     untied = replace(SHAPE, tied=False)
-    assert bench.decode_bytes(untied, 3, 10, torch.float32) == read + cache
+    assert gpu.decode_bytes(untied, 3, 10, torch.float32) == read + cache
 
 
 # ---------------------------------------------------------------------------------------------- the workloads
@@ -143,9 +147,9 @@ def test_both_ways_do_the_same_episodes(body):
     """Ours and the lock-step way must hold the same tokens at the end, or one of them did less work."""
     w = Workload(2, 3, 20, 3, 2, 9, 12, 15, SHAPE.vocab)
     engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, 9, w.context + 1)
-    ts = engine.run([bench.forced_episode(w, row) for row in range(w.rows)])
+    ts = w.act(engine)
     theirs = Counting()
-    assert sum(len(t.ids) for t in ts) == bench.lock_step(theirs, w)
+    assert sum(len(t.ids) for t in ts) == episodes.lock_step(theirs, w)
     assert [sum(t.mask) for t in ts] == [sum(w.lengths(row)) for row in range(w.rows)]
     assert engine.stats.decoded == w.decoded()
     assert max(len(t.ids) for t in ts) <= w.context
@@ -176,16 +180,16 @@ def test_agreement_tells_a_near_tie_from_an_error():
             return type("Out", (), {"logits": z})
 
     rows, b = [[1, 2]], [[4, 4, 4, 4]]
-    assert bench.agreement(Logits(), rows, b, b) == "greedy ids equal"
-    assert "50.0% of greedy ids equal" in bench.agreement(Logits(), rows, [[4, 4, 3, 3]], b)
-    assert "at 1 steps" in bench.agreement(Logits(), rows, [[4, 4, 3, 3]], b)
-    assert "at 49 steps" in bench.agreement(Logits(), rows, [[4, 5, 4, 4]], b)
+    assert sampling.agreement(Logits(), rows, b, b) == "greedy ids equal"
+    assert "50.0% of greedy ids equal" in sampling.agreement(Logits(), rows, [[4, 4, 3, 3]], b)
+    assert "within 1 steps" in sampling.agreement(Logits(), rows, [[4, 4, 3, 3]], b)
+    assert "within 49 steps" in sampling.agreement(Logits(), rows, [[4, 5, 4, 4]], b)
 
 
 def test_nothing_ends_a_silent_turn(body):
     """An engine that stops early would win every race."""
     engine = Engine({POLICY: (body, Silent())}, 3, 60)
-    said = bench.generate_ours(engine, [[1, 2], [3], [4, 5, 6]], 40, 1.0)
+    said = work.generate_ours(engine, [[1, 2], [3], [4, 5, 6]], 40, 1.0)
     assert [len(s) for s in said] == [40] * 3
 
 
@@ -195,24 +199,22 @@ def test_nothing_ends_a_silent_turn(body):
 def test_only_what_is_between_the_marks_is_replaced():
     """BENCH.md is also written by hand: a run must not eat what others wrote."""
     text = "# Bench\n\nby hand\n\n<!-- bench: memory -->\nold\n<!-- /bench: memory -->\n\nmore by hand\n"
-    new = bench.put(text, "memory", "new")
-    assert new == text.replace("old", "new") and bench.put(new, "memory", "new") == new
-    added = bench.put(text, "growth", "g")
+    new = command.put(text, "memory", "new")
+    assert new == text.replace("old", "new") and command.put(new, "memory", "new") == new
+    added = command.put(text, "growth", "g")
     assert added.startswith(text.rstrip()) and "## Growth\n\n<!-- bench: growth -->\ng\n<!-- /" in added
     with pytest.raises(ValueError, match=r"no <!-- /bench: memory -->"):
-        bench.put(text.replace("/bench", "bench"), "memory", "new")
+        command.put(text.replace("/bench", "bench"), "memory", "new")
 
 
 def test_a_written_table_holds_the_machine_and_the_rows(tmp_path, monkeypatch, capsys):
     """A figure without its machine, versions and date cannot be judged."""
 
-    def two(p):
-        """What it is."""
-        yield Row("a row", "1 s", "2 s", 2.0, (1.5, 2.5), "note")
-
-    monkeypatch.setitem(bench.SECTIONS, "memory", two)
+    row = Row("a row", "1 s", "2 s", 2.0, (1.5, 2.5), "note")
+    section = SimpleNamespace(__doc__="What it is.", rows=lambda p: [row])
+    monkeypatch.setitem(command.SECTIONS, "memory", section)
     file = tmp_path / "BENCH.md"
-    bench.main(["--only", "memory", "--write", "--file", str(file)])
+    command.main(["--only", "memory", "--write", "--file", str(file)])
     text = file.read_text()
     assert "| a row | 1 s | 2 s | 2.00 | 1.50 to 2.50 | note |" in text and "What it is." in text
     assert f"torch {torch.__version__}" in text and time.strftime("%Y-%m-%d") in text
@@ -237,12 +239,14 @@ def test_bad_flags_are_one_line(capsys, tmp_path):
 
 def test_sections_run(capsys):
     """What nobody runs for a week is broken when it is needed."""
-    bench.main(["--quick", "--only", "sampling,episodes,profile,memory,gpu"])
+    command.main(["--quick", "--only", "sampling,episodes,profile,memory,gpu"])
     out = capsys.readouterr().out
     assert out.count("greedy ids equal") == 2 and "toy fp32, batch 3, 8 tokens, temperature 1" in out
     assert "2 questions x 2, no adapters" in out and "largest tensor of a step" in out
-    found = re.search(r"activations kept.*?planned.*?GiB  ([\d.]+)  meta", out)
-    assert 0.8 < float(found[1]) < 1.2, "the planner and the meta device disagree"
+    found = re.findall(r"2,048 tokens, activations (.*?)  ([\d.]+) GiB  planned.*?GiB  ([\d.]+)  meta", out)
+    (kept, most, near), (again, less, _) = found
+    assert (kept, again) == ("kept", "computed again") and float(most) > 1.3 * float(less)
+    assert 0.8 < float(near) < 1.2, "the planner and the meta device disagree"
     assert "dry run, decode, 320 seats" in out and "a step, small body" in out
 
 
@@ -250,47 +254,201 @@ def test_the_shares_of_a_profile_add_up(body):
     """A function that the model no longer goes through would show as nothing, and its time as the rest."""
     w = Workload(2, 2, 20, 2, 2, 6, 8, 10, SHAPE.vocab)
     before = kernels.rms_norm
-    row = bench.shares("x", partial(bench.act, bench.both_roles(body, w), w), 1)
+    row = profile.shares("x", partial(w.act, w.engine(body)), 1)
     parts = {part: int(share) for part, share in re.findall(r"(\w[\w ]*?) (\d+)%", row.note)}
-    assert [*parts] == [*bench.PARTS, "the rest"] and abs(sum(parts.values()) - 100) <= 4
+    assert [*parts] == [*profile.PARTS, "the rest"] and abs(sum(parts.values()) - 100) <= 4
     assert kernels.rms_norm is before
+
+
+@pytest.mark.parametrize(
+    "module, name, part",
+    [
+        (models, "product", "products"),
+        (models, "adapt", "adapters"),
+        (kernels, "cached_attention", "attention"),
+        (kernels, "rms_norm", "RMSNorm"),
+        (kernels, "rope_cache", "RoPE and cache"),
+        (kernels, "swiglu", "SwiGLU"),
+        (kernels, "sample", "sampling"),
+    ],
+)
+def test_a_profile_calls_each_part_by_its_name(body, monkeypatch, module, name, part):
+    """With two labels swapped somebody would speed up the wrong kernel. Only one part takes time here."""
+    w, ticks, f = Workload(1, 2, 8, 2, 2, 3, 4, 5, SHAPE.vocab), [0], getattr(module, name)
+
+    def tick(*args, **kwargs):
+        ticks[0] += 1
+        return f(*args, **kwargs)
+
+    monkeypatch.setattr(timing, "clock", lambda: ticks[0])
+    monkeypatch.setattr(module, name, tick)
+    assert profile.shares("x", partial(w.act, w.engine(body)), 1).note == f"{part} 100%"
+
+
+def test_the_products_alone_are_all_matrices_once_a_token(body, monkeypatch):
+    """Without the head, or with a head for each prompt token, the limit that our rates are compared to would
+    be out of reach, or no limit."""
+
+    def flops(call):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    monkeypatch.setattr(sampling, "timed", flops)
+    matrices = SHAPE.layers * sum(d_in * sum(parts) for d_in, parts in plan.linears(SHAPE))
+    wanted = 2 * 3 * (7 + 5) * matrices + 2 * 3 * 5 * SHAPE.vocab * SHAPE.d
+    assert sampling.products_alone(body, 3, 7, 5) == wanted
+
+
+def test_the_row_without_adapters_is_the_one_without(monkeypatch):
+    """Swapped, adapters would seem to speed the engine up."""
+    calls, adapt = [0], models.adapt
+
+    def count(*args):
+        calls[0] += 1
+        adapt(*args)
+
+    def adapted(call):
+        before = calls[0]
+        call()
+        return [1.0 + calls[0] - before]
+
+    monkeypatch.setattr(models, "adapt", count)
+    monkeypatch.setattr(episodes, "alternate", lambda p, *sides: [adapted(side) for side in sides])
+    both, neither = episodes.rows(QUICK)
+    assert both.ratio < 1 == neither.ratio
+    assert "no adapters" in neither.name and "no adapters" not in both.name
+
+
+def test_a_training_row_says_what_was_trained(monkeypatch):
+    """Kept or computed again: memory differs threefold; with the labels swapped the table would advise the
+    wrong one."""
+
+    def apart(f, b, lesson):
+        ours = f is training.train_ours
+        return {
+            "seconds": [1.0 + lesson.recompute if ours else 6.0],
+            "peak": (1 + 2 * ours) << 20,
+            "tokens": 5,
+        }
+
+    monkeypatch.setattr(training, "installed", lambda *names: True)
+    monkeypatch.setattr(training, "apart", apart)
+    again, kept = training.rows(Run())
+    assert (again.name, again.ratio) == ("toy fp32, activations computed again: a step", 3.0)
+    assert (kept.name, kept.ratio) == ("toy fp32, activations kept: a step", 6.0)
+    step, peak = training.rows(QUICK)
+    assert (peak.ours, peak.theirs, peak.ratio) == (
+        "3 MiB",
+        "1 MiB",
+        1 / 3,
+    ) and "5 trained tokens" in step.note
+
+
+def test_the_passes_of_training_are_counted_rightly(body, monkeypatch):
+    """One forward pass, two, or three with recomputation: a wrong factor would be a wrong TFLOP/s. The clock
+    counts operations, so each rate is about one operation a tick; adapters are not in the formula."""
+    with FlopCounterMode(display=False) as counter:
+        monkeypatch.setattr(timing, "clock", counter.get_total_flops)
+        rows = list(gpu.pass_rows(body, 2, 32))
+    names = ["prefill", "forward and backward", "the same, activations computed again"]
+    assert [row.name.split(", 2 x")[0] for row in rows] == names
+    assert all(0.8e-12 < float(row.ours.split()[0]) < 1.1e-12 for row in rows)
+
+
+def test_our_log_probs_are_in_our_column():
+    """The claim of the memory section, the right way round, where a vocabulary is large enough to show it."""
+    row = next(memory.rows(SimpleNamespace(few=lambda quick, full: (32768, 256, 32))))
+    assert row.ratio > 2 and float(row.ours.split()[0]) * row.ratio == pytest.approx(
+        float(row.theirs.split()[0]), rel=0.02
+    )
 
 
 def test_the_memory_of_logps_does_not_grow_with_the_vocabulary():
     """Logits of all words, for a single token or a moment, would make the peak grow."""
     small, large = (
-        bench.metered(lambda v=v: bench.logp_and_back(*bench.logp_inputs(512, 64, v), linear_logp))
-        for v in (8192, 32768)
+        timing.metered(growth.logp_call(linear_logp, 512, 64, vocab)).peak for vocab in (8192, 32768)
     )
-    inputs = (32768 - 8192) * 64 * 4
-    assert large.peak - inputs <= 1.02 * small.peak
+    assert large <= 1.02 * small
 
 
-def test_growth_runs():
-    """All exponents are printed, and of the same kind."""
-    rows = list(bench.growth(QUICK))
-    assert len(rows) == 8 and all(row.note == "exponent" and row.ratio is not None for row in rows)
+def test_growth_is_that_of_the_work(monkeypatch):
+    """The clock counts multiplications. A row of other work than its label's, or an exponent in other sizes,
+    would call a quadratic cost linear; a step that is not divided by its tokens is no step."""
+    done = [0]
+
+    def counted(f):
+        def call(x, weight, *args):
+            done[0] += x.shape[:-1].numel() * weight.numel()
+            return f(x, weight, *args)
+
+        return call
+
+    monkeypatch.setattr(timing, "clock", lambda: done[0])
+    for module, name in ((models, "product"), (kernels, "lora_linear"), (growth, "linear_logp")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    rows = {row.name: row for row in growth.rows(QUICK)}
+    assert len(rows) == 9 and all(row.note == "exponent" for row in rows.values())
+    assert all(row.ours.split()[-1] == ("MiB" if "peak" in name else "ms") for name, row in rows.items())
+
+    def figures(start):
+        (row,) = (row for name, row in rows.items() if name.startswith(start))
+        return row.ratio, float(row.ours.split()[0]) / 1e3
+
+    def work_of(c, tokens, sampled):
+        matrices = c.layers * sum(d_in * sum(parts) for d_in, parts in plan.linears(c))
+        return pytest.approx(tokens * matrices + sampled * c.vocab * c.d, rel=0.01)
+
+    toy = plan.shape("tiny")
+    assert figures("a turn (8 rows, 4 tokens fed, 4 sampled)") == (pytest.approx(0), work_of(toy, 64, 32))
+    assert figures("a decode step (8 rows") == (pytest.approx(0), work_of(growth.TINY, 8, 8))
+    assert 1.1 < figures("episodes (8 rows), exponent in tokens sampled")[0] < 1.3  # in turns: 1.5
+    assert 0.5 < figures("acting: siblings")[0] < 0.9  # the prompt is fed once
+    assert figures("learning: siblings")[0] == pytest.approx(1)
+    assert figures("learning: siblings")[1] > 1.5 * figures("acting: siblings")[1]
+    assert figures("log-prob and gradient") == (pytest.approx(1), pytest.approx(64 * 64 * 1024, rel=0.01))
+
+
+def test_a_turn_is_timed_among_those_that_wait(monkeypatch):
+    """An engine that pays at each step for each waiting episode must be seen to do so. The history is not
+    timed, and the run ends before thousands of episodes are through."""
+    ticks = [0]
+
+    def run(episodes):
+        assert [len(next(e).ids) for e in episodes[:3]] == [2] * 3
+        ticks[0] += 1000
+        turns = [e.send(None) for e in episodes[:3]]
+        assert len(turns[0].ids) == 4 and len({id(t.context) for t in turns}) == 3
+        ticks[0] += len(episodes) * turns[0].limit
+        for e in episodes[:3]:
+            next(e, None)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(timing, "clock", lambda: ticks[0])
+    e = SimpleNamespace(pools={POLICY: SimpleNamespace(model=SimpleNamespace(config=SHAPE))}, run=run)
+    assert growth.turn_seconds(e, 3, 2, 4, 5, waiting=100) == 103 * 5
 
 
 def test_absent_peers_are_said_to_be_absent(monkeypatch):
     """Who has only requirements.txt must get the rest of the table, and be told what is missing."""
-    monkeypatch.setattr(bench, "installed", lambda *names: False)
-    rows = [*bench.sampling(QUICK), *bench.episodes(QUICK), *bench.training(QUICK)]
+    for section in (sampling, episodes, training):
+        monkeypatch.setattr(section, "installed", lambda *names: False)
+    rows = [*sampling.rows(QUICK), *episodes.rows(QUICK), *training.rows(QUICK)]
     assert [r.theirs for r in rows] == ["peer not installed"] * 3
 
 
 def test_a_step_beside_trl():
     """Both sides must learn from the same number of tokens, each in a process of its own."""
-    if not bench.installed("trl", "peft"):
+    if not work.installed("trl", "peft"):
         pytest.skip("peer not installed")
-    step, memory = bench.training(QUICK)
+    step, memory = training.rows(QUICK)
     assert "trained tokens" in step.note and step.ratio > 0 and memory.ratio > 0
 
 
 def test_the_plan_is_printed(capsys):
     """`--plan` is for people who decide which card to rent."""
-    bench.main(["--plan", "3b", "--memory", "24"])
+    command.main(["--plan", "3b", "--memory", "24"])
     out = capsys.readouterr().out
-    bench.main(["--plan", "3b", "--sim", "3b"])  # one body in both roles
+    command.main(["--plan", "3b", "--sim", "3b"])  # one body in both roles
     assert capsys.readouterr().out.splitlines()[1:] == out.splitlines()[1:]
     assert "3b in 24 GiB: --seats" in out and re.search(r"weights +5,902\.0 MiB", out) and "total" in out

@@ -23,7 +23,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
 def test_quick(tmp_path):
     """A change of a block size that spills on an H100 or an A100 would be found when somebody rents one."""
     out = tmp_path / "reports.json"
-    done = python("-m", "kernels.compile_check", "--quick", "--json", str(out))
+    done = python("-m", "kernels.tools.compile_check", "--quick", "--json", str(out))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     reports = json.loads(out.read_text())
     assert {r["target"] for r in reports} == {"sm_90", "sm_80"}
@@ -35,7 +35,7 @@ def test_quick(tmp_path):
 
 PLANTED = """
 import torch, triton, triton.language as tl
-from kernels.compile_check import Catch
+from kernels.tools.compile_check import Catch
 from kernels.launch import TARGETS
 
 @triton.jit
@@ -93,9 +93,7 @@ def test_planted_problems_are_found(tmp_path):
 
 def test_it_does_not_interpret():
     """Under TRITON_INTERPRET=1 nothing would be compiled, and all would be well."""
-    code = (
-        "from kernels.compile_check import Catch; from kernels.launch import TARGETS; Catch(TARGETS['sm_90'])"
-    )
+    code = "from kernels.tools.compile_check import Catch, TARGETS; Catch(TARGETS['sm_90'])"
     env = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert "cannot run with TRITON_INTERPRET=1" in done.stderr

@@ -8,7 +8,7 @@ import torch
 from kernels import attention_backward
 from kernels.attention import attention_torch, attention_triton, config
 from kernels.launch import TARGETS
-from kernels.measure import relative_rms
+from kernels.tools.measure import relative_rms
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 pytestmark = pytest.mark.usefixtures("filled_with_nan")

@@ -8,8 +8,8 @@ import torch
 from kernels.cached_attention import cached_attention_torch, chunks, config
 from kernels.cached_attention import cached_attention_triton as cached_attention_at
 from kernels.launch import TARGETS
-from kernels.measure import relative_rms
 from kernels.place import Place
+from kernels.tools.measure import relative_rms
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 pytestmark = pytest.mark.usefixtures("filled_with_nan")

@@ -7,7 +7,7 @@ import torch
 
 from kernels import linear_logp_backward, logits_tile
 from kernels.linear_logp import linear_logp_torch, linear_logp_triton
-from kernels.measure import relative_rms
+from kernels.tools.measure import relative_rms
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}  # of the gradient
 pytestmark = pytest.mark.usefixtures("filled_with_nan")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.lora import lora_torch, lora_triton
-from kernels.measure import relative_rms
+from kernels.tools.measure import relative_rms
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 BOTH = pytest.mark.parametrize("function", [lora_torch, lora_triton])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.lora_linear import lora_linear
-from kernels.measure import relative_rms
+from kernels.tools.measure import relative_rms
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.measure import relative_rms
 from kernels.rope import rope_torch, rope_triton
+from kernels.tools.measure import relative_rms
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 pytestmark = pytest.mark.usefixtures("filled_with_nan")

@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_kernel_rope import BOUND, fp64, packed, table
 
-from kernels.measure import relative_rms
 from kernels.place import Place
 from kernels.rope import rope_torch
 from kernels.rope_cache import rope_cache_torch, rope_cache_triton
+from kernels.tools.measure import relative_rms
 
 pytestmark = pytest.mark.usefixtures("filled_with_nan")
 

@@ -110,7 +110,7 @@ def test_a_mask_off_by_one_is_caught():
 @pytest.mark.parametrize("to", [1, -1, 4])
 def test_a_race_between_programs_is_caught(order, to):
     """The result depends on who comes first; in the stock interpreter's one order it may well look right."""
-    from kernels import interpreter
+    from kernels.tools import interpreter
 
     x = torch.arange(8.0)
     with interpreter.program_order(order):
@@ -145,7 +145,7 @@ def test_bf16_rounds_to_the_nearest_even():
 
 def test_bf16_halves_go_to_even():
     """1 + 2^-8 lies between two bf16 numbers: the even one is 1; of 1 + 3 * 2^-8 it is 1 + 2^-6."""
-    from kernels.interpreter import narrow, widen
+    from kernels.tools.interpreter import narrow, widen
 
     x = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 3.4e38, float("inf"), float("nan"), -0.0])
     mine = torch.from_numpy(widen(narrow(x.numpy())))
@@ -173,7 +173,7 @@ def test_a_dot_that_no_gpu_takes_is_refused():
 
 def test_programs_run_in_the_order_asked_for(monkeypatch):
     """Otherwise the three orders would be one."""
-    from kernels import interpreter
+    from kernels.tools import interpreter
 
     seen = []
     step = interpreter.Builder.set_grid_idx
@@ -223,7 +223,7 @@ def test_the_choice():
 
 def test_the_benchmark_runs_to_its_end(tmp_path):
     """It would else fail on the day that somebody has a GPU, and its figures would be of wrong results."""
-    from kernels import measure
+    from kernels.tools import measure
 
     out = tmp_path / "bench.json"
     done = python(f"from kernels.__main__ import main; exit(main(['--toy', '--json', {str(out)!r}]))")

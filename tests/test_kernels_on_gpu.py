@@ -6,7 +6,7 @@ There every kernel test runs on the device too, compiled (see conftest.py): `pyt
 import pytest
 import torch
 
-from kernels import measure
+from kernels.tools import measure
 
 pytestmark = [
     pytest.mark.gpu,

@@ -107,7 +107,7 @@ def run(tmp_path: Path, kernels: str) -> dict[str, torch.Tensor]:
 def test_the_model_on_kernels_equals_the_model_on_references(tmp_path):
     """A kernel may be right and still be called with another's strides, a stale length or a wrong scale."""
     pytest.importorskip("triton")
-    from kernels.measure import relative_rms
+    from kernels.tools.measure import relative_rms
 
     mine, theirs = run(tmp_path, "triton"), run(tmp_path, "torch")
     assert torch.equal(mine.pop("qwen2 ids"), theirs.pop("qwen2 ids"))

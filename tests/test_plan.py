@@ -6,15 +6,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import plan
 import pytest
 import torch
-from plan import Settings
 
 import grpo
 import model as models
-from bench import Lesson, Meter, Silent, generate_ours
-from model import POLICY, SIMULATOR, Cache, Config, Model, read_json
+from bench.timing import Meter
+from bench.work import Lesson, Silent, generate_ours
+from cli import plan
+from cli.disk import read_json
+from cli.plan import Settings
+from model import POLICY, SIMULATOR, Cache, Config, Model
 from rollout import Engine
 
 ROOT = Path(__file__).parent.parent

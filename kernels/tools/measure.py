@@ -1,4 +1,4 @@
-"""How fast a kernel is, and beside what: cases, timing, the ceilings of this GPU, one table.
+"""How fast a kernel is, and against what: cases, timing, the ceilings of this GPU, one table.
 
 Each kernel file says what there is to measure with `cases(m: Model, device)`, which yields a `Case` for every
 kind of call that a model of these dimensions makes. The same cases serve three times: compile_check.py runs
@@ -6,6 +6,7 @@ them on meta tensors to see every launch of the host code, `python -m kernels` t
 toy's dimensions it runs them under the interpreter, where only the error column means anything.
 """
 
+import argparse
 import importlib
 import json
 import math
@@ -15,25 +16,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .launch import target
+from ..launch import target
 
-FILES = (
-    "attention",
-    "cached_attention",
-    "linear_logp",
-    "lora",
-    "lora_linear",
-    "rms_norm",
-    "rope",
-    "rope_cache",
-    "sample",
-    "swiglu",
-)
+FILES = ("attention", "cached_attention", "linear_logp", "lora", "lora_linear")
+FILES += ("rms_norm", "rope", "rope_cache", "sample", "swiglu")
 
 
 @dataclass(frozen=True)
@@ -83,10 +75,15 @@ class Case:
     flops: int = 0
 
 
-def modules() -> Iterator[tuple[str, ModuleType]]:
-    """Name and module of every kernel file."""
-    for name in FILES:
-        yield name, importlib.import_module(f"kernels.{name}")
+def modules(names: Iterable[str] = FILES) -> Iterator[tuple[str, ModuleType]]:
+    """Name and module of every kernel file, or of these."""
+    return ((name, importlib.import_module(f"kernels.{name}")) for name in names)
+
+
+def add_choices(p: argparse.ArgumentParser) -> None:
+    """The flags that choose kernel files and models."""
+    p.add_argument("--files", nargs="+", choices=FILES, default=FILES, help="default: all")
+    p.add_argument("--models", nargs="+", choices=list(MODELS), help="whose dimensions; default: all")
 
 
 def compiled(f: Callable, device: str) -> dict[str, Callable]:
@@ -122,14 +119,12 @@ def milliseconds(run: Callable, repeats: int = 20) -> float:
     flush = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     for _ in range(3):
         run()
-    spans = []
-    for _ in range(repeats):
+    spans = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for before, after in spans:
         flush.zero_()
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         run()
         after.record()
-        spans.append((before, after))
     torch.cuda.synchronize()
     return statistics.median(before.elapsed_time(after) for before, after in spans)
 
@@ -149,8 +144,7 @@ def copy_bandwidth() -> float:
     """Bytes a second that a plain copy of 1 GB moves here, read and written. 0 on a CPU."""
     if not torch.cuda.is_available():
         return 0.0
-    x = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
-    y = torch.empty_like(x)
+    x, y = (torch.empty(1 << 30, dtype=torch.int8, device="cuda") for _ in range(2))
     return 2 * x.numel() / milliseconds(lambda: y.copy_(x)) * 1e3
 
 
@@ -168,14 +162,6 @@ def tensors(out: Tensor | tuple) -> list[Tensor]:
     return [out] if isinstance(out, Tensor) else [t for t in out if t is not None]
 
 
-def _or_nan(number: Callable[[], float]) -> float:
-    """NaN for a rival that cannot run here: out of memory, or a backend that this GPU lacks."""
-    try:
-        return number()
-    except RuntimeError:
-        return math.nan
-
-
 def error(case: Case) -> float:
     """The largest relative RMS error of a case's outputs against its first rival."""
     reference = next(iter(case.rivals.values()))()
@@ -183,19 +169,27 @@ def error(case: Case) -> float:
     return max((relative_rms(x, y) for x, y in pairs), key=lambda e: (math.isnan(e), e))
 
 
+def _or_nan(number: Callable[..., float], *args) -> float:
+    """NaN for a rival that cannot run here: out of memory, or a backend that this GPU lacks."""
+    try:
+        return number(*args)
+    except RuntimeError:
+        return math.nan
+
+
 def measure(case: Case) -> dict:
     """Time, rate, share of the ceiling, error against the first rival, speed-up over each rival."""
     ms = milliseconds(case.run)
     row = {"case": case.name, "ms": ms, "MB": peak_megabytes(case.run)}
-    if case.flops:
-        rate, ceiling = case.flops / ms * 1e3, matmul_rate()
-        row |= {"TFLOP/s": rate / 1e12, "of matmul": rate / ceiling if ceiling else 0.0}
-    if case.bytes:
-        rate, ceiling = case.bytes / ms * 1e3, copy_bandwidth()
-        row |= {"GB/s": rate / 1e9, "of copy": rate / ceiling if ceiling else 0.0}
-    for name, rival in case.rivals.items():
-        row[f"vs {name}"] = _or_nan(lambda rival=rival: milliseconds(rival)) / ms
-    return row | ({"error": _or_nan(lambda: error(case))} if case.rivals else {})
+    for work, unit, scale, of, ceiling in (
+        (case.flops, "TFLOP/s", 1e12, "of matmul", matmul_rate),
+        (case.bytes, "GB/s", 1e9, "of copy", copy_bandwidth),
+    ):
+        if work:
+            rate = work / ms * 1e3
+            row |= {unit: rate / scale, of: rate / ceiling() if ceiling() else 0.0}
+    row |= {f"vs {name}": _or_nan(milliseconds, rival) / ms for name, rival in case.rivals.items()}
+    return row | ({"error": _or_nan(error, case)} if case.rivals else {})
 
 
 def line(row: dict) -> str:
@@ -224,15 +218,12 @@ def bench(names: Iterable[str], models: Iterable[Model], out: str | None = None)
     here, rows = about(), []
     print(", ".join(f"{k} {v}" for k, v in here.items()), flush=True)
     for m in models:
-        for name, module in modules():
-            if name not in names:
-                continue
+        for name, module in modules(name for name in FILES if name in names):
             for case in module.cases(m, "cuda" if torch.cuda.is_available() else "cpu"):
                 rows.append({"model": m.name, "kernel": name, **measure(case)})
                 print(line(rows[-1]), flush=True)
     if out:
-        with open(out, "w", encoding="utf-8") as f:
-            json.dump(here | {"rows": rows}, f, indent=1)
+        Path(out).write_text(json.dumps(here | {"rows": rows}, indent=1), encoding="utf-8")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended until it can be believed: kernels on CPU tensors, for tests.
+"""Triton's interpreter, repaired so that its results can be trusted: kernels on CPU tensors, for tests.
 
 Not a simulator of a GPU: no timing, no warps, no registers (compile_check.py has those). launch.py installs
 it when TRITON_INTERPRET=1. What the stock interpreter (3.6, 3.7) gets wrong, and what happens here instead:
@@ -10,16 +10,15 @@ it when TRITON_INTERPRET=1. What the stock interpreter (3.6, 3.7) gets wrong, an
   on them. tl.max and tl.min pass a NaN on, so that it cannot hide there.
 * Addresses. Stock: anything goes, up to a crash. Here each must lie within some tensor argument.
 * Races. Here an address that one program writes may be neither read nor written by another in the same
-  launch, and the lanes of one store must differ. `program_order` chooses the order of the programs besides.
+  launch, and the lanes of one store must differ. `program_order` also chooses the order of the programs.
 * Dots over fewer than 16 columns. Stock: accepted. Here refused, as by a GPU. Atomics are refused too: their
   results would depend on the order of the programs.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
 
 import numpy as np
 import triton
@@ -29,6 +28,7 @@ from triton.runtime import interpreter as stock
 ORDERS = ("forward", "reverse", "shuffled")
 MANY = -1  # an address read by more than one program
 TRUNCATE = stock._ir.ROUNDING_MODE.RTZ
+BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift}
 Builder, Handle = stock.InterpreterBuilder, stock.TensorHandle
 
 
@@ -41,20 +41,19 @@ def narrow(x: np.ndarray) -> np.ndarray:
     """fp32 -> bf16 bit patterns (uint16), to the nearest, ties to even; any NaN becomes the quiet one."""
     x = np.ascontiguousarray(x, dtype=np.float32)
     bits = x.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+    return np.where(np.isnan(x), 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _tf32(x: np.ndarray) -> np.ndarray:
     return ((x.view(np.uint32) + 0x1000) & 0xFFFFE000).view(np.float32)
 
 
-def _is_bf16(h: Handle) -> bool:
-    return h.dtype.scalar == tl.bfloat16
-
-
 def _values(h: Handle) -> np.ndarray:
-    return widen(h.data) if _is_bf16(h) else h.data
+    return widen(h.data) if h.dtype.scalar == tl.bfloat16 else h.data
+
+
+def _rounded(values: np.ndarray) -> Handle:
+    return Handle(narrow(values), tl.bfloat16)
 
 
 class Memory:
@@ -62,20 +61,20 @@ class Memory:
 
     def __init__(self) -> None:
         self.extents: list[tuple[int, int]] = []  # addresses from, to: one a tensor argument
-        self.storages: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}  # base: size, writers, readers
+        self.storages: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # base: writer, reader of each byte
 
     def add(self, tensor) -> None:
-        if tensor.numel() == 0:
-            return
-        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        start = tensor.data_ptr()
-        self.extents.append((start, start + (last + 1) * tensor.element_size()))
-        base, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        if base not in self.storages:
-            self.storages[base] = (size, np.zeros(size, np.int32), np.zeros(size, np.int32))
+        if tensor.numel():
+            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            start, storage = tensor.data_ptr(), tensor.untyped_storage()
+            self.extents.append((start, start + (last + 1) * tensor.element_size()))
+            bytes_of = (np.zeros(storage.nbytes(), np.int32) for _ in range(2))
+            self.storages.setdefault(storage.data_ptr(), tuple(bytes_of))
 
-    def touch(self, at: np.ndarray, width: int, program: int, store: bool) -> None:
-        """at (n,) addresses of elements of `width` bytes that a program (counted from 1) loads or stores."""
+    def touch(self, pointers: Handle, mask: Handle, program: int, store: bool) -> None:
+        """The unmasked lanes of a load or store by a program (counted from 1). Raises if it may not."""
+        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64).ravel()
+        width = stock._get_np_dtype(pointers.get_element_ty()).itemsize
         inside = np.zeros(at.shape, bool)
         for low, high in self.extents:
             inside |= (at >= low) & (at + width <= high)
@@ -84,19 +83,15 @@ class Memory:
             raise IndexError(f"{what}: {(~inside).sum()} of {at.size} lanes outside every tensor argument")
         if store and np.unique(at).size != at.size:
             raise RuntimeError("race: two lanes of one store have the same address")
-        for base, (size, writer, reader) in self.storages.items():
-            here = at[(at >= base) & (at < base + size)] - base
-            if here.size:
-                self._own(here, writer, reader, program, store)
-
-    def _own(self, here, writer, reader, program: int, store: bool) -> None:
-        w, r = writer[here], reader[here]
-        if ((w != 0) & (w != program)).any() or (store and ((r != 0) & (r != program)).any()):
-            raise RuntimeError("race: two programs share an address, and one of them writes it")
-        if store:
-            writer[here] = program
-        else:
-            reader[here] = np.where((r == 0) | (r == program), program, MANY)
+        for base, (writer, reader) in self.storages.items():
+            here = at[(at >= base) & (at < base + writer.size)] - base
+            w, r = writer[here], reader[here]
+            if ((w != 0) & (w != program)).any() or (store and ((r != 0) & (r != program)).any()):
+                raise RuntimeError("race: two programs share an address, and one of them writes it")
+            if store:
+                writer[here] = program
+            else:
+                reader[here] = np.where((r == 0) | (r == program), program, MANY)
 
 
 _memory = Memory()
@@ -115,21 +110,14 @@ def program_order(order: str) -> Iterator[None]:
         _order.pop()
 
 
-def _lanes(pointers: Handle, mask) -> np.ndarray:
-    on = np.broadcast_to(mask, pointers.data.shape)
-    return pointers.data[on].astype(np.int64).ravel()
-
-
 def _poison(dtype, shape) -> Handle:
+    """What masked lanes hold: NaN, true, or a third of the largest integer."""
     kind = stock._get_np_dtype(dtype)
-    if dtype == tl.bfloat16:
-        return Handle(np.full(shape, 0x7FC0, kind), dtype)
     if dtype.is_floating():
-        return Handle(np.full(shape, np.nan, kind), dtype)
-    return Handle(np.full(shape, True if kind == np.bool_ else np.iinfo(kind).max // 3, kind), dtype)
-
-
-_BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift}
+        value = 0x7FC0 if dtype == tl.bfloat16 else np.nan
+    else:
+        value = True if kind == np.bool_ else np.iinfo(kind).max // 3
+    return Handle(np.full(shape, value, kind), dtype)
 
 
 class Mended(Builder):
@@ -137,16 +125,13 @@ class Mended(Builder):
 
     def create_masked_load(self, pointers, mask, other, *rest, **named):
         mask = mask if isinstance(mask, Handle) else Handle(mask, tl.int1)
-        dtype = pointers.get_element_ty()
-        _memory.touch(_lanes(pointers, mask.data), stock._get_np_dtype(dtype).itemsize, self.program, False)
-        if other is None:
-            other = _poison(dtype, pointers.data.shape)
+        _memory.touch(pointers, mask, self.program, store=False)
+        other = _poison(pointers.get_element_ty(), pointers.data.shape) if other is None else other
         return _was["create_masked_load"](self, pointers, mask, other, *rest, **named)
 
     def create_masked_store(self, pointers, value, mask, *rest, **named):
         mask = mask if isinstance(mask, Handle) else Handle(mask, tl.int1)
-        width = stock._get_np_dtype(pointers.get_element_ty()).itemsize
-        _memory.touch(_lanes(pointers, mask.data), width, self.program, True)
+        _memory.touch(pointers, mask, self.program, store=True)
         return _was["create_masked_store"](self, pointers, value, mask, *rest, **named)
 
     def create_atomic_rmw(self, *args):
@@ -169,30 +154,32 @@ class Mended(Builder):
         _was["set_grid_idx"](self, i // (ny * nz), i // nz % ny, i % nz)
 
     def get_bf16(self, value):
-        return Handle(narrow(np.array([value], np.float32)), tl.bfloat16)
+        return _rounded(np.array([value], np.float32))
 
     def binary_op(self, a, b, op):
-        if op in _BITWISE or not (_is_bf16(a) or _is_bf16(b)):
+        if op in BITWISE or tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
             out = _was["binary_op"](self, a, b, op)
             return Handle(out.data, tl.int1) if out.data.dtype == np.bool_ else out  # stock: a's type
         out = op(_values(a), _values(b))
-        return Handle(out, tl.int1) if out.dtype == np.bool_ else Handle(narrow(out), tl.bfloat16)
+        return Handle(out, tl.int1) if out.dtype == np.bool_ else _rounded(out)
 
     def unary_op(self, a, op):
-        return Handle(narrow(op(_values(a))), tl.bfloat16) if _is_bf16(a) else _was["unary_op"](self, a, op)
+        if a.dtype.scalar != tl.bfloat16:
+            return _was["unary_op"](self, a, op)
+        return _rounded(op(_values(a)))
 
     def ternary_op(self, a, b, c, op):
-        if op is not np.clip or not _is_bf16(a):
+        if op is not np.clip or a.dtype.scalar != tl.bfloat16:
             return _was["ternary_op"](self, a, b, c, op)
-        return Handle(narrow(op(_values(a), _values(b), _values(c))), tl.bfloat16)
+        return _rounded(op(_values(a), _values(b), _values(c)))
 
     def create_fma(self, x, y, z):
         out = _values(x) * _values(y) + _values(z)
-        return Handle(narrow(out) if _is_bf16(z) else out, z.dtype.scalar)
+        return _rounded(out) if z.dtype.scalar == tl.bfloat16 else Handle(out, z.dtype.scalar)
 
     def cast_impl(self, a, to):
         if to.scalar == tl.bfloat16:
-            return Handle(narrow(_values(a).astype(np.float32)), tl.bfloat16)
+            return _rounded(_values(a).astype(np.float32))
         return Handle(_values(a).astype(stock._get_np_dtype(to)), to.scalar)
 
     def create_fp_to_fp(self, a, to, rounding):
@@ -204,47 +191,38 @@ class Mended(Builder):
         x, y = _values(a), _values(b)
         if x.shape[-1] < 16:
             raise ValueError(f"tl.dot over K = {x.shape[-1]}: a GPU wants 16 or more")
-        if x.dtype == np.float32 and a.dtype == tl.float32 and precision == stock._ir.INPUT_PRECISION.TF32:
+        if a.dtype == tl.float32 and precision == stock._ir.INPUT_PRECISION.TF32:
             x, y = _tf32(x), _tf32(y)
         wide = np.float64 if acc.dtype.scalar == tl.float64 else np.float32
         out = np.matmul(x.astype(wide), y.astype(wide)) + _values(acc)
-        return Handle(narrow(out) if _is_bf16(acc) else out.astype(acc.data.dtype), acc.dtype.scalar)
+        if acc.dtype.scalar == tl.bfloat16:
+            return _rounded(out)
+        return Handle(out.astype(acc.data.dtype), acc.dtype.scalar)
 
 
 _was = {name: getattr(Builder, name) for name in vars(Mended) if hasattr(Builder, name)}
 
 
-def _tensor(values: np.ndarray, dtype) -> tl.core.tensor:
-    kind = tl.block_type(dtype, list(values.shape)) if values.shape else dtype
-    return tl.core.tensor(Handle(np.atleast_1d(values), dtype), kind)
-
-
-def _through_fp32(apply):
+def _through_fp32(apply: Callable) -> Callable:
     """Reductions and scans of bf16 run in fp32 and are rounded once, at the end."""
 
+    def to(t: tl.core.tensor, dtype, values: np.ndarray) -> tl.core.tensor:
+        kind = tl.block_type(dtype, list(values.shape)) if t.type.is_block() else dtype
+        return tl.core.tensor(Handle(values, dtype), kind)
+
     def mended(self, inputs):
-        narrowed = [t.dtype == tl.bfloat16 for t in inputs]
-        if not any(narrowed):
+        if all(t.dtype != tl.bfloat16 for t in inputs):
             return apply(self, inputs)
-        wide = tuple(_tensor(widen(t.handle.data), tl.float32) if n else t for t, n in zip(inputs, narrowed))
-        out = apply(self, wide)
-        many = isinstance(out, list | tuple)
-        outs = [_narrowed(t) if t.dtype == tl.float32 else t for t in (out if many else [out])]
-        return tuple(outs) if many else outs[0]
+        wide = (to(t, tl.float32, _values(t.handle)) if t.dtype == tl.bfloat16 else t for t in inputs)
+        out = apply(self, tuple(wide))
+        outs = out if isinstance(out, list | tuple) else (out,)
+        outs = (to(t, tl.bfloat16, narrow(t.handle.data)) if t.dtype == tl.float32 else t for t in outs)
+        return tuple(outs) if isinstance(out, list | tuple) else next(outs)
 
     return mended
 
 
-def _narrowed(t):
-    bits = narrow(t.handle.data)
-    return (
-        _tensor(bits, tl.bfloat16)
-        if t.type.is_block()
-        else tl.core.tensor(Handle(bits, tl.bfloat16), tl.bfloat16)
-    )
-
-
-def _nan_passes(min_max):
+def _nan_passes(min_max: Callable) -> Callable:
     """np.nanmax ignores a NaN, so would hide the poison of a masked lane."""
     loud = {np.nanmax: np.max, np.nanmin: np.min}
 
@@ -254,7 +232,7 @@ def _nan_passes(min_max):
     return mended
 
 
-def _remember_memory(prepare):
+def _note_memory(prepare: Callable) -> Callable:
     """At each launch: forget the last one, note every tensor argument of this one."""
 
     def mended(self, args, named):
@@ -263,6 +241,16 @@ def _remember_memory(prepare):
             if hasattr(a, "data_ptr"):
                 _memory.add(stock._unwrap_tensor(a))
         return prepare(self, args, named)
+
+    return mended
+
+
+def _index(patch: Callable) -> Callable:
+    """Triton 3.6 with NumPy >= 2.4 fails in `for i in range(tensor)`: int() of an array of one element."""
+
+    def mended(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.ravel()[0]))
 
     return mended
 
@@ -280,7 +268,6 @@ def _mend_speed() -> None:
             patched[key] = patch(fn)
         return patched[key]
 
-    @wraps(launch)
     def launch_and_restore(self, *args, **named):
         try:
             with np.errstate(all="ignore"):
@@ -300,19 +287,8 @@ def _mend_speed() -> None:
     builder.options = replace(builder.options, sanitize_overflow=False)
 
 
-def _mend_index() -> None:
-    """Triton 3.6 with NumPy >= 2.4 fails in `for i in range(tensor)`: int() of an array of one element."""
-    patch = stock._patch_lang_tensor
-
-    def mended(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.ravel()[0]))
-
-    stock._patch_lang_tensor = mended
-
-
 def install() -> None:
-    """Mend this process's interpreter. RuntimeError if TRITON_INTERPRET=1 came after `import triton`."""
+    """Repair this process's interpreter. RuntimeError if TRITON_INTERPRET=1 came after `import triton`."""
     if not isinstance(tl.zeros, stock.InterpretedFunction):
         raise RuntimeError("TRITON_INTERPRET=1 came after `import triton`: set it in the environment")
     if not triton.knobs.runtime.interpret or Builder.create_dot is Mended.create_dot:
@@ -320,9 +296,12 @@ def install() -> None:
     for name in vars(Mended):
         if not name.startswith("__"):
             setattr(Builder, name, getattr(Mended, name))
-    stock.ReduceOps.apply_impl = _through_fp32(stock.ReduceOps.apply_impl)
-    stock.ScanOps.apply_impl = _through_fp32(stock.ScanOps.apply_impl)
-    stock.ReduceOps.min_max = _nan_passes(stock.ReduceOps.min_max)
-    stock.GridExecutor._init_args_hst = _remember_memory(stock.GridExecutor._init_args_hst)
+    for owner, name, mend in (
+        (stock.ReduceOps, "apply_impl", _through_fp32),
+        (stock.ScanOps, "apply_impl", _through_fp32),
+        (stock.ReduceOps, "min_max", _nan_passes),
+        (stock.GridExecutor, "_init_args_hst", _note_memory),
+        (stock, "_patch_lang_tensor", _index),
+    ):
+        setattr(owner, name, mend(getattr(owner, name)))
     _mend_speed()
-    _mend_index()

@@ -1,25 +1,25 @@
 """What the compiler makes of every launch, for GPUs that are not here: registers, spills, shared memory.
 
-    python -m kernels.compile_check                    # four models and the toy, on sm_80, 86, 89, 90
-    python -m kernels.compile_check --quick            # Qwen2.5-3B and the toy, on sm_90 and sm_80
-    python -m kernels.compile_check --targets sm_100 sm_120 gfx942
+    python -m kernels.tools.compile_check                    # four models and the toy, on sm_80, 86, 89, 90
+    python -m kernels.tools.compile_check --quick            # Qwen2.5-3B and the toy, on sm_90 and sm_80
+    python -m kernels.tools.compile_check --targets sm_100 sm_120 gfx942
 
-Not a test of results, which the interpreter gives. Needs no driver and no toolkit: Triton brings ptxas along.
+Not a test of results, which the interpreter gives. Needs no driver and no toolkit: Triton ships ptxas.
 The host code itself runs, on meta tensors, with the launch replaced by a compilation; so what is checked is
-each specialisation that a real run would ask for. Exit code 1 if one does not compile, spills, wants more
+each specialisation that a real run would ask for. Exit code 1 if one does not compile, spills, needs more
 shared memory than a block may have, waits for each wgmma in turn, or, on sm_90, if attention or the log-prob
 does without wgmma.
 """
 
 import argparse
 import contextlib
-import importlib
 import json
 import multiprocessing
 import os
 import re
 import resource
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +27,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -36,10 +38,10 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from ..launch import INTERPRET, TARGETS, Target, check, pretend
 from . import measure
-from .launch import INTERPRET, TARGETS, Target, check, pretend
 
-GATED, LISTED = ("sm_80", "sm_86", "sm_89", "sm_90"), ("sm_100", "sm_120", "gfx942")
+GATED = ("sm_80", "sm_86", "sm_89", "sm_90")
 QUICK_TARGETS, QUICK_MODELS = ("sm_90", "sm_80"), ("Qwen2.5-3B", "toy")
 TENSOR_CORES = {"attention", "linear_logp"}  # files whose sm_90 matmuls must be wgmma
 # Per processor: bytes of shared memory, warps, blocks. Registers are 65536 everywhere.
@@ -59,6 +61,7 @@ PTX = {
     "load128": r"ld\.global[.\w:]*\.(?:v4\.b32|v2\.b64|v8\.b32)",
 }
 GCN = {"mfma": r"v_mfma", "scratch": r"scratch_(?:load|store)", "instructions": r"^\s+[sv]_\w+"}
+HEAD = f"{'target':6s} {'model':13s} {'kernel':16s} {'configuration':44s}  w  s reg spills shared blocks"
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Report:
     registers: int = 0
     spills: int = 0
     shared: int = 0
-    blocks: int = 0
+    blocks: int = 0  # that fit on one processor at once
     serialized: bool = False  # each wgmma waits for the one before: ptxas says so (C7510 to C7519)
     seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
@@ -86,80 +89,43 @@ class Report:
         """What is wrong with it; empty if all is well."""
         if self.error:
             return [self.error]
-        limit = TARGETS[self.target].shared
-        return [
-            *([f"spills {self.spills} B"] if self.spills else []),
-            *([f"{self.shared} B of shared memory, {limit} are there"] if self.shared > limit else []),
-            *(["no wgmma"] if self._lacks_wgmma() else []),
-            *(["wgmma one by one"] if self.serialized else []),
-        ]
-
-    def _lacks_wgmma(self) -> bool:
-        dots = self.counts.get("wgmma", 0) + self.counts.get("mma", 0)
+        limit, count = TARGETS[self.target].shared, self.counts.get
         wanted = self.target == "sm_90" and self.file in TENSOR_CORES and self.model != "toy"
-        return wanted and dots > 0 and not self.counts["wgmma"]
+        found = {
+            f"spills {self.spills} B": self.spills,
+            f"{self.shared} B of shared memory, {limit} are there": self.shared > limit,
+            "no wgmma": wanted and count("mma", 0) and not count("wgmma", 0),
+            "wgmma one by one": self.serialized,
+        }
+        return [problem for problem, there in found.items() if there]
 
     def line(self) -> str:
         head = f"{self.target:6s} {self.model:13s} {self.kernel:16s} {self.config:44s}"
         if self.error:
             return f"{head} !! {self.error}"
+        size = f"{self.warps:2d} {self.stages:2d} {self.registers:3d} {self.spills:6d} {self.shared:6d}"
         counts = " ".join(f"{k} {v}" for k, v in self.counts.items() if v)
-        size = f"{self.registers:3d} {self.spills:6d} {self.shared:6d} {self.blocks:6d}"
-        return (
-            f"{head} {self.warps:2d} {self.stages:2d} {size}  {counts}  {'; '.join(self.problems())}".rstrip()
-        )
+        return f"{head} {size} {self.blocks:6d}  {counts}  {'; '.join(self.problems())}".rstrip()
 
-
-HEAD = f"{'target':6s} {'model':13s} {'kernel':16s} {'configuration':44s}  w  s reg spills shared blocks"
-
-
-class _Listening:
-    """Stands in for `subprocess` inside Triton's backend: keeps the log of ptxas, which is thrown away."""
-
-    def __init__(self, real):
-        self.real, self.log = real, ""
-
-    def __getattr__(self, name):
-        return getattr(self.real, name)
-
-    def run(self, command, **named):
-        done = self.real.run(command, **named)
-        if hasattr(named.get("stderr"), "name"):
-            with open(named["stderr"].name, encoding="utf-8") as f:
-                self.log = f.read()
-        return done
-
-
-class _Driver:
-    """A driver for a GPU that is not here: enough for the JIT to specialise and compile."""
-
-    def __init__(self, t: Target):
-        self.t = t
-
-    def get_current_target(self):
-        return GPUTarget("hip", self.t.name, 64) if self.t.hip else GPUTarget("cuda", self.t.arch, 32)
-
-    def get_current_device(self):
-        return sorted(TARGETS).index(self.t.name)  # one JIT cache a target
-
-    def get_current_stream(self, device=None):
-        return 0
-
-
-@contextlib.contextmanager
-def _no_stderr() -> Iterator[list[str]]:
-    """A failing compiler prints whole modules: keep the first error alone."""
-    first, kept = [], os.dup(2)
-    with tempfile.TemporaryFile() as f:
-        os.dup2(f.fileno(), 2)
-        try:
-            yield first
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            f.seek(0)
-            text = f.read().decode(errors="replace")
-            first += re.findall(r"error: (.*)", text)[:1]
+    def fill(self, kernel, log: str) -> None:
+        """Read the resources out of a compiled kernel and the log of ptxas."""
+        meta = kernel.metadata
+        self.warps, self.stages, self.shared = meta.num_warps, meta.num_stages, meta.shared
+        if TARGETS[self.target].hip:
+            asm = kernel.asm["amdgcn"]
+            self.registers = _number(r"\.vgpr_count:\s+(\d+)", asm)
+            self.spills = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", asm)
+            self.counts = _count(GCN, asm)
+            return
+        self.registers = _number(r"Used (\d+) registers", log)
+        check(self.registers > 0, "ptxas said nothing of registers: its log has changed")
+        self.spills = _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log)
+        self.counts = _count(PTX, kernel.asm["ptx"]) | {"instructions": _instructions(kernel.asm["cubin"])}
+        self.serialized = "wgmma.mma_async instructions are serialized" in log
+        if self.target in ROOM:
+            shared, warps, blocks = ROOM[self.target]
+            by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.warps)
+            self.blocks = min(blocks, warps // self.warps, by_registers, shared // (self.shared + 1024))
 
 
 def _count(patterns: dict[str, str], text: str) -> dict[str, int]:
@@ -168,7 +134,7 @@ def _count(patterns: dict[str, str], text: str) -> dict[str, int]:
 
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
-    return int(found.group(1)) if found else 0
+    return int(found[1]) if found else 0
 
 
 def _instructions(cubin: bytes) -> int:
@@ -178,31 +144,29 @@ def _instructions(cubin: bytes) -> int:
     return sum(length for _, _, flags, _, _, length in sections if flags & 4) // 16  # 4: executable
 
 
-def _blocks(r: Report) -> int:
-    """Blocks that fit on one processor at once."""
-    if r.target not in ROOM:
-        return 0
-    shared, warps, blocks = ROOM[r.target]
-    by_registers = 65536 // (-(-r.registers // 8) * 8 * 32 * r.warps)
-    return min(blocks, warps // r.warps, by_registers, shared // (r.shared + 1024))
+def _driver(t: Target) -> SimpleNamespace:
+    """A driver for a GPU that is not here: enough for the JIT to specialise and compile."""
+    target = GPUTarget("hip", t.name, 64) if t.hip else GPUTarget("cuda", t.arch, 32)
+    return SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: sorted(TARGETS).index(t.name),  # one JIT cache a target
+        get_current_stream=lambda device=None: 0,
+    )
 
 
-def _fill(r: Report, kernel, log: str) -> None:
-    """Read the resources out of a compiled kernel."""
-    meta = kernel.metadata
-    r.warps, r.stages, r.shared = meta.num_warps, meta.num_stages, meta.shared
-    if TARGETS[r.target].hip:
-        asm = kernel.asm["amdgcn"]
-        r.registers = _number(r"\.vgpr_count:\s+(\d+)", asm)
-        r.spills = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", asm)
-        r.counts = _count(GCN, asm)
-        return
-    r.registers = _number(r"Used (\d+) registers", log)
-    check(r.registers > 0, "ptxas said nothing of registers: its log has changed")
-    r.spills = _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log)
-    r.counts = _count(PTX, kernel.asm["ptx"]) | {"instructions": _instructions(kernel.asm["cubin"])}
-    r.serialized = "wgmma.mma_async instructions are serialized" in log
-    r.blocks = _blocks(r)
+@contextlib.contextmanager
+def _first_error() -> Iterator[list[str]]:
+    """A failing compiler prints whole modules to stderr: keep the first error alone."""
+    first, kept = [], os.dup(2)
+    with tempfile.TemporaryFile() as f:
+        os.dup2(f.fileno(), 2)
+        try:
+            yield first
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            f.seek(0)
+            first += re.findall(r"error: (.*)", f.read().decode(errors="replace"))[:1]
 
 
 class Catch:
@@ -215,23 +179,28 @@ class Catch:
 
     def __enter__(self) -> "Catch":
         knobs.compilation.always_compile = True  # from a cache there is no log of ptxas
-        self.run, self.active, self.real = JITFunction.run, driver._active, nvidia.subprocess
-        self.ptxas = nvidia.subprocess = _Listening(nvidia.subprocess)
-        driver.set_active(_Driver(self.t))
-        catch = self
-        JITFunction.run = lambda fn, *a, grid, warmup=False, **named: catch.compile(fn, a, grid, named)
+        self.run, self.active = JITFunction.run, driver._active
+        driver.set_active(_driver(self.t))
+        nvidia.subprocess = SimpleNamespace(**vars(subprocess) | {"run": self.listen})
+        JITFunction.run = lambda fn, *a, grid, warmup=False, **named: self.compile(fn, a, grid, named)
         return self
 
     def __exit__(self, *_) -> None:
-        JITFunction.run, nvidia.subprocess = self.run, self.real
-        driver._active = self.active
+        JITFunction.run, nvidia.subprocess, driver._active = self.run, subprocess, self.active
+
+    def listen(self, command, **named):
+        """Triton's backend runs ptxas through this and throws its log away: keep it."""
+        done = subprocess.run(command, **named)
+        if hasattr(named.get("stderr"), "name"):
+            self.log = Path(named["stderr"].name).read_text(encoding="utf-8")
+        return done
 
     def compile(self, fn, args, grid, named) -> None:
         constants = {p.name for p in fn.params if p.is_constexpr}
         blocks = " ".join(f"{k}={v}" for k, v in named.items() if k in constants)
         r = Report(self.t.name, *self.where, fn.__name__.strip("_"), blocks)
-        started, kernel, self.ptxas.log = time.perf_counter(), None, ""
-        with _no_stderr() as first:
+        started, kernel, self.log = time.perf_counter(), None, ""
+        with _first_error() as first:
             try:
                 kernel = self.run(fn, *args, grid=grid, warmup=True, **named)
             except Exception as e:  # whatever a compiler may raise is the finding
@@ -242,7 +211,7 @@ class Catch:
             return  # another launch of the same specialisation
         else:
             self.seen[id(kernel)] = kernel
-            _fill(r, kernel, self.ptxas.log)
+            r.fill(kernel, self.log)
         r.seconds = time.perf_counter() - started
         self.reports.append(r)
 
@@ -250,7 +219,7 @@ class Catch:
 def check_file(task: tuple[str, str, tuple[str, ...]]) -> list[Report]:
     """Compile every launch of one kernel file, for a target and these models: (target, file, models)."""
     name, file, models = task
-    module = importlib.import_module(f"kernels.{file}")
+    ((_, module),) = measure.modules([file])
     with pretend(TARGETS[name]), Catch(TARGETS[name]) as catch:
         for m in models:
             catch.where = (m, file, "inputs")
@@ -263,19 +232,15 @@ def check_file(task: tuple[str, str, tuple[str, ...]]) -> list[Report]:
 def check_all(targets: list[str], models: list[str], files: list[str], processes: int) -> Iterator[Report]:
     """Every combination, in as many processes, in order."""
     tasks = [(t, f, tuple(models)) for t in targets for f in files]
-    if processes == 1:
-        yield from chain.from_iterable(map(check_file, tasks))
-        return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         yield from chain.from_iterable(pool.map(check_file, tasks))
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="kernels.compile_check", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="kernels.tools.compile_check", description=__doc__.split("\n")[0])
     p.add_argument("--quick", action="store_true", help="Qwen2.5-3B and the toy, on sm_90 and sm_80")
     p.add_argument("--targets", nargs="+", choices=list(TARGETS), help=f"default: {' '.join(GATED)}")
-    p.add_argument("--models", nargs="+", choices=list(measure.MODELS), help="default: all")
-    p.add_argument("--files", nargs="+", choices=measure.FILES, default=measure.FILES, help="default: all")
+    measure.add_choices(p)
     p.add_argument("--processes", type=int, default=os.cpu_count(), help="default: %(default)s")
     p.add_argument("--json", help="write every report to this file")
     a = p.parse_args(argv)
@@ -295,12 +260,11 @@ def main(argv: list[str] | None = None) -> int:
     bad = [r for r in reports if r.problems()]
     seconds = time.perf_counter() - started
     work = sum(sum(resource.getrusage(of)[:2]) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(
-        f"{len(reports)} compilations, {len(bad)} with problems, {seconds:.0f} s, {work:.0f} s of processor"
-    )
+    total = f"{len(reports)} compilations, {len(bad)} with problems"
+    print(f"{total}, {seconds:.0f} s, {work:.0f} s of processor")
     if a.json:
-        with open(a.json, "w", encoding="utf-8") as f:
-            json.dump([asdict(r) | {"problems": r.problems()} for r in reports], f, indent=1)
+        rows = [asdict(r) | {"problems": r.problems()} for r in reports]
+        Path(a.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return int(any(r.target in GATED for r in bad))
 
 

@@ -1,0 +1,136 @@
+"""How fast, how small, and against what: every figure of this repository, measured in one run.
+
+    python -m bench                                   all that this machine can run, with the toy body
+    python -m bench --checkpoint DIR                  and with a real one (a small one, without a GPU)
+    python -m bench --only sampling,memory --write    some sections; --write puts them into BENCH.md
+    python -m bench --quick                           the same code in seconds: a smoke run, no figures
+    python -m bench --plan 3b --memory 24             what fits into 24 GiB, and with which settings
+
+A row is a ratio: ours and theirs take turns in the same run, with the same checkpoint, prompts, type, threads
+and number of tokens; figures are medians, and the spread of the ratio is given too. The peers (transformers'
+`generate`, TRL's GRPOTrainer with PEFT) come from requirements-bench.txt; without them a row says so.
+
+Not a test: tests/test_bench.py checks that it runs and that its arithmetic is right.
+"""
+
+import argparse
+import os
+import platform
+import re
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from cli import plan
+from cli import screen
+from cli.disk import read_json
+from cli.parser import OneLine
+
+from . import episodes, gpu, growth, memory, profile, sampling, training
+from .timing import HEADS, Row, Run
+from .work import installed
+
+# Each is a file, whose docstring says what it measures and whose `rows(p)` does it.
+ALL = (sampling, episodes, profile, training, growth, memory, gpu)
+SECTIONS = {section.__name__.removeprefix("bench."): section for section in ALL}
+
+
+def about() -> str:
+    """The machine, the versions and the date, in one line."""
+    if torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+        where = f"{os.cpu_count()}-core {found[1] if found else platform.processor()}, no GPU"
+    names = ("torch", "transformers", "peft", "trl")
+    versions = ", ".join(f"{name} {version(name)}" for name in names if installed(name))
+    return f"{where}; Python {platform.python_version()}, {versions}; {time.strftime('%Y-%m-%d')}"
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table as BENCH.md has it."""
+    lines = [HEADS, ("---",) * len(HEADS), *(r.cells() for r in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def put(text: str, name: str, body: str) -> str:
+    """Replace what stands between a section's marks; a section that is not there comes at the end."""
+    begin, end = f"<!-- bench: {name} -->", f"<!-- /bench: {name} -->"
+    block = f"{begin}\n{body}\n{end}"
+    if begin not in text:
+        return text.rstrip("\n") + f"\n\n## {name.capitalize()}\n\n{block}\n"
+    head, rest = text.split(begin, 1)
+    if end not in rest:
+        raise ValueError(f"BENCH.md has {begin} but no {end} after it: put it back")
+    return head + block + rest.split(end, 1)[1]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, checked."""
+    a = OneLine("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = a.add_argument
+    flag("--only", default=",".join(SECTIONS), help="sections, comma-separated [all]")
+    flag("--checkpoint", default="", help="a Hugging Face directory, in addition to the toy body")
+    flag("--threads", type=int, default=os.cpu_count(), help="for the checkpoint; the toy has 1")
+    flag("--seconds", type=float, default=20.0, help="for the repetitions of a row (2 at least) [20]")
+    flag("--quick", action="store_true", help="a smoke run: tiny sizes, meaningless figures")
+    flag("--write", action="store_true", help="put the tables into --file")
+    flag("--file", default="BENCH.md", help="what --write writes to [BENCH.md]")
+    flag("--plan", default="", metavar="BODY", help="measure nothing: plan for a preset or directory")
+    flag("--sim", default="", metavar="BODY", help="with --plan: the simulator's body, if another")
+    flag("--memory", type=float, metavar="GIB", help="with --plan: of the card [24]")
+    flag("--seat-tokens", type=int, default=4096, help="with --plan: of a seat [4096]")
+    flag("--rank", type=int, default=16, help="with --plan: of the adapters [16]")
+    a = a.parse_args(argv)
+    for name in ("threads", "seat_tokens", "rank"):
+        if getattr(a, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
+    if not a.plan and (a.sim or a.memory is not None):
+        raise ValueError("--sim and --memory belong to --plan BODY: give that, or leave them out")
+    a.only = [n for n in a.only.split(",") if n]
+    unknown = [n for n in a.only if n not in SECTIONS]
+    if unknown or not a.only:
+        wrong = f"no section {', '.join(unknown)}" if unknown else "--only names no section"
+        raise ValueError(f"{wrong}: there are {', '.join(SECTIONS)}")
+    if a.quick and a.write:
+        raise ValueError("--quick measures nothing worth keeping: leave out --write")
+    if a.checkpoint:
+        read_json(Path(a.checkpoint) / "config.json", "a checkpoint directory")
+    return a
+
+
+def print_plan(a: argparse.Namespace) -> None:
+    """The largest settings that fit, and the bytes of each part."""
+    bodies = [plan.shape(name) for name in dict.fromkeys((a.plan, a.sim)) if name]
+    s = plan.Settings(seat_tokens=a.seat_tokens, rank=a.rank, sim_rank=a.rank)
+    memory = 24.0 if a.memory is None else a.memory
+    s, b = plan.fit(bodies, memory * 2**30, s)
+    print(f"{a.plan}{' with ' + a.sim if a.sim else ''} in {memory:g} GiB: {s}\n{plan.table(b)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, and with --write put each section into the file as soon as it is done."""
+    a = parse_arguments(argv)
+    if a.plan:
+        return print_plan(a)
+    p = Run(a.checkpoint, a.quick, a.threads, a.seconds)
+    print(about(), flush=True)
+    for name in a.only:
+        section, rows = SECTIONS[name], []
+        told = " ".join(section.__doc__.split())
+        print(f"\n{name}: {told}\n", flush=True)
+        for row in section.rows(p):
+            rows.append(row)
+            print("  ".join(cell for cell in row.cells() if cell), flush=True)
+        if a.write:
+            file = Path(a.file)
+            text = file.read_text(encoding="utf-8") if file.exists() else "# Bench\n"
+            body = f"{told}\n{about()}.\n\n{markdown(rows)}"
+            file.write_text(put(text, name, body), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    screen.run(main)

@@ -1,0 +1,106 @@
+"""How costs grow: an exponent of 0 is flat, an exponent of 1 is linear."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+
+import torch
+
+from kernels import linear_logp
+from model import POLICY, SIMULATOR, Config, Model
+from rollout import Engine, Episode, Turn
+
+from .timing import Row, Run, grows, median_of, metered, now, progress, timed
+from .work import Body, Workload, engine, learner, random_body, threads, with_roles
+
+TINY = Config("qwen2", vocab=64, d=32, layers=1, heads=2, kv_heads=1, head_dim=16, ffn=64, context=128)
+
+
+def rows(p: Run) -> Iterator[Row]:
+    with threads(1):
+        body = with_roles(Body().ours(2048))
+        for part in (history, turns, siblings, vocabulary, waiting):
+            progress("growth", part.__name__)
+            yield from part(p, body)
+
+
+class Enough(Exception):
+    """Every span was measured: what still waits need not run."""
+
+
+def turn_seconds(e: Engine, rows: int, history: int, feed: int, decode: int, waiting: int = 0) -> float:
+    """Seconds of one turn of `rows` siblings with a history: `feed` tokens are new, `decode` sampled.
+
+    waiting: episodes beyond the engine's seats, of which there are `rows` then.
+    """
+    spans, w = [], Workload(vocab=e.pools[POLICY].model.config.vocab)
+
+    def one(row: int) -> Episode:
+        context = object()
+        yield Turn(w.ids(0, n=history), POLICY, 1, 1.0, (), (0, row, 0), context)
+        began = now()
+        yield Turn(w.ids(row, n=feed), POLICY, decode, 1.0, (), (0, row, 1), context)
+        spans.append((began, now()))
+        if len(spans) == rows:
+            raise Enough
+
+    with suppress(Enough):
+        e.run([one(row) for row in range(rows + waiting)])
+    return max(end for _, end in spans) - min(began for began, _ in spans)
+
+
+def history(p: Run, body: Model) -> Iterator[Row]:
+    sizes, n = p.few([16, 32], [128, 256, 512, 1024]), p.few(4, 32)
+    e = engine(body, 8, sizes[-1] + 70)
+    spans = [median_of(p, partial(turn_seconds, e, 8, size, n, n)) for size in sizes]
+    yield grows(f"a turn (8 rows, {n} tokens fed, {n} sampled): history", sizes, spans, "seconds")
+
+
+def waiting(p: Run, _: Model) -> Iterator[Row]:
+    """Flat is the goal: a decode step should not look at the episodes that wait for a seat."""
+    sizes, n = p.few([20, 200], [100, 1000, 10000]), p.few(4, 64)
+    e = engine(random_body(TINY, torch.float32, "cpu"), 8, n + 8)
+    spans = [median_of(p, partial(turn_seconds, e, 8, 2, 0, n, size)) / n for size in sizes]
+    yield grows("a decode step (8 rows, a tiny body): episodes waiting for a seat", sizes, spans, "seconds")
+
+
+def turns(p: Run, body: Model) -> Iterator[Row]:
+    sizes = p.few([2, 3], [2, 4, 8, 16])
+    works = [Workload(2, 4, 64, n, 12, 12, 12, 32, body.config.vocab) for n in sizes]
+    e = engine(body, 14, works[-1].context + 1, (POLICY, SIMULATOR))
+    sampled, calls = [w.decoded() for w in works], [partial(w.act, e) for w in works]
+    spans = [median_of(p, partial(timed, call)) for call in calls]
+    yield grows("episodes (8 rows), exponent in tokens sampled: turns", sizes, spans, "seconds", sampled)
+    peaks = [metered(call).peak for call in calls]
+    yield grows("their peak beyond the cache: turns", sizes, peaks, "bytes", sampled)
+
+
+def siblings(p: Run, body: Model) -> Iterator[Row]:
+    sizes, acting, learning, peaks = p.few([2, 4], [4, 8, 16, 32]), [], [], []
+    for group in sizes:
+        w = Workload(1, group, 64, 2, *p.few((4, 8, 8), (16, 48, 64)), 32, body.config.vocab)
+        act = partial(w.act, w.engine(body))
+        learn = learner(body, act(), group, 1024)
+        acting.append(median_of(p, partial(timed, act)))
+        learning.append(median_of(p, partial(timed, learn)))
+        peaks.append(metered(learn).peak)
+    yield grows("acting: siblings", sizes, acting, "seconds")
+    yield grows("learning: siblings", sizes, learning, "seconds")
+    yield grows("its peak (micro-batches of 1,024 tokens): siblings", sizes, peaks, "bytes")
+
+
+def logp_call(f: Callable, n: int, d: int, vocab: int) -> Callable[[], None]:
+    """Log-probs of n tokens by f, and the gradient of their sum."""
+    g = torch.Generator().manual_seed(0)
+    h, W = torch.randn(n, d, generator=g), torch.randn(vocab, d, generator=g)
+    targets = torch.randint(vocab, (n,), generator=g)
+    return lambda: f(h.detach().requires_grad_(), W, targets)[0].sum().backward()
+
+
+def vocabulary(p: Run, _: Model) -> Iterator[Row]:
+    sizes = p.few([1024, 2048], [8192, 32768, 65536, 151936])
+    calls = [logp_call(linear_logp, p.few(64, 512), 64, size) for size in sizes]
+    spans = [median_of(p, partial(timed, call)) for call in calls]
+    yield grows("log-prob and gradient (512 tokens): vocabulary", sizes, spans, "seconds")
+    peaks = [metered(call).peak for call in calls]
+    yield grows("its peak: vocabulary", sizes, peaks, "bytes")

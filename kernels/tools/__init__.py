@@ -1,0 +1,1 @@
+"""Tools of the kernels: the repaired interpreter, the compile check, the benchmark."""
