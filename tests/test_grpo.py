@@ -72,6 +72,43 @@ def test_kl_alone_pulls_to_the_reference():
     assert kls[-1] < 0.7 * kls[0] and kls[0] > 0
 
 
+def test_an_entropy_bonus_raises_entropy():
+    """With its sign turned it would do the opposite of what its flag promises: narrow the policy."""
+    model = body()
+    ts = [refresh(model, trajectory(i)) for i in range(4)]
+    o = Objective(kl=0.0, entropy=1.0)
+    entropies = [update(model, ts, [0.0] * 4, o, lr=0.05)["entropy"] for _ in range(8)]
+    assert entropies[-1] > entropies[0] + 0.05
+
+
+def test_no_update_remembers_the_last_one():
+    """Gradients that are never zeroed add up: every update would be the sum of all before it."""
+    model = body()
+    t = refresh(model, trajectory(0))
+    norms = [update(model, [t], [1.0], PLAIN, lr=0.0)["grad_norm"] for _ in range(3)]
+    assert norms[0] > 0 and norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+
+
+def test_a_gradient_is_clipped_and_told_unclipped():
+    """One strange step must not throw the adapter away; the figure must show how strange it was."""
+    for most in (0.01, 100.0):
+        model = body()
+        t, before = refresh(model, trajectory(0)), model.adapter(POLICY).detach().clone()
+        norm = update(model, [t], [1.0], Objective(kl=0.0, grad_clip=most), lr=1.0)["grad_norm"]
+        moved = (model.adapter(POLICY).detach() - before).norm().item()
+        assert 0.01 < norm < 100 and moved == pytest.approx(min(norm, most), rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_ends_the_run_and_spoils_nothing(bad):
+    """One NaN in the adapter, and every step after it trains nothing, in silence."""
+    model = body()
+    t, before = refresh(model, trajectory(0)), model.adapter(POLICY).detach().clone()
+    with pytest.raises(ValueError, match=r"not finite: lower --lr"):
+        update(model, [t], [bad], PLAIN)
+    assert torch.equal(model.adapter(POLICY).detach(), before)
+
+
 def test_k3_is_a_kl():
     """The estimator must be zero at equality, positive elsewhere, and unbiased: its mean is the exact KL."""
     p, q = torch.randn(7).log_softmax(0), torch.randn(7).log_softmax(0)
