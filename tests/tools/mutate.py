@@ -8,8 +8,8 @@
 
 A mutant differs from the file in one place of its syntax tree: a comparison, an operator, a number, a
 condition, a statement, a keyword argument. The tests of the file (TESTS, or --tests) run on it in a copy of
-the tree: what git tracks, and what is new. It survives where they stay green: a test is missing, or the mutant
-means the same as the program. A red test kills it, or three times the time that the tests take, and 20 s.
+the tree: what git tracks, and what is new. It survives where they stay green: a test is missing, or the
+mutant means the same as the program. A red test kills it, or three times the time that the tests take.
 
 Deliberately not: a part of the suite, nor a judge of equivalence. Texts, imports, annotations and decorators
 are left alone; a mutated file is unparsed from its tree, so the lines of a traceback are not its own.
