@@ -186,6 +186,7 @@ def test_advantages_have_a_baseline():
     assert torch.allclose(advantages(r, "reinforce")[0], torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
     assert torch.allclose(advantages(r)[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-4)
     assert grpo.informative(r).tolist() == [True, False, True]
+    assert torch.equal(advantages(torch.tensor([[0.0, 1e-6]])).sign(), torch.tensor([[-1.0, 1.0]]))
     with pytest.raises(ValueError, match="group of 1"):
         advantages(r[:, :1])
     with pytest.raises(ValueError, match="unknown algorithm"):
@@ -207,3 +208,31 @@ def test_on_policy_figures():
     got = update(model, [t], [1.0], Objective())
     assert abs(got["ratio"] - 1) < 1e-5 and got["gap"] < 1e-5 and got["clipped"] == 0
     assert got["trained_tokens"] == 7 and got["grad_norm"] > 0 and got["kl"] > 0
+
+
+def test_figures_are_of_the_whole_update():
+    """A figure of the last micro-batch alone, or a sum in place of a mean, hides a run that goes wrong: they
+    are the same by any split, and the loss is what the others make it."""
+    o, adv = Objective(kl=0.5, entropy=0.1), [1.0, -0.5, 0.25]
+    lengths, told = [12 + 4 + 3, 13 + 4 + 3, 20 + 4 + 3], []
+    for tokens in (10**6, 2 * 20, 1):
+        model = body()
+        ts = [refresh(model, trajectory(i, documents=n - 12)) for i, n in enumerate(lengths)]
+        assert [len(t.ids) for t in ts] == lengths
+        told.append(update(model, ts, adv, o, tokens=tokens))
+    paddings = [1 - sum(lengths) / n for n in (3 * 27, 2 * 20 + 27, sum(lengths))]
+    assert [got.pop("padding") for got in told] == pytest.approx(paddings)
+    for got in told:
+        assert got == pytest.approx(told[0], rel=1e-3, abs=1e-6) and got["trained_tokens"] == 21
+        assert got["loss"] == pytest.approx(-sum(adv) / 3 + 0.5 * got["kl"] - 0.1 * got["entropy"], rel=1e-3)
+        assert got["kl"] > 0.01 and got["entropy"] > 0.1
+
+
+def test_figures_off_policy():
+    """How far the policy has left its samples: the mean ratio, the mean gap, the share beyond the clip."""
+    moved = torch.tensor([1.3, 0.7, 1.1, 1.0]).log()
+    (batch,) = make_batches([trajectory(0, sampled=1)], [1.0], 10**6)
+    got = {k: v.tolist() for k, v in grpo.figures(batch.old + moved, moved, None, batch, PLAIN).items()}
+    assert got["ratio"] == pytest.approx([1.3, 0.7, 1.1, 1.0])
+    assert got["clipped"] == [1, 1, 0, 0] and got["kl"] == [0, 0, 0, 0]
+    assert got["gap"] == pytest.approx(moved.abs().tolist()) and got["entropy"] == moved.tolist()
