@@ -194,10 +194,13 @@ def test_advantages_have_a_baseline():
 
 
 def test_shuffled_rewards_stay_in_their_group():
-    """The control would be no control if it moved reward between questions, or left it in place."""
+    """The control would be no control if it moved reward between questions, or left it in place; and a run
+    that goes on must shuffle as it would have."""
     r = torch.arange(80.0).view(10, 8)
     s = grpo.shuffle_siblings(r, 3)
     assert torch.equal(s.sort(1).values, r) and not torch.equal(s, r)
+    assert torch.equal(s, grpo.shuffle_siblings(r, 3)) and not torch.equal(s, grpo.shuffle_siblings(r, 4))
+    assert not torch.equal(s[0] - r[0], s[1] - r[1])  # each group in an order of its own
 
 
 def test_on_policy_figures():
@@ -235,4 +238,5 @@ def test_figures_off_policy():
     got = {k: v.tolist() for k, v in grpo.figures(batch.old + moved, moved, None, batch, PLAIN).items()}
     assert got["ratio"] == pytest.approx([1.3, 0.7, 1.1, 1.0])
     assert got["clipped"] == [1, 1, 0, 0] and got["kl"] == [0, 0, 0, 0]
+    assert not grpo.figures(batch.old, moved, None, batch, Objective(clip=0.0))["clipped"].any()
     assert got["gap"] == pytest.approx(moved.abs().tolist()) and got["entropy"] == moved.tolist()
