@@ -35,7 +35,7 @@ class Script:
     """An engine whose policy says what the script has for a question, turn by turn."""
 
     def __init__(self, script):
-        self.script, self.temperatures = script, set()
+        self.script, self.temperatures, self.addresses = script, set(), []
 
     def run(self, generators, tell=None):
         results = []
@@ -51,6 +51,7 @@ class Script:
         try:
             while True:
                 self.temperatures.add(turn.temperature)
+                self.addresses.append(turn.address[:5])
                 ids = [ord(c) for c in lines[min(said, len(lines) - 1)]]
                 said += 1
                 turn = generator.send(Sampled(ids, [0.0] * len(ids), "stop"))
@@ -102,6 +103,15 @@ def test_evaluate_counts_every_question_once():
             "2": {"n": 2, "f1": 0.5, "em": 0.5, "cover_em": 0.5, "searches": 1.0, "found": 0.0},
         },
     }
+
+
+def test_every_question_has_its_own_random_numbers():
+    """Questions at one address would draw the same tokens and the same noise: a sample of one, 500 times."""
+    engine = Script(SCRIPT)
+    evaluate(engine, Letters(), QUESTIONS, library, LIMITS, WORDS, 1.0, (7, 9))
+    calls = {0: 2, 1: 3, 2: 4}  # turns of each question
+    assert engine.addresses == [(7, 9, i, 0, call) for i, n in calls.items() for call in range(n)]
+    assert engine.temperatures == {1.0}
 
 
 def test_yes_and_no_are_found_nowhere():

@@ -72,6 +72,43 @@ def test_kl_alone_pulls_to_the_reference():
     assert kls[-1] < 0.7 * kls[0] and kls[0] > 0
 
 
+def test_an_entropy_bonus_raises_entropy():
+    """With its sign turned it would do the opposite of what its flag promises: narrow the policy."""
+    model = body()
+    ts = [refresh(model, trajectory(i)) for i in range(4)]
+    o = Objective(kl=0.0, entropy=1.0)
+    entropies = [update(model, ts, [0.0] * 4, o, lr=0.05)["entropy"] for _ in range(8)]
+    assert entropies[-1] > entropies[0] + 0.05
+
+
+def test_no_update_remembers_the_last_one():
+    """Gradients that are never zeroed add up: every update would be the sum of all before it."""
+    model = body()
+    t = refresh(model, trajectory(0))
+    norms = [update(model, [t], [1.0], PLAIN, lr=0.0)["grad_norm"] for _ in range(3)]
+    assert norms[0] > 0 and norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+
+
+def test_a_gradient_is_clipped_and_told_unclipped():
+    """One strange step must not throw the adapter away; the figure must show how strange it was."""
+    for most in (0.01, 100.0):
+        model = body()
+        t, before = refresh(model, trajectory(0)), model.adapter(POLICY).detach().clone()
+        norm = update(model, [t], [1.0], Objective(kl=0.0, grad_clip=most), lr=1.0)["grad_norm"]
+        moved = (model.adapter(POLICY).detach() - before).norm().item()
+        assert 0.01 < norm < 100 and moved == pytest.approx(min(norm, most), rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_ends_the_run_and_spoils_nothing(bad):
+    """One NaN in the adapter, and every step after it trains nothing, in silence."""
+    model = body()
+    t, before = refresh(model, trajectory(0)), model.adapter(POLICY).detach().clone()
+    with pytest.raises(ValueError, match=r"not finite: lower --lr"):
+        update(model, [t], [bad], PLAIN)
+    assert torch.equal(model.adapter(POLICY).detach(), before)
+
+
 def test_k3_is_a_kl():
     """The estimator must be zero at equality, positive elsewhere, and unbiased: its mean is the exact KL."""
     p, q = torch.randn(7).log_softmax(0), torch.randn(7).log_softmax(0)
@@ -149,6 +186,7 @@ def test_advantages_have_a_baseline():
     assert torch.allclose(advantages(r, "reinforce")[0], torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
     assert torch.allclose(advantages(r)[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-4)
     assert grpo.informative(r).tolist() == [True, False, True]
+    assert torch.equal(advantages(torch.tensor([[0.0, 1e-6]])).sign(), torch.tensor([[-1.0, 1.0]]))
     with pytest.raises(ValueError, match="group of 1"):
         advantages(r[:, :1])
     with pytest.raises(ValueError, match="unknown algorithm"):
@@ -156,10 +194,13 @@ def test_advantages_have_a_baseline():
 
 
 def test_shuffled_rewards_stay_in_their_group():
-    """The control would be no control if it moved reward between questions, or left it in place."""
+    """The control would be no control if it moved reward between questions, or left it in place; and a run
+    that goes on must shuffle as it would have."""
     r = torch.arange(80.0).view(10, 8)
     s = grpo.shuffle_siblings(r, 3)
     assert torch.equal(s.sort(1).values, r) and not torch.equal(s, r)
+    assert torch.equal(s, grpo.shuffle_siblings(r, 3)) and not torch.equal(s, grpo.shuffle_siblings(r, 4))
+    assert not torch.equal(s[0] - r[0], s[1] - r[1])  # each group in an order of its own
 
 
 def test_on_policy_figures():
@@ -170,3 +211,32 @@ def test_on_policy_figures():
     got = update(model, [t], [1.0], Objective())
     assert abs(got["ratio"] - 1) < 1e-5 and got["gap"] < 1e-5 and got["clipped"] == 0
     assert got["trained_tokens"] == 7 and got["grad_norm"] > 0 and got["kl"] > 0
+
+
+def test_figures_are_of_the_whole_update():
+    """A figure of the last micro-batch alone, or a sum in place of a mean, hides a run that goes wrong: they
+    are the same by any split, and the loss is what the others make it."""
+    o, adv = Objective(kl=0.5, entropy=0.1), [1.0, -0.5, 0.25]
+    lengths, told = [12 + 4 + 3, 13 + 4 + 3, 20 + 4 + 3], []
+    for tokens in (10**6, 2 * 20, 1):
+        model = body()
+        ts = [refresh(model, trajectory(i, documents=n - 12)) for i, n in enumerate(lengths)]
+        assert [len(t.ids) for t in ts] == lengths
+        told.append(update(model, ts, adv, o, tokens=tokens))
+    paddings = [1 - sum(lengths) / n for n in (3 * 27, 2 * 20 + 27, sum(lengths))]
+    assert [got.pop("padding") for got in told] == pytest.approx(paddings)
+    for got in told:
+        assert got == pytest.approx(told[0], rel=1e-3, abs=1e-6) and got["trained_tokens"] == 21
+        assert got["loss"] == pytest.approx(-sum(adv) / 3 + 0.5 * got["kl"] - 0.1 * got["entropy"], rel=1e-3)
+        assert got["kl"] > 0.01 and got["entropy"] > 0.1
+
+
+def test_figures_off_policy():
+    """How far the policy has left its samples: the mean ratio, the mean gap, the share beyond the clip."""
+    moved = torch.tensor([1.3, 0.7, 1.1, 1.0]).log()
+    (batch,) = make_batches([trajectory(0, sampled=1)], [1.0], 10**6)
+    got = {k: v.tolist() for k, v in grpo.figures(batch.old + moved, moved, None, batch, PLAIN).items()}
+    assert got["ratio"] == pytest.approx([1.3, 0.7, 1.1, 1.0])
+    assert got["clipped"] == [1, 1, 0, 0] and got["kl"] == [0, 0, 0, 0]
+    assert not grpo.figures(batch.old, moved, None, batch, Objective(clip=0.0))["clipped"].any()
+    assert got["gap"] == pytest.approx(moved.abs().tolist()) and got["entropy"] == moved.tolist()

@@ -104,6 +104,7 @@ def test_no_answer_scores_zero_everywhere():
     for answer in (None, "", "   ", "the", "?!"):
         for golds in (["Lima"], ["The The"], [""], []):
             assert f1(answer, golds) == exact_match(answer, golds) == cover_em(answer, golds) == 0.0
+    assert f1("Lima", []) == exact_match("Lima", []) == cover_em("Lima", []) == 0.0
 
 
 def test_exact_is_strict_and_cover_is_not():

@@ -321,6 +321,29 @@ def test_fine_tuning_teaches_the_switch():
     assert all(torch.equal(v, frozen[k]) for k, v in body.named_parameters())
 
 
+class Still(torch.optim.SGD):
+    """An optimiser that moves nothing, and tells of each step its learning rate and its gradient."""
+
+    def step(self):
+        (group,) = self.param_groups
+        self.told = [*getattr(self, "told", []), (group["lr"], group["params"][0].grad.clone())]
+
+
+@pytest.mark.parametrize("alpha, clipped", [(8.0, True), (0.01, False)])
+def test_fine_tuning_steps_are_alike_but_for_a_falling_rate(alpha, clipped):
+    """A rate that never falls leaves the last step as wild as the first; a gradient that is not zeroed adds
+    up, and one that is not clipped lets one strange batch undo the others."""
+    body = tiny_body()
+    body.add_role(SIMULATOR, rank=4, alpha=alpha)
+    optimizer, one = Still([body.adapter(SIMULATOR)]), rows()[:1]  # again and again: one loss, one gradient
+    run = list(simulator.sft(body, Letters(), SHORT, one, 4, 0.1, tokens=30, held=0, optimizer=optimizer))
+    assert [lr for lr, _ in optimizer.told] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    first = optimizer.told[0][1]
+    assert len({p.loss for p in run}) == 1
+    assert all(torch.allclose(gradient, first) for _, gradient in optimizer.told)
+    assert (first.norm().item() == pytest.approx(1, abs=1e-3)) == clipped and 0 < first.norm() < 1.001
+
+
 def test_only_document_tokens_are_trained():
     """Trained on its prompt, the simulator would learn to write questions; on padding, to write nothing."""
     body, tok = tiny_body(), Letters()

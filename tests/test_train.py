@@ -1,5 +1,7 @@
 """The whole run, on a random body in the toy world: contracts of the output, resuming, and bad input."""
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -37,9 +39,19 @@ def body(tmp_path_factory):
     return path
 
 
+def shorten(body, patch):
+    """That body in the toy world, and its audit on 8 searches of a kind: 200 are most of a short run."""
+    patch.setitem(models.PRESETS, "tiny", str(body))
+    patch.setattr(toy.audit, "__defaults__", (8, 0))
+
+
 @pytest.fixture
 def tiny(body, monkeypatch):
-    monkeypatch.setitem(models.PRESETS, "tiny", str(body))
+    shorten(body, monkeypatch)
+
+
+def settle(**given):
+    return train.settle(given)
 
 
 def run(*argv):
@@ -55,10 +67,19 @@ def fails(capsys, *argv):
     return err
 
 
-def test_a_run_writes_what_it_promises(tiny, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def whole(body, tmp_path_factory):
+    """A run from its first step to its last: its directory, and what it printed."""
+    out, printed = tmp_path_factory.mktemp("runs") / "whole", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        shorten(body, patch)
+        run("--out", out, *SHORT, "--memory", "0.06")
+    return out, printed.getvalue()
+
+
+def test_a_run_writes_what_it_promises(whole):
     """The names in the run's directory are a contract with everything that reads them."""
-    out = tmp_path / "run"
-    run("--out", out, *SHORT)
+    out, printed = whole
     result = json.loads((out / "result.json").read_text())
     for when in ("before", "after", "before_greedy", "after_greedy"):
         assert {"f1", "em", "cover_em", "searches", "n", "by_hop"} <= result[when].keys()
@@ -71,7 +92,6 @@ def test_a_run_writes_what_it_promises(tiny, tmp_path, capsys):
     for part in ("policy", "simulator"):
         assert (out / part / "adapter_config.json").exists()
         assert (out / part / "adapter_model.safetensors").exists()
-    printed = capsys.readouterr().out
     assert "sampled, after" in printed and "step   4/4" in printed and "golden" in printed
 
 
@@ -81,10 +101,10 @@ def log_of(out):
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
-def test_a_run_that_was_cut_goes_on_as_if_it_had_not(tiny, tmp_path, monkeypatch):
-    """Resuming must lose nothing and change nothing: same steps, same adapter, same result."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run("--out", whole, *SHORT)
+def test_a_run_that_was_cut_goes_on_as_if_it_had_not(tiny, whole, tmp_path, monkeypatch):
+    """Resuming must lose nothing and change nothing: same steps, same simulator, same result. (The rewards of
+    a random body are equal: for what is learnt, see test_learning.py.)"""
+    (whole, _), cut = whole, tmp_path / "cut"
     learn, calls = train.learn, []
 
     def dies(*args):
@@ -95,13 +115,14 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not(tiny, tmp_path, monkeypatch
 
     monkeypatch.setattr(train, "learn", dies)
     with pytest.raises(KeyboardInterrupt):
-        run("--out", cut, *SHORT)
+        run("--out", cut, *SHORT, "--memory", "0.06")
     assert not (cut / "result.json").exists()
     monkeypatch.setattr(train, "learn", learn)
     run("--out", cut, "--resume")
     assert log_of(cut) == log_of(whole)
-    same = [(d / "policy/adapter_model.safetensors").read_bytes() for d in (whole, cut)]
-    assert same[0] == same[1]
+    for part in ("policy", "simulator"):
+        same = [(d / part / "adapter_model.safetensors").read_bytes() for d in (whole, cut)]
+        assert same[0] == same[1]
     results = [json.loads((d / "result.json").read_text()) for d in (whole, cut)]
     assert all(results[0][k] == results[1][k] for k in results[0] if k != "seconds")
 
@@ -132,10 +153,9 @@ def test_bad_flags_are_one_line(tiny, tmp_path, capsys):
         assert words in fails(capsys, *argv, *extra), argv
 
 
-def test_an_out_that_holds_another_run_is_refused(tiny, tmp_path, capsys):
+def test_an_out_that_holds_another_run_is_refused(tiny, whole, tmp_path, capsys):
     """Two runs in one directory would mix their logs; a run resumed with other flags would be two runs."""
-    out = tmp_path / "run"
-    run("--out", out, *SHORT)
+    out, _ = whole
     assert "already holds" in fails(capsys, "--out", out, *SHORT)
     assert "other arguments" in fails(capsys, "--out", out, "--resume", "--lr", "0.5")
     assert "is not the directory of a run" in fails(capsys, "--out", tmp_path / "none", "--resume")
@@ -155,7 +175,7 @@ def test_question_files_are_checked_by_line(body, tmp_path, capsys):
 
 def test_every_question_once_before_any_comes_again(tiny):
     """Sampling with replacement would leave a third of the questions unseen in an epoch."""
-    a = train.settle({"questions": 7})
+    a = settle(questions=7)
     s = type("S", (), {"questions": list(range(30))})
     seen = [number for step in range(30) for number, _ in train.ask(s, a, step)]
     for epoch in range(7):
@@ -165,7 +185,7 @@ def test_every_question_once_before_any_comes_again(tiny):
 
 def test_a_question_that_comes_twice_in_a_step_has_two_addresses(tiny):
     """With one address its two groups would be copies of each other, token for token."""
-    a = train.settle({"questions": 7})
+    a = settle(questions=7)
     s = type("S", (), {"questions": ["a", "b", "c"]})
     for step in range(5):
         asked = train.ask(s, a, step)
@@ -179,7 +199,7 @@ def test_the_learning_rate_is_whole_at_once_and_falls_to_the_end(tiny, monkeypat
     monkeypatch.setattr(
         train.grpo, "learn", lambda *a: rates.append(a[2].param_groups[0]["lr"]) or {"kl": 0.0}
     )
-    a = train.settle({"steps": 10, "questions": 1, "group": 2})
+    a = settle(steps=10, questions=1, group=2)
     t = Trajectory(Question("q", ("a",)), ids=[1, 2], mask=[0, 1], logps=[0.0, -1.0])
     s = type("S", (), {"body": None})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
@@ -194,17 +214,17 @@ def test_what_cannot_fit_is_refused_with_the_arithmetic(tiny, tmp_path, capsys):
     assert "GiB even with --seats 2" in err and "weights" in err and not (tmp_path / "run").exists()
 
 
-def test_memory_settles_what_was_not_given(tiny, tmp_path, capsys):
+def test_memory_settles_what_was_not_given(whole):
     """The plan is what the run does: printed at the start, kept in args.json, the same when it goes on."""
-    out = tmp_path / "run"
-    run("--out", out, *SHORT, "--memory", "0.06")
+    out, printed = whole
     settled = json.loads((out / "args.json").read_text())["settled"]
-    assert settled["seats"] >= 2 and f"--seats {settled['seats']} " in capsys.readouterr().out
+    assert settled["seats"] >= 2 and f"--seats {settled['seats']} " in printed
 
 
-def test_a_body_in_bf16_trains(tmp_path):
+def test_a_body_in_bf16_trains(tmp_path, monkeypatch):
     """bf16 is the default on a GPU: fp32 adapters meet narrow activations in fine-tuning, its held-out loss,
     sampling, the KL reference and the update."""
+    monkeypatch.setattr(toy.audit, "__defaults__", (4, 0))
     run("--out", tmp_path, *SHORT, "--steps", "1", "--dtype", "bf16", "--eval-questions", "2")
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["kl"] < 0.1
 
