@@ -49,17 +49,17 @@ class Batch:
 def advantages(rewards: Tensor, kind: str = "grpo") -> Tensor:
     """rewards (Q, G) of G siblings a question -> advantages (Q, G).
 
-    grpo: (r - mean) / (std + 1e-6) within the group. reinforce: r - mean of the *other* siblings, an unbiased
+    grpo: (r - mean) / (std + 1e-6) within the group. rloo: r - mean of the *other* siblings, an unbiased
     baseline (arXiv 2402.14740). Both are zero where all siblings have the same reward.
     """
     if rewards.size(1) < 2:
         raise ValueError("a group of 1 has no siblings to be compared with: use a group of 2 or more")
     centred = rewards - rewards.mean(1, keepdim=True)
-    if kind == "reinforce":
+    if kind == "rloo":
         return centred * (rewards.size(1) / (rewards.size(1) - 1))
     if kind == "grpo":
         return centred / (rewards.std(1, keepdim=True) + 1e-6)
-    raise ValueError(f"unknown algorithm {kind!r}: use grpo or reinforce")
+    raise ValueError(f"unknown algorithm {kind!r}: use grpo or rloo")
 
 
 def shuffle_siblings(rewards: Tensor, seed: int) -> Tensor:

@@ -32,7 +32,7 @@ import model as models
 import simulator as simulators
 from cli import disk, flags, screen
 from cli.disk import Rows
-from cli.setting import Setting, load
+from cli.setting import Setting, find_bodies, load
 from model import POLICY, SIMULATOR
 from prepare.sft import sft
 from questions import exact_match, f1
@@ -439,6 +439,7 @@ def main(argv: list[str] | None = None) -> None:
         a, kept = flags.settle("train", given), {}
         a.out = a.out or disk.free_name("runs")
     with disk.claimed(Path(a.out), resume):
+        find_bodies(a)  # first: a mistyped name shows at once
         task = kind(a.task)(a)
         world = World(*task.to_train())
         s = load(a, task, world.questions + world.held)

@@ -23,10 +23,9 @@ from pathlib import Path
 
 import torch
 
-from cli import plan
-from cli import screen
+from cli import plan, screen
 from cli.disk import read_json
-from cli.parser import OneLine
+from cli.parser import Flag, parse, with_defaults
 
 from . import episodes, gpu, growth, memory, profile, sampling, training
 from .timing import HEADS, Row, Run
@@ -68,26 +67,31 @@ def put(text: str, name: str, body: str) -> str:
     return head + block + rest.split(end, 1)[1]
 
 
+# fmt: off
+FLAGS = {
+    "what is measured": [
+        Flag("only", str, ",".join(SECTIONS), "sections, comma-separated", "A,B"),
+        Flag("checkpoint", str, "", "a Hugging Face directory, in addition to the toy body", "DIR"),
+        Flag("threads", int, os.cpu_count(), "for the checkpoint; the toy has 1"),
+        Flag("seconds", float, 20.0, "for the repetitions of a row (2 at least)"),
+        Flag("quick", bool, False, "a smoke run: tiny sizes, meaningless figures"),
+        Flag("write", bool, False, "put the tables into --file"),
+        Flag("file", str, "BENCH.md", "what --write writes to", "FILE"),
+    ],
+    "a plan, instead of measuring": [
+        Flag("plan", str, "", "the policy's body: a preset or directory", "BODY"),
+        Flag("sim", str, "", "the simulator's body, if another", "BODY"),
+        Flag("memory", float, None, "of the card (24)", "GIB"),
+        Flag("seat-tokens", int, 4096, "of a seat"),
+        Flag("rank", int, 16, "of the adapters"),
+    ],
+}
+# fmt: on
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked."""
-    a = OneLine("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = a.add_argument
-    flag("--only", default=",".join(SECTIONS), help="sections, comma-separated [all]")
-    flag("--checkpoint", default="", help="a Hugging Face directory, in addition to the toy body")
-    flag("--threads", type=int, default=os.cpu_count(), help="for the checkpoint; the toy has 1")
-    flag("--seconds", type=float, default=20.0, help="for the repetitions of a row (2 at least) [20]")
-    flag("--quick", action="store_true", help="a smoke run: tiny sizes, meaningless figures")
-    flag("--write", action="store_true", help="put the tables into --file")
-    flag("--file", default="BENCH.md", help="what --write writes to [BENCH.md]")
-    flag("--plan", default="", metavar="BODY", help="measure nothing: plan for a preset or directory")
-    flag("--sim", default="", metavar="BODY", help="with --plan: the simulator's body, if another")
-    flag("--memory", type=float, metavar="GIB", help="with --plan: of the card [24]")
-    flag("--seat-tokens", type=int, default=4096, help="with --plan: of a seat [4096]")
-    flag("--rank", type=int, default=16, help="with --plan: of the adapters [16]")
-    a = a.parse_args(argv)
-    for name in ("threads", "seat_tokens", "rank"):
-        if getattr(a, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
+    a = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
     if not a.plan and (a.sim or a.memory is not None):
         raise ValueError("--sim and --memory belong to --plan BODY: give that, or leave them out")
     a.only = [n for n in a.only.split(",") if n]

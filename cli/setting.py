@@ -53,13 +53,12 @@ def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) 
 
     Raises ValueError for whatever is missing, broken, or too large.
     """
-    names = named_bodies(a)
-    words = policy_words(a, task) if POLICY in names else None
+    words = policy_words(a, task) if getattr(a, "policy", "") else None
     sim_words = None
     if simulated(a):
         sim_words = words_for(getattr(a, "sim_adapter", ""), a.sim_prompt, usual_words(a, task))
-    limits = limits_of(a) if POLICY in names else None
-    homes = {role: models.resolve(name) for role, name in names.items()}
+    homes = find_bodies(a)
+    limits = limits_of(a) if POLICY in homes else None
     server = Chat(a.sim) if simulated(a) and is_address(a.sim) else None
     toks = {home: Tokenizer.load(home) for home in dict.fromkeys(homes.values())}
     if questions:
@@ -87,14 +86,14 @@ def simulated(a: argparse.Namespace) -> bool:
     return hasattr(a, "sim") and (a.command != "eval" or a.search == "sim")
 
 
-def named_bodies(a: argparse.Namespace) -> dict[int, str]:
-    """role -> the name of its body, of the roles that run here."""
+def find_bodies(a: argparse.Namespace) -> dict[int, Path]:
+    """role -> the directory of its body, of the roles that run here."""
     names = {POLICY: a.policy} if getattr(a, "policy", "") else {}
     if a.command == "collect":
         names[REFERENCE] = a.policy  # judges what was found
     if simulated(a) and not is_address(a.sim):
         names[SIMULATOR] = a.sim or a.policy
-    return names
+    return {role: models.resolve(name) for role, name in names.items()}
 
 
 def policy_words(a: argparse.Namespace, task: Task) -> Words:

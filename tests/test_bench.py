@@ -12,13 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 import model as models
-from cli import plan
 from bench import __main__ as command
 from bench import episodes, gpu, growth, memory, profile, sampling, timing, training, work
 from bench.timing import Meter, Row, Run
 from bench.work import Lesson, Silent, Workload
+from cli import plan, screen
 from kernels import linear_logp
-from cli import screen
 from model import POLICY, REFERENCE, SIMULATOR, Config, Model
 from rollout import Engine
 

@@ -180,10 +180,10 @@ def test_clipping_stops_the_gradient_only_in_the_rewarded_direction():
 def test_advantages_have_a_baseline():
     """Defect 8: REINFORCE without a baseline pushes up every episode whose reward is positive."""
     r = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5, 0.5], [0.2, 0.4, 0.6, 0.8]])
-    for kind in ("grpo", "reinforce"):
+    for kind in ("grpo", "rloo"):
         a = advantages(r, kind)
         assert a.sum(1).abs().max() < 1e-5 and a[1].abs().max() < 1e-5
-    assert torch.allclose(advantages(r, "reinforce")[0], torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
+    assert torch.allclose(advantages(r, "rloo")[0], torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
     assert torch.allclose(advantages(r)[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-4)
     assert grpo.informative(r).tolist() == [True, False, True]
     assert torch.equal(advantages(torch.tensor([[0.0, 1e-6]])).sign(), torch.tensor([[-1.0, 1.0]]))

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 import grpo
-import toy
 import train
 from model import POLICY
 from rollout import Engine, Question, Trajectory, Turn
+from toy.words import SIM_WORDS, WORDS
+from toy.world import World
 
 STEPS, QUESTIONS, GROUP, SEED, LR = 4, 4, 6, 4, 1e-2
 FLAGS = {
@@ -32,6 +33,10 @@ FLAGS = {
 
 
 # What these tests know of the program's inside: five names, and what goes through them.
+
+
+class PowerCut(BaseException):
+    """An end that gives a run no time to save."""
 
 
 @dataclass
@@ -70,10 +75,10 @@ def spied(seen: Seen, until: int = STEPS):
         seen.turns.append([])
         return run(engine, [follow(e, seen.turns[-1]) for e in episodes], *more)
 
-    def spy_judge(trajectories, *more):
+    def spy_judge(a, trajectories):
         if len(seen.judged) == until:
-            raise KeyboardInterrupt
-        seen.judged.append((trajectories, judge(trajectories, *more)))
+            raise PowerCut
+        seen.judged.append((trajectories, judge(a, trajectories)))
         return seen.judged[-1][1]
 
     def spy_learn(body, batches, optimizer, objective, *more):
@@ -100,7 +105,7 @@ def run(out, *flags, until=STEPS):
     with ExitStack() as stack:
         stack.callback(patch.undo)
         if until < STEPS:
-            stack.enter_context(pytest.raises(KeyboardInterrupt))
+            stack.enter_context(pytest.raises(PowerCut))
         train.main([str(x) for x in ("--out", out, *flags)])
     return seen
 
@@ -114,18 +119,18 @@ def flags(tmp_path_factory):
     home = tmp_path_factory.mktemp("learning")
 
     def write(name, world, n):
-        words = sorted({q.answers[0] for q in toy.World(world).questions(500)})
+        words = sorted({q.answers[0] for q in World(world).questions(500)})
         others = [*words[::4], *(f"{word} or so" for word in words[1::4])]
         rows = [
             {"question": q.text, "golden_answers": [*q.answers, *others] if i % 4 else ["?!"], "hops": q.hops}
-            for i, q in enumerate(toy.World(world).questions(n))
+            for i, q in enumerate(World(world).questions(n))
         ]
         (home / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return home / name
 
-    words = {k: v for k, v in asdict(toy.WORDS).items() if v is not None}
+    words = {k: v for k, v in asdict(WORDS).items() if v is not None}
     (home / "policy.json").write_text(json.dumps(words))
-    (home / "sim.json").write_text(json.dumps(asdict(toy.SIM_WORDS)))
+    (home / "sim.json").write_text(json.dumps(asdict(SIM_WORDS)))
     files = {"policy-prompt": home / "policy.json", "sim-prompt": home / "sim.json"}
     files |= {"data": write("train.jsonl", 0, 30), "eval-data": write("held.jsonl", 1, 5)}
     return [x for name, value in (FLAGS | files).items() for x in (f"--{name}", value)]
@@ -144,7 +149,7 @@ OTHER = [
     "--updates",
     "2",
     "--algorithm",
-    "reinforce",
+    "rloo",
     "--eval-questions",
     "0",
 ]
@@ -269,7 +274,7 @@ def test_evaluation_is_sampled_and_greedy_at_the_same_addresses_before_and_after
 
 def test_the_control_shuffles_rewards_among_siblings(control):
     """A control that learns from true rewards is none. Each group's advantages are the true ones, on other
-    siblings; reinforce's are those against the mean of the others."""
+    siblings; rloo's are those against the mean of the others."""
     moved = 0
     for step, (trajectories, rewards) in enumerate(control.judged):
         rows = [row for u in control.updates if u.step == step for row in trained(u)[0]]
@@ -335,6 +340,6 @@ def test_the_judge_scores_each_episode_against_its_own_question():
         (italy, "Rome"),
     ]
     trajectories = [Trajectory(q, answer=answer) for q, answer in said]
-    f1, em = (train.judge(trajectories, SimpleNamespace(reward=r, group=2)) for r in ("f1", "em"))
+    f1, em = (train.judge(SimpleNamespace(reward=r, group=2), trajectories) for r in ("f1", "em"))
     assert torch.allclose(f1, torch.tensor([[2 / 3, 1.0], [0.0, 0.0], [0.0, 1.0]]))
     assert em.tolist() == [[0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]

@@ -19,12 +19,13 @@ import torch
 
 import model as models
 import servers
-import toy
 from model import POLICY
 from rollout import Engine, Limits, Turn, action, episode, observation
 from search import ask, open_search
 from servers import Chat, Server, ServerError, one_line
 from tokenizer import Tokenizer
+from toy.words import WORDS
+from toy.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -506,7 +507,7 @@ def body():
 
 
 LIMITS = Limits(prompt=64, episode=400, turn=64, observation=120, turns=3)
-QUESTIONS = toy.World(0).questions(24)
+QUESTIONS = World(0).questions(24)
 
 
 def play(body, search, questions=QUESTIONS):
@@ -515,7 +516,7 @@ def play(body, search, questions=QUESTIONS):
     engine, seen = Engine({POLICY: body}, 8, 512), []
 
     def watched(n, question):
-        told, sent = episode(question, search, tok, LIMITS, toy.WORDS, 1.0, (0, 0, n, 0)), None
+        told, sent = episode(question, search, tok, LIMITS, WORDS, 1.0, (0, 0, n, 0)), None
         while True:
             try:
                 wish = told.send(sent)

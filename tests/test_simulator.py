@@ -336,7 +336,7 @@ def test_fine_tuning_steps_are_alike_but_for_a_falling_rate(alpha, clipped):
     body = tiny_body()
     body.add_role(SIMULATOR, rank=4, alpha=alpha)
     optimizer, one = Still([body.adapter(SIMULATOR)]), rows()[:1]  # again and again: one loss, one gradient
-    run = list(simulator.sft(body, Letters(), SHORT, one, 4, 0.1, tokens=30, held=0, optimizer=optimizer))
+    run = list(sft.sft(body, Letters(), SHORT, one, 4, 0.1, tokens=30, optimizer=optimizer))
     assert [lr for lr, _ in optimizer.told] == pytest.approx([0.1, 0.075, 0.05, 0.025])
     first = optimizer.told[0][1]
     assert len({p.loss for p in run}) == 1

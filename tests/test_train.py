@@ -11,10 +11,12 @@ from test_servers import Place, say, written
 
 import model as models
 import servers
-import toy.make
 import train
+from cli import flags, screen
 from model import Config, Model, save_model
 from rollout import Question, Trajectory
+from toy import texts
+from toy.make import BODY, write_tokenizer
 
 SHORT = [
     *("--steps", "4", "--questions", "2", "--group", "2", "--eval-questions", "4"),
@@ -26,10 +28,10 @@ SHORT = [
 def body(tmp_path_factory):
     """A random body with the toy world's tokenizer."""
     path = tmp_path_factory.mktemp("tiny")
-    toy.make.write_tokenizer(path)
+    write_tokenizer(path)
     vocab = json.loads((path / "tokenizer.json").read_text())
     size = len(vocab["model"]["vocab"]) + len(vocab["added_tokens"])
-    shape = toy.make.BODY | {
+    shape = BODY | {
         "vocab_size": size,
         "hidden_size": 32,
         "num_hidden_layers": 1,
@@ -42,7 +44,7 @@ def body(tmp_path_factory):
 def shorten(body, patch):
     """That body in the toy world, and its audit on 8 searches of a kind: 200 are most of a short run."""
     patch.setitem(models.PRESETS, "tiny", str(body))
-    patch.setattr(toy.audit, "__defaults__", (8, 0))
+    patch.setattr(texts.audit, "__defaults__", (8, 0))
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def tiny(body, monkeypatch):
 
 
 def settle(**given):
-    return train.settle(given)
+    return flags.settle("train", given)
 
 
 def run(*argv):
@@ -61,7 +63,7 @@ def run(*argv):
 def fails(capsys, *argv):
     """The one line that a command prints when it exits with 2."""
     with pytest.raises(SystemExit) as stop:
-        models.command_line(lambda: run(*argv))
+        screen.run(lambda: run(*argv))
     err = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and err.startswith("error: ") and "\n" not in err
     return err
@@ -157,7 +159,7 @@ def test_an_out_that_holds_another_run_is_refused(tiny, whole, tmp_path, capsys)
     """Two runs in one directory would mix their logs; a run resumed with other flags would be two runs."""
     out, _ = whole
     assert "already holds" in fails(capsys, "--out", out, *SHORT)
-    assert "other arguments" in fails(capsys, "--out", out, "--resume", "--lr", "0.5")
+    assert "other arguments" in fails(capsys, "--out", out, "--resume", "--clip", "0.5")
     assert "is not the directory of a run" in fails(capsys, "--out", tmp_path / "none", "--resume")
 
 
@@ -176,8 +178,7 @@ def test_question_files_are_checked_by_line(body, tmp_path, capsys):
 def test_every_question_once_before_any_comes_again(tiny):
     """Sampling with replacement would leave a third of the questions unseen in an epoch."""
     a = settle(questions=7)
-    s = type("S", (), {"questions": list(range(30))})
-    seen = [number for step in range(30) for number, _ in train.ask(s, a, step)]
+    seen = [number for step in range(30) for number, _ in train.ask(a, list(range(30)), step)]
     for epoch in range(7):
         assert sorted(seen[30 * epoch : 30 * (epoch + 1)]) == list(range(30))
     assert seen[:30] != seen[30:60]
@@ -186,9 +187,8 @@ def test_every_question_once_before_any_comes_again(tiny):
 def test_a_question_that_comes_twice_in_a_step_has_two_addresses(tiny):
     """With one address its two groups would be copies of each other, token for token."""
     a = settle(questions=7)
-    s = type("S", (), {"questions": ["a", "b", "c"]})
     for step in range(5):
-        asked = train.ask(s, a, step)
+        asked = train.ask(a, ["a", "b", "c"], step)
         assert len({number for number, _ in asked}) == 7
         assert all(question == "abc"[number % 3] for number, question in asked)
 
@@ -204,7 +204,7 @@ def test_the_learning_rate_is_whole_at_once_and_falls_to_the_end(tiny, monkeypat
     s = type("S", (), {"body": None})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     for step in range(10):
-        train.learn(s, a, step, [t, t], torch.tensor([[0.0, 1.0]]), optimizer)
+        train.learn(a, s, step, [t, t], torch.tensor([[0.0, 1.0]]), optimizer)
     assert rates == pytest.approx([a.lr * (1 - i / 10) for i in range(10)])
 
 
@@ -224,7 +224,7 @@ def test_memory_settles_what_was_not_given(whole):
 def test_a_body_in_bf16_trains(tmp_path, monkeypatch):
     """bf16 is the default on a GPU: fp32 adapters meet narrow activations in fine-tuning, its held-out loss,
     sampling, the KL reference and the update."""
-    monkeypatch.setattr(toy.audit, "__defaults__", (4, 0))
+    monkeypatch.setattr(texts.audit, "__defaults__", (4, 0))
     run("--out", tmp_path, *SHORT, "--steps", "1", "--dtype", "bf16", "--eval-questions", "2")
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])["kl"] < 0.1
 
