@@ -47,12 +47,14 @@ class Flag:
 
     def check(self, value: object) -> None:
         """Raise ValueError for a number out of bounds."""
+        if value is None or self.kind not in (int, float):
+            return
         least = self.least if self.least is not None else 1 if self.kind is int else 0
-        if self.kind in (int, float) and value is not None and not least <= value <= self.most:
+        if not math.isfinite(value):
+            raise ValueError(f"--{self.name} must be a number, not {value}")
+        if not least <= value <= self.most:
             bound = f"within {least}..{self.most:g}" if self.most < math.inf else f"at least {least}"
             raise ValueError(f"--{self.name} must be {bound}, not {value}")
-        if self.kind is float and value is not None and not math.isfinite(value):
-            raise ValueError(f"--{self.name} must be a number, not {value}")
 
 
 Groups = dict[str, list[Flag]]

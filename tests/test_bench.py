@@ -227,8 +227,8 @@ def test_bad_flags_are_one_line(capsys, tmp_path):
     assert "is not a checkpoint directory" in fails(capsys, "--checkpoint", str(tmp_path))
     assert "no checkpoint 'x'" in fails(capsys, "--plan", "x")
     assert "GiB even with --seats 2" in fails(capsys, "--plan", "14b", "--memory", "16")
-    assert "--threads 0: must be 1 or more" in fails(capsys, "--threads", "0")
-    assert "--seat-tokens -5" in fails(capsys, "--plan", "3b", "--seat-tokens", "-5")
+    assert "--threads must be at least 1" in fails(capsys, "--threads", "0")
+    assert "--seat-tokens must be at least 1, not -5" in fails(capsys, "--plan", "3b", "--seat-tokens", "-5")
     assert "names no section" in fails(capsys, "--only", ",")
     assert "belong to --plan" in fails(capsys, "--memory", "24")
 
