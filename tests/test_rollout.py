@@ -250,7 +250,7 @@ def roam(body, seats, n=12, **more):
 class Nothing(dict):
     """A table of prompts in which none is ever found."""
 
-    __contains__ = lambda self, key: False  # noqa: E731
+    setdefault = lambda self, key, seat: seat  # noqa: E731
 
 
 def test_seats_change_no_result(body):
@@ -587,12 +587,13 @@ def test_the_order_of_seating_is_that_of_all_begun_at_once(monkeypatch, seats, f
         engine = Engine({POLICY: (script, TOK), SIMULATOR: (script, TOK)}, seats, 64)
         engine.early = early
 
-        def sit(pool, seat, task, turn, plain=Pool.sit):
-            log.append((engine.stats.steps, seat.row, task.index, turn.role))
-            return plain(pool, seat, task, turn)
+        def take(pool, plain=Pool.take):
+            taken = plain(pool)
+            log.extend((engine.stats.steps, s.row, s.task.index, s.turn.role) for s in taken)
+            return taken
 
         with monkeypatch.context() as patch:
-            patch.setattr(Pool, "sit", sit)
+            patch.setattr(Pool, "take", take)
             engine.run(map(talker, range(60)))
         return log
 
