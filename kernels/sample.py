@@ -1,11 +1,11 @@
-"""Sampling: one keyed uniform a row, through the inverse of the cumulative distribution.
+"""Sampling by the inverse of the cumulative distribution, from one keyed uniform u a row.
 
     id = min { v : sum_{w <= v} p_w > u },   p = softmax(z / tau);        logp = log p[id]
 
-In two steps, for the vocabulary is read once: it falls into stripes; u picks one by their masses, and what
-is left of u (where it fell in that stripe's interval, again in [0, 1)) picks the word inside. The log-prob
-comes with it, so training needs no second forward pass for the old log-probs.
-tau = 0 is greedy, the first of equals; its logp is that of tau = 1.
+Two steps read the vocabulary once: it is cut into stripes; u selects one by their masses, and the position of
+u within that stripe's interval, again in [0, 1), selects the word inside. The log-prob comes with it, so that
+training needs no second forward pass for the old log-probs. tau = 0 is greedy (the first of equals), with the
+log-prob of tau = 1.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import check, choose, tl, triton
+from .launch import check, check_fit, choose, tl, triton
 from .tools import measure
 
 WIDTH = 512  # words in a stripe of the reference
 
 
 def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """mass (B, n), u (B,) in [0, 1), fp64 -> the index (B,) whose interval holds u; where in it."""
+    """mass (B, n), u (B,) in [0, 1), fp64 -> the index (B,) whose interval contains u; where in it."""
     cdf = mass.cumsum(-1)
     at = (u.clamp(max=1 - 2**-53) * cdf[:, -1])[:, None]
     i = torch.searchsorted(cdf, at, right=True).clamp(max=mass.size(1) - 1)  # (B, 1); beyond for NaN alone
@@ -30,7 +30,7 @@ def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _draw(p: Tensor, u: Tensor) -> Tensor:
-    """p (B, V) fp32, u (B,) -> ids (B,). A large vocabulary goes by stripes: no fp64 sum over all of it."""
+    """p (B, V) fp32, u (B,) -> ids (B,). By stripes where V is large: fp64 sums of all words are slow."""
     if p.size(1) <= 2 * WIDTH:
         return _invert(p.double(), u.double())[0]
     stripes = F.pad(p, (0, -p.size(1) % WIDTH)).unflatten(1, (-1, WIDTH))
@@ -56,7 +56,7 @@ def sample_torch(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor
 
 @triton.jit
 def _base2(p_temperature):
-    """What turns a row's logits into base-2 exponents; a greedy row's log-prob is that of temperature 1."""
+    """The factor from a row's logits to base-2 exponents: log2(e) / tau, or with tau = 1 if greedy."""
     tau = tl.load(p_temperature).to(tl.float32)
     return 1.4426950408889634 / tl.where(tau == 0, 1.0, tau)
 
@@ -76,7 +76,7 @@ def _sum_stripe(p_z, p_temperature, p_top, p_first, p_mass, n_words, s_row, n_st
 
 @triton.jit
 def _inverted(mass, i, u):
-    """As _invert, for one row. A parallel scan is not quite monotone, so what has no mass is left out."""
+    """As _invert, for one row. A parallel scan is not quite monotone: words without mass are excluded."""
     cdf = tl.where(mass > 0, tl.cumsum(mass, 0), 0.0)
     at = tl.minimum(u, 1 - 5.9604645e-08) * tl.max(cdf, 0)
     chosen = tl.min(tl.where(cdf > at, i, 2147483647), 0)
@@ -119,10 +119,7 @@ def config(V: int) -> dict:
 def sample_triton(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """The same on a GPU. ValueError if shapes disagree, or if the words of a row are not contiguous."""
     (B, V), c = logits.shape, config(logits.size(1))
-    check(
-        u.shape == temperature.shape == (B,),
-        f"logits {(B, V)}, u {tuple(u.shape)} and temperature {tuple(temperature.shape)} do not fit",
-    )
+    check_fit(u.shape == temperature.shape == (B,), logits=logits, u=u, temperature=temperature)
     check(logits.stride(1) == 1, "the words of a row of logits must be contiguous")
     u, temperature, stripes = u.contiguous(), temperature.contiguous(), triton.cdiv(V, c["STRIPE"])
     top, mass, logp = (logits.new_empty(n, dtype=torch.float32) for n in (B * stripes, B * stripes, B))
@@ -138,26 +135,17 @@ def sample_triton(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tenso
 sample = choose(sample_torch, sample_triton)
 
 
-def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
-    """One row, all seats."""
-    for b in (1, m.seats):
-        z = torch.randn(b, m.vocab, dtype=m.dtype, device=device)
-        u, tau = torch.rand(b, device=device), torch.ones(b, device=device)
-        rivals = {"torch": sample_torch, "multinomial": _multinomial}
-        yield measure.Case(
-            f"{b} x {m.vocab}",
-            lambda z=z, u=u, tau=tau: sample_triton(z, u, tau),
-            {k: lambda f=f, z=z, u=u, tau=tau: f(z, u, tau) for k, f in rivals.items()},
-            bytes=z.numel() * z.element_size(),
-        )
-
-
 def _multinomial(z: Tensor, u: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """What most programs do, from a random state instead of u."""
+    """What most programs do, with torch's random state instead of u."""
     logp = (z.float() / tau[:, None]).log_softmax(-1)
     ids = torch.multinomial(logp.exp(), 1)
     return ids[:, 0], logp.gather(1, ids)[:, 0]
 
 
-if __name__ == "__main__":
-    measure.main("sample")
+def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
+    """One row, all seats."""
+    rivals = {"torch": sample_torch, "multinomial": _multinomial}
+    for b in (1, m.seats):
+        z = torch.randn(b, m.vocab, dtype=m.dtype, device=device)
+        u, tau = torch.rand(b, device=device), torch.ones(b, device=device)
+        yield measure.versus(f"{b} x {m.vocab}", sample_triton, rivals, z, u, tau, bytes=z.nbytes)

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -101,6 +101,17 @@ def backward(forward: Callable, inputs: tuple, gradients: Tensor | tuple) -> Cal
     """
     outputs = cache(forward)
     return lambda: torch.autograd.grad(outputs(), inputs, gradients, retain_graph=True)
+
+
+def versus(name: str, kernel: Callable, rivals: dict, *inputs, gradients=None, **work: int) -> Case:
+    """A case that gives the kernel and its rivals the same inputs; with gradients: their backward pass."""
+    leaves = tuple(x for x in inputs if isinstance(x, Tensor) and x.requires_grad)
+
+    def call(f: Callable) -> Callable:
+        run = partial(f, *inputs)
+        return run if gradients is None else backward(run, leaves, gradients)
+
+    return Case(name, call(kernel), {name: call(f) for name, f in rivals.items()}, **work)
 
 
 def relative_rms(x: Tensor, truth: Tensor) -> float:
@@ -225,8 +236,3 @@ def bench(names: Iterable[str], models: Iterable[Model], out: str | None = None)
     if out:
         Path(out).write_text(json.dumps(here | {"rows": rows}, indent=1), encoding="utf-8")
     return rows
-
-
-def main(name: str) -> None:
-    """The benchmark of one kernel file: all models on a GPU, the toy under the interpreter."""
-    bench([name], MODELS.values() if torch.cuda.is_available() else [TOY])
