@@ -107,7 +107,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, KV: int) -> None:
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """The same on a GPU. ValueError if shapes or types disagree, or if head_dim does not suit."""
-    (B, T, H, D), KV = q.shape, k.size(2)
+    (B, T, _, D), KV = q.shape, k.size(2)
     lengths = torch.full((B,), T, device=q.device) if lengths is None else lengths
     fits = k.shape == v.shape == (B, T, KV, D) and lengths.shape == (B,)
     check_fit(fits, q=q, k=k, v=v, lengths=lengths)

@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
@@ -599,6 +600,36 @@ def test_the_order_of_seating_is_that_of_all_begun_at_once(monkeypatch, seats, f
 
     log, at_first = seating(seats), seats if first == "documents" else seats - max(1, 2 * seats // 5)
     assert log == seating(60) and sum(step == 0 for step, *_ in log) == at_first
+
+
+@pytest.mark.parametrize("seats, episodes", [(2, 1), (5, 3), (10, 6)])
+def test_two_seats_of_five_are_kept_for_documents(body, seats, episodes):
+    """With a single one all episodes would queue for it, and decode one row at a time."""
+    engine, seated = Engine({POLICY: (body, TOK), SIMULATOR: (body, TOK)}, seats, 100), []
+
+    def one(n):
+        for call in range(2):
+            yield Turn(TOK.encode("hello"), POLICY, 5, 1.0, (), (n, call, TOKENS), n)
+            seated.append(len(engine.pools[POLICY].seated))
+            yield Turn(TOK.encode("D:"), SIMULATOR, 5, 1.0, (), (n, call, DOCUMENTS))
+
+    engine.run(map(one, range(12)))
+    assert max(seated) == episodes
+
+
+def test_an_engine_tells_what_it_does(body):
+    """Progress and rates on the screen come from here: done counts up to all, and seconds are of this run."""
+    engine, told = Engine({POLICY: (body, TOK)}, 2, 100), []
+
+    def one(n):
+        yield Turn(TOK.encode("hello"), POLICY, n + 1, 1.0, (), (n, TOKENS))
+
+    for _ in range(2):
+        began = time.perf_counter()
+        engine.run(map(one, range(4)), lambda *a: told.append((*a[:2], a[2].seconds)))
+        assert 0 < told[-1][2] <= engine.stats.seconds <= time.perf_counter() - began
+        assert engine.stats.steps <= engine.stats.decoded <= 1 + 2 + 3 + 4
+    assert sorted({done for done, _, _ in told}) == [1, 2, 3, 4] and {of for _, of, _ in told} == {4}
 
 
 def test_what_does_not_fit_a_seat_is_an_error(body):
