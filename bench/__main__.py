@@ -68,8 +68,9 @@ def put(text: str, name: str, body: str) -> str:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked."""
-    a = OneLine("bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = a.add_argument
+    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = OneLine("-m bench", usage="python -m bench [flags]", **how)
+    flag = parser.add_argument
     flag("--only", default=",".join(SECTIONS), help="sections, comma-separated [all]")
     flag("--checkpoint", default="", help="a Hugging Face directory, in addition to the toy body")
     flag("--threads", type=int, default=os.cpu_count(), help="for the checkpoint; the toy has 1")
@@ -82,11 +83,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--memory", type=float, metavar="GIB", help="with --plan: of the card [24]")
     flag("--seat-tokens", type=int, default=4096, help="with --plan: of a seat [4096]")
     flag("--rank", type=int, default=16, help="with --plan: of the adapters [16]")
-    a = a.parse_args(argv)
+    a = parser.parse_args(argv)
     for name in ("threads", "seat_tokens", "rank"):
         if getattr(a, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be 1 or more")
-    if not a.plan and (a.sim or a.memory is not None):
+    if a.plan:
+        return a
+    if a.sim or a.memory is not None:
         raise ValueError("--sim and --memory belong to --plan BODY: give that, or leave them out")
     a.only = [n for n in a.only.split(",") if n]
     unknown = [n for n in a.only if n not in SECTIONS]
