@@ -28,8 +28,8 @@ import torch
 
 import eval as judge_of
 import grpo
-import model as models
 import simulator as simulators
+import weights
 from cli import disk, flags, screen
 from cli.disk import Rows
 from cli.setting import Setting, find_bodies, load
@@ -245,7 +245,7 @@ def prepare(a: argparse.Namespace, s: Setting, world: World) -> dict:
     if a.sft_steps:
         tune_simulator(a, s)
         home = Path(a.out) / "simulator"
-        models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
+        weights.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
         save_words(s.simulator.words, home / WORDS_FILE)
     preview(s, world.questions[0])
     facts["simulator"] = {} if s.simulator.server else s.task.audit(partial(write, s))
@@ -256,7 +256,7 @@ def prepare(a: argparse.Namespace, s: Setting, world: World) -> dict:
 
 def finish(a: argparse.Namespace, s: Setting, world: World, facts: dict, began: float) -> None:
     """What comes after the last step: the held-out questions again, result.json and the table."""
-    models.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
+    weights.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
     after = measure(a, s, world) if facts["before"] else {}
     result: dict = {f"before{k}": v for k, v in facts["before"].items()}
     result |= {f"after{k}": v for k, v in after.items()}
@@ -305,7 +305,7 @@ def tune_simulator(a: argparse.Namespace, s: Setting) -> None:
 def save(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, facts: dict) -> None:
     """All that a run needs to go on, whole or not at all; the adapter for others first, so that it is never
     behind the state."""
-    models.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
+    weights.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
     tensors = {"policy": s.body.adapter(POLICY)} | disk.pack_optimizer(optimizer)
     if SIMULATOR in s.bodies and SIMULATOR in s.bodies[SIMULATOR][0].roles:
         tensors["simulator"] = s.bodies[SIMULATOR][0].adapter(SIMULATOR)

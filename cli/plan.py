@@ -17,7 +17,8 @@ import torch
 
 import kernels
 from cli.disk import read_json
-from model import NAMES, PRESETS, ROLES, Config, packs, resolve
+from model import NAMES, ROLES, Config, packs
+from weights import PRESETS, resolve
 
 SPARE = 0.08  # share of the memory that is left to the driver, fragments and libraries
 ENOUGH = 128  # seats: rows to share one reading of the weights; more of them are worth less and less

@@ -12,6 +12,7 @@ from test_collect import Letters
 
 import eval as evaluation
 import model as models
+import weights
 from cli import screen
 from cli.disk import Rows
 from eval import evaluate, retrieval, summarise
@@ -257,7 +258,7 @@ def checkpoint(tmp_path_factory):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     rest = {"intermediate_size": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-6}
     config = {"model_type": "qwen2", "vocab_size": size, "tie_word_embeddings": True} | shape | rest
-    models.save_model(models.Model(models.Config.from_hf(config)).init(0), path)
+    weights.save_model(models.Model(models.Config.from_hf(config)).init(0), path)
     return str(path)
 
 
@@ -269,9 +270,9 @@ def test_the_command_line_scores_a_checkpoint(checkpoint, tmp_path, capsys):
     rows = [{"id": str(i), "question": f"q{i}", "answer": "Lima", "hops": 1 + i % 2} for i in range(5)]
     data, corpus = lines_file(tmp_path / "q.jsonl", *rows), lines_file(tmp_path / "c.jsonl", *CORPUS_ROWS)
     prompt = lines_file(tmp_path / "words.json", {"prompt": "{question}", "notice": " "})
-    body = models.load(checkpoint)
+    body = weights.load(checkpoint)
     body.add_role(models.POLICY, 2, 4.0, 0)
-    models.save_adapter(body, models.POLICY, tmp_path / "adapter")
+    weights.save_adapter(body, models.POLICY, tmp_path / "adapter")
     out = tmp_path / "out.json"
     flags = (
         f"--policy {checkpoint} --adapter {tmp_path}/adapter --data {data} --limit 4 --json {out} --seats 3"
@@ -425,10 +426,10 @@ def test_two_results_are_compared_at_the_command_line(tmp_path, capsys):
 def test_an_episode_live_is_the_episode(checkpoint, name):
     """Asked for token by token, an episode must not change: not its ids, its mask, its ends, nor what is fed
     (a turn that was fed again would cost its whole history). The random body never finds a tag."""
-    home = models.resolve({"tiny": "tiny", "random": checkpoint}[name])
+    home = weights.resolve({"tiny": "tiny", "random": checkpoint}[name])
     tok, world, shown = Tokenizer.load(home), World(1), []
     limits = Limits(prompt=16, episode=192, turn=20, observation=32, turns=4)
-    engine = Engine({models.POLICY: (models.load(home), tok)}, 4, limits.episode + 1)
+    engine = Engine({models.POLICY: (weights.load(home), tok)}, 4, limits.episode + 1)
 
     def runs():
         return evaluation.episodes(tok, world.questions(8), world.lookup, limits, toy.WORDS)

@@ -17,8 +17,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import torch
 
-import model as models
 import servers
+import weights
 from model import POLICY
 from rollout import Engine, Limits, Turn, action, episode, observation
 from search import ask, open_search
@@ -503,7 +503,7 @@ def test_the_command_line_fails_in_one_line_and_can_be_interrupted(place):
 def body():
     """The shipped body and its tokenizer; its policy searches now and then."""
     torch.set_num_threads(1)
-    return models.load("tiny", torch.float32, "cpu"), Tokenizer.load(models.resolve("tiny"))
+    return weights.load("tiny", torch.float32, "cpu"), Tokenizer.load(weights.resolve("tiny"))
 
 
 LIMITS = Limits(prompt=64, episode=400, turn=64, observation=120, turns=3)

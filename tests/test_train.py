@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file
 from test_servers import Place, say, written
 
-import model as models
 import servers
 import train
+import weights
 from cli import flags, screen
-from model import Config, Model, save_model
+from model import Config, Model
 from rollout import Question, Trajectory
 from toy import texts
 from toy.make import BODY, write_tokenizer
+from weights import save_model
 
 SHORT = [
     *("--steps", "4", "--questions", "2", "--group", "2", "--eval-questions", "4"),
@@ -43,7 +44,7 @@ def body(tmp_path_factory):
 
 def shorten(body, patch):
     """That body in the toy world, and its audit on 8 searches of a kind: 200 are most of a short run."""
-    patch.setitem(models.PRESETS, "tiny", str(body))
+    patch.setitem(weights.PRESETS, "tiny", str(body))
     patch.setattr(texts.audit, "__defaults__", (8, 0))
 
 

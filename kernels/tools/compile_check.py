@@ -11,7 +11,6 @@ shared memory than a block may have, waits for each wgmma in turn, or, on sm_90,
 does without wgmma.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -39,8 +38,11 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from cli.parser import Flag, parse, with_defaults
+
 from ..launch import INTERPRET, TARGETS, Target, check, pretend
 from . import measure
+from .choices import CHOICES
 
 GATED = ("sm_80", "sm_86", "sm_89", "sm_90")
 QUICK_TARGETS, QUICK_MODELS = ("sm_90", "sm_80"), ("Qwen2.5-3B", "toy")
@@ -224,15 +226,20 @@ def check_file(models: list[str], name: str, file: str) -> list[Report]:
     return catch.reports
 
 
+FLAGS = {
+    "what is compiled": [
+        Flag("quick", bool, False, "Qwen2.5-3B and the toy, on sm_90 and sm_80"),
+        Flag("targets", tuple(TARGETS), (), f"GPUs ({' '.join(GATED)})", many="+"),
+        *CHOICES,
+        Flag("processes", int, os.cpu_count(), "compiling at a time"),
+        Flag("json", str, "", "write every report to this file", "FILE"),
+    ]
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line: print the table, return 1 if a gated target has a problem."""
-    p = argparse.ArgumentParser(prog="kernels.tools.compile_check", description=__doc__.split("\n")[0])
-    p.add_argument("--quick", action="store_true", help="Qwen2.5-3B and the toy, on sm_90 and sm_80")
-    p.add_argument("--targets", nargs="+", choices=list(TARGETS), help=f"default: {' '.join(GATED)}")
-    measure.add_choices(p)
-    p.add_argument("--processes", type=int, default=os.cpu_count(), help="default: %(default)s")
-    p.add_argument("--json", help="write every report to this file")
-    a = p.parse_args(argv)
+    a = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
     models = a.models or (QUICK_MODELS if a.quick else list(measure.MODELS))
     tasks = itertools.product(a.targets or (QUICK_TARGETS if a.quick else GATED), a.files)
     started, reports = time.perf_counter(), []

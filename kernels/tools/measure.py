@@ -6,7 +6,6 @@ them on meta tensors to see every launch of the host code, `python -m kernels` t
 toy's dimensions it runs them under the interpreter, where only the error column means anything.
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -78,12 +77,6 @@ class Case:
 def modules(names: Iterable[str] = FILES) -> Iterator[tuple[str, ModuleType]]:
     """Name and module of every kernel file, or of these."""
     return ((name, importlib.import_module(f"kernels.{name}")) for name in names)
-
-
-def add_choices(p: argparse.ArgumentParser) -> None:
-    """The flags that choose kernel files and models."""
-    p.add_argument("--files", nargs="+", choices=FILES, default=FILES, help="default: all")
-    p.add_argument("--models", nargs="+", choices=list(MODELS), help="whose dimensions; default: all")
 
 
 def compiled(f: Callable, device: str) -> dict[str, Callable]:
