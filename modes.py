@@ -6,8 +6,8 @@ cot      chain of thought: reason first, then answer
 rag      one search, whose query is the question itself, then the answer
 
 Each is a generator with the parameters of `episode`: the engine runs and the metric scores them alike. A
-baseline's answer is the first non-blank line that it samples after an `<answer>` that we open for it, up to the
-closing tag. So a baseline loses nothing by its form; only the agent must find the tags.
+baseline's answer is the first non-blank line that it samples after an `<answer>` that we open for it, up to
+the closing tag. So a baseline loses nothing by its form; only the agent must find the tags.
 
 Not another kind of agent (Search-o1), no search for the best words.
 
