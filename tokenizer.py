@@ -28,7 +28,7 @@ QWEN2 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
-# GPT-2's words with each digit on its own: it takes no space along, and a text before it is cut as at its end.
+# GPT-2's words, each digit on its own: it takes no space along, and a text before it is cut as at its end.
 GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 
 # Special tokens that end a turn, or a text, in whatever checkpoint has them.
