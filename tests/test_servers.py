@@ -420,8 +420,8 @@ def test_a_chat_that_fails(place, monkeypatch, answer, status, words):
     """An error's text, taken for documents, would be trained on."""
     monkeypatch.setenv("OPENAI_API_KEY", "hunter2")
     p = place(say(answer, status))
-    work = Chat(p.address, "m").complete(MESSAGES, 1.0, 5, 0).result
-    error = fails(work, 5)
+    chat = Chat(p.address, "m")
+    error = fails(chat.complete(MESSAGES, 1.0, 5, 0).result, 5) + repr(chat.server)
     assert words in error and ("an OpenAI-compatible server" in error or "Check the key" in error)
     assert "hunter2" not in error
     assert 'no {"data": [{"id": ...}]}' in fails(lambda: Chat(place(say({"data": []})).address), 5)
