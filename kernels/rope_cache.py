@@ -73,10 +73,8 @@ def rope_cache_triton(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:
     check(cache.stride()[2:] == (D, 1), "the tokens of a head must be contiguous in the cache")
     check_table(cos, sin, D)
     q = qkv.new_empty(B, T, heads - n_kv, D)
-    _rope_cache[(T, B)](
-        qkv, q, cache, cos, sin, start, lens, *qkv.stride()[:3], *cache.stride()[:2], T, L, cos.size(0),
-        **config(heads - n_kv, n_kv // 2, D),
-    )  # fmt: skip
+    strides, c = (*qkv.stride()[:3], *cache.stride()[:2]), config(heads - n_kv, n_kv // 2, D)
+    _rope_cache[(T, B)](qkv, q, cache, cos, sin, start, lens, *strides, T, L, cos.size(0), **c)
     return q
 
 
@@ -85,16 +83,11 @@ rope_cache = choose(rope_cache_torch, rope_cache_triton)
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Decoding of all seats, of a single row, and the prefill of a prompt."""
+    rivals = {"torch, and a copy": lambda qkv, *rest: rope_cache_torch(qkv.clone(), *rest)}  # works in place
     for rows, n in ((m.seats, 1), (1, 1), (m.batch, m.length // 2)):
         qkv, cos, sin = inputs(rows, n, m, device)
         cache = torch.zeros(rows, 2 * m.kv_heads, 2 * m.context, m.head_dim, dtype=m.dtype, device=device)
         start = torch.full((rows,), m.context // 2, device=device)
-        yield measure.versus(
-            f"cache {rows} x {n} x ({m.heads} + 2 x {m.kv_heads}) x {m.head_dim}",
-            rope_cache_triton,
-            {"torch, and a copy": lambda qkv, *rest: rope_cache_torch(qkv.clone(), *rest)},  # works in place
-            qkv,
-            cache,
-            Place(start, n, cache.size(2), torch.full_like(start, n), cos, sin, m.dtype),
-            bytes=2 * qkv.nbytes,
-        )
+        place = Place(start, n, cache.size(2), torch.full_like(start, n), cos, sin, m.dtype)
+        name = f"cache {rows} x {n} x ({m.heads} + 2 x {m.kv_heads}) x {m.head_dim}"
+        yield measure.versus(name, rope_cache_triton, rivals, qkv, cache, place, bytes=2 * qkv.nbytes)
