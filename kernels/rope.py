@@ -35,7 +35,7 @@ def rope_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
 
 
 @triton.jit
-def turn(
+def rotate_heads(
     p_x, s_x, p_y, s_y, cos, sin, on,
     N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +65,8 @@ def _rope(
     cos = tl.load(p_cos + i_t * (D // 2) + i_col, mask=i_col < D // 2, other=0.0)
     sin = tl.load(p_sin + i_t * (D // 2) + i_col, mask=i_col < D // 2, other=0.0) * SIGN
     q, k, i_token = p_q + i_b * s_qb + i_t * s_qt, p_k + i_b * s_kb + i_t * s_kt, i_b * n_t + i_t
-    turn(q, s_qh, p_q_out + i_token * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
-    turn(k, s_kh, p_k_out + i_token * KV * D, D, cos, sin, True, KV, D, K_HEADS, HALF)
+    rotate_heads(q, s_qh, p_q_out + i_token * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
+    rotate_heads(k, s_kh, p_k_out + i_token * KV * D, D, cos, sin, True, KV, D, K_HEADS, HALF)
 
 
 def config(heads: int, kv_heads: int, head_dim: int) -> dict:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import measure
 from .launch import check, check_fit, choose, tl, triton
 from .place import Place
-from .rope import check_table, config, inputs, turn
+from .rope import check_table, config, inputs, rotate_heads
 
 
 def rope_cache_torch(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:
@@ -53,8 +53,8 @@ def _rope_cache(
     cos = tl.load(p_cos + at, mask=i_col < D // 2, other=0.0)
     sin = tl.load(p_sin + at, mask=i_col < D // 2, other=0.0)
     x, to = p_x + i_b * s_xb + i_t * s_xt, p_cache + i_b * s_cb + position * D
-    turn(x, s_xh, p_q + (i_b * n_t + i_t) * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
-    turn(x + H * s_xh, s_xh, to, s_ch, cos, sin, real, KV, D, K_HEADS, HALF)
+    rotate_heads(x, s_xh, p_q + (i_b * n_t + i_t) * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
+    rotate_heads(x + H * s_xh, s_xh, to, s_ch, cos, sin, real, KV, D, K_HEADS, HALF)
     i_head, i_col = tl.arange(0, K_HEADS)[:, None], tl.arange(0, 2 * HALF)[None, :]
     m = (i_head < KV) & (i_col < D) & real  # (K_HEADS, 2 HALF)
     v = tl.load(x + (H + KV + i_head) * s_xh + i_col, mask=m, other=0.0)

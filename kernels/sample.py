@@ -110,8 +110,8 @@ def sample_triton(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tenso
     check_fit(u.shape == temperature.shape == (B,), logits=logits, u=u, temperature=temperature)
     check(logits.stride(1) == 1, "the words of a row of logits must be contiguous")
     u, tau = u.contiguous(), temperature.contiguous()
-    STRIPE = min(4096, triton.next_power_of_2(V))  # 38 stripes of 151,936 words: enough programs for one
-    n = triton.cdiv(V, STRIPE)  # row alone, and a short scan in the second step
+    STRIPE = min(4096, triton.next_power_of_2(V))  # 151,936 words: 38 stripes, enough programs for one row
+    n = triton.cdiv(V, STRIPE)  # and a short scan in the second step
     top, mass, logp = (logits.new_empty(size, dtype=torch.float32) for size in (B * n, B * n, B))
     first, ids = logits.new_empty(B * n, dtype=torch.int32), logits.new_empty(B, dtype=torch.int64)
     _sum_stripe[(B, n)](logits, tau, top, first, mass, V, s_row, n, STRIPE=STRIPE, num_warps=4)
