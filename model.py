@@ -4,8 +4,8 @@ One frozen body plays three roles. A role is an index: 0 is the reference (no ad
 2 the simulator. A forward pass takes one role for all rows (training) or one per row (decoding), so that a
 single copy of the weights is policy, simulator and KL reference at once.
 
-What this is not: a general model library. It reads ordinary Hugging Face directories of `llama`, `qwen2` and
-`qwen3` models, and says so plainly when a checkpoint asks for anything it does not know.
+Not a general model library: it reads ordinary Hugging Face directories of `llama`, `qwen2` and `qwen3` models
+and refuses, in one line, a checkpoint that asks for anything else.
 
     model = weights.load("Qwen/Qwen2.5-3B-Instruct")   # a preset, a directory or a hub id
     model.add_role(POLICY, rank=16, alpha=32)
@@ -54,7 +54,7 @@ KNOWN = set((INERT + READ).split())
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a body. `from_hf` reads a config.json, `hf` is what is written back."""
+    """The shape of a body. `from_hf` reads a config.json; `hf` keeps that to be written back."""
 
     family: str  # llama | qwen2 | qwen3
     vocab: int
@@ -108,18 +108,15 @@ class Config:
                 hf=c,
             )
         except KeyError as e:
-            raise ValueError(
-                f"config.json has no {e.args[0]!r}: is it the config of a whole {family} model?"
-            ) from None
+            missing = e.args[0]
+            raise ValueError(f"config.json has no {missing!r}: is this a whole {family} model?") from None
 
 
 def _refuse_unknown(c: dict) -> None:
-    off = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "rope_interleaved": False}
-    for key, value in off.items():
+    off = dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window", "rope_interleaved"), False)
+    for key, value in (off | {"hidden_act": "silu"}).items():
         if c.get(key, value) != value:
-            raise ValueError(f"config.json sets {key} = {c[key]!r}, which this network does not implement")
-    if c.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json sets hidden_act = {c['hidden_act']!r}: only silu is implemented")
+            raise ValueError(f"config.json sets {key} = {c[key]!r}: only {value!r} is implemented")
     if set(c.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError("config.json asks for sliding-window layers, which this network does not implement")
     unknown = [k for k, v in c.items() if v and k not in KNOWN and not k.startswith("_")]
@@ -163,7 +160,7 @@ def frequencies(c: Config) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A frozen matrix, perhaps several of the checkpoint's side by side (q, k and v; gate and up)."""
+    """A frozen matrix: one of the checkpoint's, or several side by side (q, k and v; gate and up)."""
 
     def __init__(self, d_in: int, parts: dict[str, int], bias: bool = False):
         super().__init__()
@@ -176,15 +173,14 @@ class Linear(nn.Module):
         """x (B, T, d_in) -> (B, T, sum of the parts), with the role's update."""
         if lora is not None and lora.weight is None and torch.is_grad_enabled():
             return kernels.lora_linear(x, self.weight, self.bias, lora.A, lora.B, lora.scale)
-        kind, x = x.dtype, fast(x, self.packed)
         y = product(x, self.weight, self.packed, self.bias)
         if lora is not None:
-            adapt(y, x, lora)
-        return y.to(kind)
+            adapt(y, x.to(y.dtype), lora)
+        return y.to(x.dtype)
 
 
 def memory(free: bool = False) -> int:
-    """Bytes of this machine's memory, or of what programs may still take (4 GiB where nothing tells)."""
+    """Bytes of this machine's memory, or of what is available (4 GiB where the system does not say)."""
     info = Path("/proc/meminfo")
     if info.exists():
         name = "MemAvailable" if free else "MemTotal"
@@ -194,22 +190,16 @@ def memory(free: bool = False) -> int:
 
 
 def packs(size: int) -> bool:
-    """Whether weights of so many bytes get copies for sampling on a CPU: not tiny, and there is memory."""
+    """Whether weights of so many bytes get packed copies on a CPU: not tiny, and memory suffices."""
     return 2**26 < size < memory() / 8
 
 
-def fast(x: Tensor, packed: "kernels.Packed | None") -> Tensor:
-    """x in the type of the packed copy, where `product` will use it."""
-    return x.to(packed.weight.dtype) if packed is not None and torch.is_inference_mode_enabled() else x
-
-
 def product(x: Tensor, weight: Tensor, packed: "kernels.Packed | None", bias: Tensor | None = None) -> Tensor:
-    """x (..., d_in) -> x W^T + bias, from the packed copy in inference mode, in which the engine samples.
-
-    Not wherever gradients are off: policy and KL reference must round alike.
+    """x (..., d_in) -> x W^T + bias. In inference mode, in which the engine samples: from the packed copy, in
+    its type. Not wherever gradients are off: policy and KL reference must round alike.
     """
     if packed is not None and torch.is_inference_mode_enabled():
-        return kernels.packed_linear(x, weight, packed)
+        return kernels.packed_linear(x.to(packed.weight.dtype), weight, packed)
     return F.linear(x, weight, bias)
 
 
@@ -224,17 +214,17 @@ def adapt(y: Tensor, x: Tensor, lora: "Update") -> None:
 
 @dataclass(frozen=True)
 class Update:
-    """What LoRA adds to one Linear: scale (x A^T) B^T for all rows, or for each a mixture of all roles'."""
+    """What LoRA adds to one Linear: scale (x A^T) B^T for all rows, or each row's weighted sum over roles."""
 
-    A: Tensor  # (k, d_in), or (R, k, d_in) for a mixture
+    A: Tensor  # (k, d_in), or (R, k, d_in) with weights
     B: Tensor  # (d_out, k), or (R, k, d_out)
     scale: Tensor | float = 1.0
-    weight: Tensor | None = None  # (B, R) of a mixture: the scale of each row's role, 0 for the others
+    weight: Tensor | None = None  # (B, R): the scale of each row's role, 0 for the others
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some neighbouring rows of the cache, and what a forward pass is to do with them."""
+    """A view of adjacent rows of the cache, with their lengths before and in this forward pass."""
 
     layers: tuple[Tensor, ...]  # of each layer: the heads of k, then those of v (B, 2 KV, L, D)
     start: Tensor  # (B,) tokens that each row already holds
@@ -242,7 +232,7 @@ class Window:
 
 
 class Cache:
-    """Keys and values of a fixed number of seats. A seat is a row; whoever holds one knows how long it is."""
+    """Keys and values of a fixed number of seats, which are rows. Their lengths are kept by the caller."""
 
     def __init__(self, c: Config, seats: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
         self.seats, self.capacity = seats, capacity
@@ -250,7 +240,7 @@ class Cache:
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
     def window(self, rows: slice, upto: int, start: Tensor, lens: Tensor | None = None) -> Window:
-        """A view of neighbouring rows, cut after `upto` positions."""
+        """A view of adjacent rows, cut after `upto` positions."""
         return Window(self.kv[:, rows, :, :upto].unbind(), start, lens)
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -258,14 +248,14 @@ class Cache:
         self.kv[:, target, :, :length] = self.kv[:, source, :, :length]
 
     def swap(self, a: int, b: int, length: int) -> None:
-        """Exchange two seats, of which the longer holds `length` tokens."""
+        """Exchange two seats; the longer one holds `length` tokens."""
         kept = self.kv[:, a, :, :length].clone()
         self.copy(b, a, length)
         self.kv[:, b, :, :length] = kept
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and SwiGLU. The sum of the residual stream is done inside the next norm."""
+    """Pre-norm attention and SwiGLU. Each residual addition happens inside the norm that follows it."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -285,7 +275,7 @@ class Layer(nn.Module):
         return self.qkv, self.out, self.gate_up, self.down
 
     def forward(self, x, delta, attend, updates):
-        """x (B, T, d) the residual stream, delta what the layer before adds to it -> both, one layer on."""
+        """x (B, T, d) the residual stream, delta the last layer's addition to it -> both after this layer."""
         c, eps = self.c, self.c.eps
         if delta is None:
             y = kernels.rms_norm(x, self.norm_1, eps)
@@ -306,7 +296,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """The body. Weights are frozen parameters; the adapters live beside them, in `roles`."""
+    """The body. Weights are frozen parameters; the roles' adapters are in `roles`."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -350,10 +340,9 @@ class Model(nn.Module):
     ) -> Tensor:
         """ids (B, T) -> hidden states (B, T, d) after the final norm.
 
-        role: one for all rows, or (B,) one a row (needs `lora` from a `Stack`).
-        lengths (B,): of right-padded rows.
-        window: where given, row b's tokens follow the window.start[b] tokens in the cache and join them
-        there. recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
+        role: one for all rows, or (B,) one a row (needs `lora` from a `Stack`). lengths (B,): of right-padded
+        rows. window: row b's tokens follow the window.start[b] tokens in the cache and are added there.
+        recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
         """
         updates = lora if lora is not None else self.updates(role)
         attends = self._alone(lengths) if window is None else self._cached(window, ids.size(1))
@@ -367,7 +356,7 @@ class Model(nn.Module):
         return kernels.rms_norm(delta, self.norm, self.config.eps, residual=x)[0]
 
     def _alone(self, lengths: Tensor | None) -> Iterator[Callable]:
-        """For every layer: attention among the rows' own tokens."""
+        """For every layer: attention within the rows."""
 
         def attend(layer, qkv):
             q, k, v = layer.parts(qkv)
@@ -391,10 +380,10 @@ class Model(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., d) -> (..., V)."""
-        return product(fast(h, self.packed_head), self.head, self.packed_head)
+        return product(h, self.head, self.packed_head)
 
     def pack(self, rows: int) -> None:
-        """On a CPU: lay copies of the matrices out for sampling so many rows, where that pays (`packs`).
+        """On a CPU: make packed copies of the matrices for sampling so many rows, where that pays (`packs`).
 
         In fp32 with 8 rows products are nearly 3 times as fast for a body of 135M; a tiny one gains nothing.
         """
@@ -415,11 +404,11 @@ class Model(nn.Module):
         return (linear for layer in self.layers for linear in layer.linears())
 
     def add_role(self, role: int, rank: int = 16, alpha: float = 32.0, seed: int = 0) -> None:
-        """Give a role a fresh adapter: A uniform as in PEFT, B = 0, so that it equals the base exactly."""
+        """Give a role a new adapter: A uniform as in PEFT, B = 0, so that it equals the base exactly."""
         self.roles[role] = Adapter.fresh(list(self.linears()), rank, alpha, seed, self.device)
 
     def adapter(self, role: int) -> nn.Parameter:
-        """The one flat fp32 vector that an optimiser sees. Raises KeyError where the role has none."""
+        """The role's parameters, one flat fp32 vector. Raises KeyError where the role has no adapter."""
         return self.roles[role].theta
 
     def updates(self, role: int) -> list[Update | None]:
@@ -433,25 +422,22 @@ class Model(nn.Module):
     def stacked(self, old: "Stack | None" = None) -> "Stack":
         """All roles' adapters in the type of the products, for decoding with one role a row.
 
-        A copy: take a new one after the adapters have changed; an old one of the same shape is overwritten in
-        place, so that CUDA graphs go on reading it. Roles of unlike rank are padded with zeros.
+        A copy: take a new one after the adapters have changed. An old one of the same scales, rank and type
+        is overwritten in place, so that CUDA graphs go on reading it. Lower ranks are padded with zeros.
         """
-        linears = list(self.linears())
-        pairs = {role: a.pairs(linears) for role, a in self.roles.items()}
-        scales = [self.roles[r].scale if r in pairs else 0.0 for r in range(1, ROLES + 1)]
-        k = [max((p[i][0].size(0) for p in pairs.values()), default=1) for i in range(len(linears))]
+        linears, roles = list(self.linears()), range(1, ROLES + 1)
+        scales = [self.roles[r].scale if r in self.roles else 0.0 for r in roles]
+        rank = max((a.rank for a in self.roles.values()), default=1)
         dtype = self.dtype if self.packed_head is None else self.packed_head.weight.dtype
-        if old is None or not old.fits(scales, k, dtype):
-            like = dict(dtype=dtype, device=self.device)
-            sizes = [(x.d_in, x.weight.size(0)) for x in linears]
-            empty = [
-                (torch.zeros(ROLES, n, i, **like), torch.zeros(ROLES, n, o, **like))
-                for n, (i, o) in zip(k, sizes)
-            ]
-            roles = torch.arange(1, ROLES + 1, device=self.device)
-            old = Stack(empty, scales, torch.tensor(scales, device=self.device), roles)
-        for role, mine in pairs.items():
-            for (A, B), (a, b) in zip(old.pairs, mine):
+        sizes = [(len(x.parts) * rank, x.d_in, x.weight.size(0)) for x in linears]
+        A = None if old is None else old.pairs[0][0]
+        if A is None or (old.scales, A.size(1), A.dtype) != (scales, sizes[0][0], dtype):
+            zeros = partial(torch.zeros, dtype=dtype, device=self.device)
+            pairs = [(zeros(ROLES, k, i), zeros(ROLES, k, o)) for k, i, o in sizes]
+            scale = torch.tensor(scales, device=self.device)
+            old = Stack(pairs, scales, scale, torch.tensor(roles, device=self.device))
+        for role, adapter in self.roles.items():
+            for (A, B), (a, b) in zip(old.pairs, adapter.pairs(linears)):
                 A[role - 1, : len(a)], B[role - 1, : len(a)] = a, b.T
                 A[role - 1, len(a) :] = 0  # an adapter that was here may have had a higher rank
         return old
@@ -476,22 +462,14 @@ class Stack:
     scale: Tensor  # (R,), the same
     roles: Tensor  # (R,): 1, 2
 
-    def fits(self, scales: list[float], ranks: list[int], dtype: torch.dtype) -> bool:
-        """Whether adapters of these scales and this type, side by side of these ranks, can be put here."""
-        mine = [A.size(1) for A, _ in self.pairs]
-        return self.scales == scales and mine == ranks and self.pairs[0][0].dtype == dtype
-
     def rows(self, role: Tensor | int) -> list[Update | None]:
         """The updates for a batch: role (B,) one a row, or one for all rows (cheaper)."""
-        if not any(self.scales):
-            return [None] * len(self.pairs)
-        if isinstance(role, Tensor):
+        if isinstance(role, Tensor) and any(self.scales):
             weight = torch.where(role[:, None] == self.roles, self.scale, 0.0)  # (B, R)
             return [Update(A, B, weight=weight) for A, B in self.pairs]
-        scale = self.scales[role - 1] if role != REFERENCE else 0.0
-        if not scale:
+        if isinstance(role, Tensor) or role == REFERENCE or not self.scales[role - 1]:
             return [None] * len(self.pairs)
-        return [Update(A[role - 1], B[role - 1].T, scale) for A, B in self.pairs]
+        return [Update(A[role - 1], B[role - 1].T, self.scales[role - 1]) for A, B in self.pairs]
 
 
 # --------------------------------------------------------------------------------------------------- adapters

@@ -13,6 +13,7 @@ zeros. The last blocks of a row see the most keys, so they go first.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -118,37 +119,25 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = N
 attention = choose(attention_torch, attention_triton)
 
 
-def _sdpa(q: Tensor) -> dict:
-    """Rivals: SDPA with one backend each, for bf16 or fp16 on a GPU; they ignore lengths, so do more work."""
-    if not q.is_cuda or q.dtype == torch.float32:
-        return {}
-
-    def only(backend):
-        def run(q, k, v, lengths):
-            with sdpa_kernel(backend):
-                return attention_torch(q, k, v)
-
-        return run
-
-    names = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    return {name: only(backend) for name, backend in names.items()}
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    """A rival: SDPA with one backend. It ignores lengths, so does more work."""
+    with sdpa_kernel(backend):
+        return attention_torch(q, k, v)
 
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Forward and backward of full rows, then of rows of which a third is padding."""
-    B, T, H, D = m.batch, m.length, m.heads, m.head_dim
+    B, T, D, KV = m.batch, m.length, m.head_dim, m.kv_heads
     for padded, back in ((False, False), (False, True), (True, False), (True, True)):
+        like = {"dtype": m.dtype, "device": device, "requires_grad": back}
+        q, k, v = (torch.randn(B, T, heads, D, **like) for heads in (m.heads, KV, KV))
         lengths = torch.linspace(T // 3, T, B, device=device).long() if padded else None  # (B,) mean 2T/3
-        q, k, v = (
-            torch.randn(B, T, heads, D, dtype=m.dtype, device=device, requires_grad=back)
-            for heads in (H, m.kv_heads, m.kv_heads)
-        )
         pairs = T * T * 13 / 54 if padded else T * T / 2  # of query and key, a row: mean of length^2 / 2
-        yield measure.versus(
-            f"{'backward' if back else 'forward'} {B} x {T}{', a third padding' * padded}",
-            attention_triton,
-            {"torch": attention_torch} | _sdpa(q),
-            *(q, k, v, lengths),
-            gradients=torch.randn_like(q) if back else None,
-            flops=int((10 if back else 4) * B * H * D * pairs),
-        )
+        name = f"{'backward' if back else 'forward'} {B} x {T}{', a third padding' * padded}"
+        work = {"flops": int((10 if back else 4) * B * m.heads * D * pairs)}
+        work |= {"gradients": torch.randn_like(q) if back else None}
+        rivals = {"torch": attention_torch}
+        if q.is_cuda and q.dtype != torch.float32:
+            rivals |= {"flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION)}
+            rivals |= {"cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION)}
+        yield measure.versus(name, attention_triton, rivals, q, k, v, lengths, **work)

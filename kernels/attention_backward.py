@@ -138,16 +138,13 @@ def config_dk_dv(D: int, fp32: bool, t: Target) -> dict:
     return {"BM": 64, "BN": 128 if t.arch in (90, 100) else 64, "num_warps": 8, "num_stages": 2}
 
 
-def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (B, T, H, D), dk and dv (B, T, KV, D) from o, do (B, T, H, D) and lse (B, H, T), base 2."""
+def attention_backward(q, k, v, o, do, lse, lengths) -> tuple[Tensor, Tensor, Tensor]:
+    """q, o, do (B, T, H, D), k, v (B, T, KV, D), lse (B, H, T) in base 2, lengths (B,) -> dq, dk, dv."""
     (B, T, H, D), KV, root = q.shape, k.size(2), q.size(3) ** -0.5
     do = do if do.stride(-1) == 1 else do.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta, fp32 = torch.empty_like(lse), q.dtype == torch.float32
-    sizes = {"T": T, "scale": root * LOG2E, "root": root}
-    sizes |= {"G": H // KV, "D": D, "BD": triton.next_power_of_2(D)}
+    sizes = dict(T=T, scale=root * LOG2E, root=root, G=H // KV, D=D, BD=triton.next_power_of_2(D))
     c = config_dq(D, fp32, target())
     strides = [s for x in (q, k, v, o, do, dq) for s in x.stride()[:3]]
     grid = H, B, triton.cdiv(T, c["BM"])

@@ -48,21 +48,18 @@ def _cached(
 ):  # fmt: skip
     """Grid (B KV, chunks, T G / BM): o (chunks, B, T, H, D) and lse (chunks, B, T, H), base 2 (or None)."""
     b, kv = (tl.program_id(0) // KV).to(tl.int64), tl.program_id(0) % KV
-    c = tl.program_id(1)
-    m = (tl.num_programs(2) - 1 - tl.program_id(2)) * BM
+    c, m = tl.program_id(1), (tl.num_programs(2) - 1 - tl.program_id(2)) * BM
     i_row = m + tl.arange(0, BM)
-    m_row = i_row < T * G
     i_t, i_h = i_row // G, kv * G + i_row % G
     start = tl.load(p_start + b).to(tl.int32)
     last_t = (tl.minimum(m + BM, T * G) - 1) // G  # of the tile's queries
     n_keys = tl.minimum(start + last_t + 1, L)  # that some of them see
     first = c * chunk
     last = tl.minimum(first + chunk, n_keys)
-    whole = tl.minimum(start + m // G + 1, last) // BN * BN  # that all of them see, in whole blocks
-    whole = tl.maximum(whole, first)
+    whole = tl.maximum(tl.minimum(start + m // G + 1, last) // BN * BN, first)  # blocks that all of them see
     p_k += b * s_kb + kv * s_kh
     p_v += b * s_vb + kv * s_vh
-    m_row = m_row & (first < last)
+    m_row = (i_row < T * G) & (first < last)
     q = load_rows(p_q + b * s_qb, i_t * s_qt + i_h * s_qh, m_row, D, BD, False)  # (BM, BD)
     acc = tl.zeros((BM, BD), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -154,23 +151,16 @@ cached_attention = choose(cached_attention_torch, cached_attention_triton)
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Decoding all seats, rows of unequal length, a single row; an extension by documents; a prefill."""
     L, H, KV, D, some = m.context, m.heads, m.kv_heads, m.head_dim, min(8, m.seats)
-    for B, T, name in (
-        (m.seats, 1, "decode"),
-        (m.seats, 1, "decode, unequal"),
-        (1, 1, "decode"),
-        (m.seats, 64 * KV // H, "a few tokens"),
-        (some, L // 8, "extend"),
-        (some, L, "prefill"),
-    ):
+    decode = (m.seats, 1, "decode"), (m.seats, 1, "decode, unequal"), (1, 1, "decode")
+    feed = (m.seats, 64 * KV // H, "a few tokens"), (some, L // 8, "extend"), (some, L, "prefill")
+    for B, T, name in decode + feed:
         q = torch.randn(B, T, H, D, dtype=m.dtype, device=device)
         k, v = torch.randn(2, B, KV, L, D, dtype=m.dtype, device=device)
         least = L // 16 if name.endswith("unequal") else L - T
-        start = torch.linspace(least, L - T, B, device=device).long()  # (B,)
+        place = Place(torch.linspace(least, L - T, B, device=device).long(), T, L, dtype=m.dtype)
         n_keys = (least + L + T) // 2  # the mean row's, after its last token
         work = {"bytes": (2 * B * KV * n_keys + 2 * B * T * H) * D * q.element_size()}
         if T > 1:
             work = {"flops": 4 * B * H * D * T * (L - T + T // 2)}
-        case, rivals = f"{name} {B} x {T} at {L}", {"torch": cached_attention_torch}
-        yield measure.versus(
-            case, cached_attention_triton, rivals, q, k, v, Place(start, T, L, dtype=m.dtype), **work
-        )
+        name, rivals = f"{name} {B} x {T} at {L}", {"torch": cached_attention_torch}
+        yield measure.versus(name, cached_attention_triton, rivals, q, k, v, place, **work)

@@ -9,10 +9,9 @@ s = sum e^(z - m) and t = sum e^(z - m) (z - m). The stripes of a row are merged
     m' = max m        s' = sum e^(m - m') s        t' = sum e^(m - m') (t + (m - m') s)
     lse = m' + log s'        H = log s' - t' / s'
 
-Backward: some hundreds of tokens at a time, z is computed again, then its gradient dz
-(linear_logp_backward.py), then dh = dz W / tau by cuBLAS. The reference works tile by tile both ways, in fp32
-for bf16 and fp16 too: logits rounded to bf16 make p wrong by a percent. The kernels work in base 2
-(z log2 e): an exponential is then one instruction.
+Backward (linear_logp_backward.py): some hundreds of tokens at a time, z again, its gradient dz, and by cuBLAS
+dh = dz W / tau. The reference works tile by tile both ways, in fp32 for bf16 and fp16 too: logits rounded to
+bf16 make p wrong by a percent. The kernels use base 2 (z log2 e): an exponential is then one instruction.
 """
 
 import math
@@ -27,6 +26,7 @@ from .logits_tile import at_least_fp32, chunks, config, first_row_and_word, logi
 from .tools import measure
 
 STRIPED = 2048  # tokens a launch: their stripes' m, s and t take up to 58 MB at V = 151,936
+Pair = tuple[Tensor, Tensor]
 
 
 def _statistics_torch(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,13 +65,9 @@ class _LinearLogp(torch.autograd.Function):
         return dh.to(h.dtype), None, None, None, None, None
 
 
-def linear_logp_torch(
-    h: Tensor, W: Tensor, targets: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def linear_logp_torch(h: Tensor, W: Tensor, targets: Tensor, temperature: float = 1.0) -> Pair:
     """The reference: h (N, d), W (V, d), targets (N,) -> log-probs and entropies (N,) in nats, fp32 or fp64.
-
-    Gradients flow into h alone: the head is frozen.
-    """
+    Only h gets a gradient: the head is frozen."""
     return _LinearLogp.apply(h, W, targets, temperature, _statistics_torch, gradient_torch)
 
 
@@ -127,24 +123,17 @@ def _statistics_triton(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tup
     """As _statistics_torch, but the log-sum-exps are in base 2."""
     (N, d), V, c = h.shape, len(W), config(h.dtype, h.size(1), target())
     logp, entropy, lse, z_at = h.new_empty(4, N, dtype=torch.float32)
-    blocks = triton.cdiv(V, c["BLOCK_V"])
-    top, s, dev = h.new_empty(3, min(N, STRIPED), 2 * blocks, dtype=torch.float32)
+    S, scale = 2 * triton.cdiv(V, c["BLOCK_V"]), math.log2(math.e) / tau  # S stripes, two a program
+    BLOCK_S, stripes = triton.next_power_of_2(S), h.new_empty(3, min(N, STRIPED), S, dtype=torch.float32)
     for n in chunks(N, STRIPED):
-        rows = n.stop - n.start
-        grid = (triton.cdiv(rows, c["BLOCK_N"]) * blocks,)
-        _stripe[grid](
-            h[n], W, targets[n], top, s, dev, z_at[n], math.log2(math.e) / tau, rows, V, 2 * blocks, d, **c
-        )
-        _merge_stripes[(rows,)](
-            top, s, dev, z_at[n], logp[n], entropy[n], lse[n], 2 * blocks,
-            BLOCK_S=triton.next_power_of_2(2 * blocks),
-        )  # fmt: skip
+        rows, partial = n.stop - n.start, (*stripes, z_at[n])
+        grid = (triton.cdiv(rows, c["BLOCK_N"]) * S // 2,)
+        _stripe[grid](h[n], W, targets[n], *partial, scale, rows, V, S, d, **c)
+        _merge_stripes[(rows,)](*partial, logp[n], entropy[n], lse[n], S, BLOCK_S=BLOCK_S)
     return logp, entropy, lse
 
 
-def linear_logp_triton(
-    h: Tensor, W: Tensor, targets: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def linear_logp_triton(h: Tensor, W: Tensor, targets: Tensor, temperature: float = 1.0) -> Pair:
     """The same on a GPU. ValueError if shapes or types disagree, or for fp64."""
     fits = h.dim() == W.dim() == 2 and h.size(1) == W.size(1) and targets.shape == h.shape[:1]
     check_fit(fits and h.dtype == W.dtype, h=h, W=W, targets=targets)

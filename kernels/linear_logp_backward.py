@@ -75,23 +75,16 @@ def _dlogits(
     _store(z_1, i_n, i_v + WIDTH, at, dlogp, dentropy, entropy, p_dz, n_rows, n_words, ENTROPY)
 
 
-def dlogits_triton(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
-    """h (N, d), W (V, d), others (N,), log-sum-exps in base 2 -> dz (N, V), in the type of h."""
-    (N, d), V, c = h.shape, len(W), config(h.dtype, h.size(1), target())
-    dz = h.new_empty(N, V)
-    grid = (triton.cdiv(N, c["BLOCK_N"]) * triton.cdiv(V, c["BLOCK_V"]),)
-    _dlogits[grid](
-        h, W, targets, lse, entropy, dlogp, dentropy, dz, math.log2(math.e) / tau, 1 / tau, N, V, d,
-        ENTROPY=dentropy is not None, **c,
-    )  # fmt: skip
-    return dz
-
-
 def gradient_triton(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
     """As gradient_torch, in the type of h; log-sum-exps are in base 2."""
-    dh = torch.empty_like(h)
-    for n in chunks(len(h), max(128, BUFFER // (len(W) * h.element_size()) // 128 * 128)):
-        mine = None if dentropy is None else dentropy[n]
-        dz = dlogits_triton(h[n], W, targets[n], tau, lse[n], entropy[n], dlogp[n], mine)
+    (V, d), c, dh = W.shape, config(h.dtype, h.size(1), target()), torch.empty_like(h)
+    scale, ENTROPY = math.log2(math.e) / tau, dentropy is not None
+    for n in chunks(len(h), max(128, BUFFER // (V * h.element_size()) // 128 * 128)):
+        N = n.stop - n.start
+        dz, grid = h.new_empty(N, V), (triton.cdiv(N, c["BLOCK_N"]) * triton.cdiv(V, c["BLOCK_V"]),)
+        _dlogits[grid](
+            h[n], W, targets[n], lse[n], entropy[n], dlogp[n], dentropy[n] if ENTROPY else None, dz,
+            scale, 1 / tau, N, V, d, ENTROPY=ENTROPY, **c,
+        )  # fmt: skip
         torch.mm(dz, W, out=dh[n])
     return dh

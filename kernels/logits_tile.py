@@ -50,9 +50,9 @@ def logits_tile(
 
 def config(dtype: torch.dtype, d: int, t: Target) -> dict:
     """Blocks, warps and stages of the two kernels that multiply by the head. WHOLE: BLOCK_D divides d."""
-    BLOCK_D = min(64, max(16, triton.next_power_of_2(d)))
-    if dtype == torch.float32:  # no tensor cores: for tests and small models
-        BLOCK_D = min(32, BLOCK_D)
+    fp32 = dtype == torch.float32  # no tensor cores: for tests and small models
+    BLOCK_D = min(32 if fp32 else 64, max(16, triton.next_power_of_2(d)))
+    if fp32:
         c = dict(BLOCK_N=64, BLOCK_V=64, num_warps=4, num_stages=2)
     else:  # only sm_90 has registers left for the softmax beside the products of 256 words
         c = dict(BLOCK_N=128, BLOCK_V=256 if t.arch == 90 else 128, num_warps=8, num_stages=2 if t.hip else 4)

@@ -11,6 +11,7 @@ in lora_linear.py.
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +78,8 @@ def _expand(
     tl.store(p_y + i, y.to(p_y.dtype.element_ty), m)
 
 
-def _block(n: int, most: int, least: int = 16) -> int:
-    return min(most, max(least, triton.next_power_of_2(n)))
+def _block(n: int, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(n)))
 
 
 def config(n: int, i: int, o: int, R: int, k: int, bits: int, t: Target) -> tuple[dict, dict]:
@@ -102,15 +103,13 @@ def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> T
     check(y.is_contiguous() and A.is_contiguous() and B.is_contiguous(), "y, A and B must be contiguous")
     n, C = b * T, R * k
     shrink, expand = config(n, i, o, R, k, 8 * x.element_size(), target())
-    splits, blocks = expand["SPLITS"], triton.cdiv(n, shrink["BLOCK_N"])
+    splits, rows = expand["SPLITS"], triton.cdiv(n, shrink["BLOCK_N"])
     span = triton.cdiv(triton.cdiv(i, splits), shrink["BLOCK_I"]) * shrink["BLOCK_I"]
     middle = x.new_empty(splits, n, C, dtype=torch.float32)
-    _shrink[(blocks, triton.cdiv(C, shrink["BLOCK_C"]), splits)](
-        x.contiguous(), A, middle, n, i, C, span, **shrink
-    )
-    _expand[(blocks, triton.cdiv(o, expand["BLOCK_O"]))](
-        y, middle, B, weight.contiguous(), n, T, o, k, R=R, **expand
-    )
+    grid = rows, triton.cdiv(C, shrink["BLOCK_C"]), splits
+    _shrink[grid](x.contiguous(), A, middle, n, i, C, span, **shrink)
+    grid = rows, triton.cdiv(o, expand["BLOCK_O"])
+    _expand[grid](y, middle, B, weight.contiguous(), n, T, o, k, R=R, **expand)
     return y
 
 
@@ -126,24 +125,19 @@ def layers(m: measure.Model, rank: int) -> Iterator[tuple[str, int, int, int]]:
     yield "down", m.ffn, m.d, rank
 
 
+def _with_base(f):
+    return lambda x, W, *adapters: f(F.linear(x, W), x, *adapters)
+
+
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """One row, all seats, and a prefill of 128 tokens a seat, through each of the four layers."""
-    for rank in (m.rank, 4 * m.rank):
-        for name, i, o, k in layers(m, rank):
-            for b, T in ((1, 1), (m.seats, 1), (m.seats, 128 if m.seats > 3 else 3)):
-                yield _case(name, b, T, i, o, k, {"dtype": m.dtype, "device": device})
-
-
-def _case(name: str, b: int, T: int, i: int, o: int, k: int, like: dict) -> measure.Case:
-    x, W = torch.randn(b, T, i, **like), torch.randn(o, i, **like)
-    A, B = torch.randn(2, k, i, **like), torch.randn(2, k, o, **like)
-    weight = torch.eye(2, device=x.device)[torch.arange(b, device=x.device) % 2]  # (b, 2)
-    return measure.Case(
-        f"{name} {b} x {T}, {i} to {o}, + {k}",
-        lambda: lora_triton(F.linear(x, W), x, A, B, weight),
-        {
-            "torch": lambda: lora_torch(F.linear(x, W), x, A, B, weight),
-            "base alone": lambda: F.linear(x, W),
-        },
-        bytes=x.nbytes + W.nbytes + A.nbytes + B.nbytes + b * T * o * x.element_size(),
-    )
+    rivals = {"torch": _with_base(lora_torch), "base alone": lambda x, W, *adapters: F.linear(x, W)}
+    sizes = ((1, 1), (m.seats, 1), (m.seats, 128 if m.seats > 3 else 3))
+    layer = (one for rank in (m.rank, 4 * m.rank) for one in layers(m, rank))
+    for (name, i, o, k), (b, T) in product(layer, sizes):
+        shapes = (b, T, i), (o, i), (2, k, i), (2, k, o)
+        given = [torch.randn(shape, dtype=m.dtype, device=device) for shape in shapes]
+        weight = torch.eye(2, device=device)[torch.arange(b, device=device) % 2]  # (b, 2)
+        moved = sum(x.nbytes for x in given) + b * T * o * m.dtype.itemsize
+        name = f"{name} {b} x {T}, {i} to {o}, + {k}"
+        yield measure.versus(name, _with_base(lora_triton), rivals, *given, weight, bytes=moved)

@@ -54,9 +54,8 @@ def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
     """
     (o, i), k = W.shape, A.size(0)
     check_fit(x.size(-1) == i and A.shape == (k, i) and B.shape == (o, k), x=x, W=W, A=A, B=B)
-    trained = W.requires_grad or (bias is not None and bias.requires_grad)
-    frozen = not (trained and torch.is_grad_enabled())
-    check(frozen, "the base is frozen under an adapter: W and bias must not require gradients")
+    trained = torch.is_grad_enabled() and (W.requires_grad or (bias is not None and bias.requires_grad))
+    check(not trained, "the base is frozen under an adapter: W and bias must not require gradients")
     y = _LoraLinear.apply(x.flatten(0, -2), W, bias, A, B, float(scale))
     return y.unflatten(0, x.shape[:-1])
 
@@ -76,10 +75,6 @@ def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     for name, i, o, k in layers(m, m.rank):
         x, W, dy = (torch.randn(s, dtype=m.dtype, device=device) for s in ((n, i), (o, i), (n, o)))
         A, B = (torch.randn(s, device=device, requires_grad=True) for s in ((k, i), (o, k)))
-        yield measure.versus(
-            f"{name} {n}, {i} to {o}, + {k}",
-            _both_ways(lora_linear),
-            {"torch": _both_ways(_plain)},
-            *(x.requires_grad_(), W, A, B, dy),
-            flops=4 * n * i * o + 6 * n * k * (i + o),
-        )
+        name, given = f"{name} {n}, {i} to {o}, + {k}", (x.requires_grad_(), W, A, B, dy)
+        rivals, flops = {"torch": _both_ways(_plain)}, 4 * n * i * o + 6 * n * k * (i + o)
+        yield measure.versus(name, _both_ways(lora_linear), rivals, *given, flops=flops)

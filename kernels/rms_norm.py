@@ -95,21 +95,18 @@ class _RmsNorm(torch.autograd.Function):
             return ds, None, None, ds
         dy, ds, dx = dy.contiguous(), None if ds is None else ds.contiguous(), torch.empty_like(s)
         _launch(_norm_backward, dy, ds, s, weight, dx, eps=ctx.eps, SUM=ds is not None)
-        dw = _weight_gradient(dy, s, ctx.eps).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dw = None
+        if ctx.needs_input_grad[1]:  # only where the body itself is trained, as the toy's is: plain torch
+            r = torch.rsqrt(s.float().pow(2).mean(-1, keepdim=True) + ctx.eps)
+            dw = (dy * s.float() * r).flatten(0, -2).sum(0).to(weight.dtype)
         return dx, dw, None, dx if ctx.sum else None
-
-
-def _weight_gradient(dy: Tensor, s: Tensor, eps: float) -> Tensor:
-    """dy and s (..., d) -> (d,). Plain torch: needed only to train the body itself, which the toy's is."""
-    s = s.float()
-    return (dy * s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + eps)).flatten(0, -2).sum(0)
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
     """The same on a GPU. ValueError if shapes or types disagree, or if a row is longer than 16384."""
     d, r = x.size(-1), x if residual is None else residual
-    check_fit(weight.shape == (d,) and r.shape == x.shape, x=x, weight=weight, residual=residual)
-    check_fit(x.dtype == weight.dtype == r.dtype, x=x, weight=weight, residual=residual)
+    fits = weight.shape == (d,) and r.shape == x.shape and x.dtype == weight.dtype == r.dtype
+    check_fit(fits, x=x, weight=weight, residual=residual)
     check(d <= 16384, f"a row of {d} does not fit the registers of one program: 16384 at most")
     residual = None if residual is None else residual.contiguous()
     return _RmsNorm.apply(x.contiguous(), weight.contiguous(), eps, residual)
@@ -121,17 +118,11 @@ rms_norm = choose(rms_norm_torch, rms_norm_triton)
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Training with the residual, decoding, and a single row; without a residual; the backward pass."""
     tokens = m.batch * m.length
-    for n, sum_, back in ((tokens, 1, 0), (m.seats, 1, 0), (1, 1, 0), (tokens, 0, 0), (tokens, 1, 1)):
+    forward = (tokens, True, False), (m.seats, True, False), (1, True, False), (tokens, False, False)
+    for n, both, back in (*forward, (tokens, True, True)):
         x, r, dy, ds = (torch.randn(n, m.d, dtype=m.dtype, device=device) for _ in range(4))
-        w = torch.randn(m.d, dtype=m.dtype, device=device)
-        yield measure.versus(
-            f"backward {n} x {m.d}" if back else f"forward {n} x {m.d}{' + residual' * sum_}",
-            rms_norm_triton,
-            {"torch": rms_norm_torch} | measure.compiled(rms_norm_torch, device),
-            x.requires_grad_(bool(back)),
-            w,
-            1e-6,
-            r.requires_grad_(bool(back)) if sum_ else None,
-            gradients=(dy, ds) if back else None,
-            bytes=(4 if sum_ else 2) * x.numel() * x.element_size(),
-        )
+        given = x.requires_grad_(back), torch.randn_like(x[0]), 1e-6, r.requires_grad_(back) if both else None
+        name = f"{'backward' if back else 'forward'} {n} x {m.d}{' + residual' * (both and not back)}"
+        rivals = {"torch": rms_norm_torch} | measure.compiled(rms_norm_torch, device)
+        work = {"gradients": (dy, ds) if back else None, "bytes": (4 if both else 2) * x.nbytes}
+        yield measure.versus(name, rms_norm_triton, rivals, *given, **work)

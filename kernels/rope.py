@@ -35,7 +35,7 @@ def rope_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
 
 
 @triton.jit
-def turn(
+def rotate_heads(
     p_x, s_x, p_y, s_y, cos, sin, on,
     N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +65,8 @@ def _rope(
     cos = tl.load(p_cos + i_t * (D // 2) + i_col, mask=i_col < D // 2, other=0.0)
     sin = tl.load(p_sin + i_t * (D // 2) + i_col, mask=i_col < D // 2, other=0.0) * SIGN
     q, k, i_token = p_q + i_b * s_qb + i_t * s_qt, p_k + i_b * s_kb + i_t * s_kt, i_b * n_t + i_t
-    turn(q, s_qh, p_q_out + i_token * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
-    turn(k, s_kh, p_k_out + i_token * KV * D, D, cos, sin, True, KV, D, K_HEADS, HALF)
+    rotate_heads(q, s_qh, p_q_out + i_token * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
+    rotate_heads(k, s_kh, p_k_out + i_token * KV * D, D, cos, sin, True, KV, D, K_HEADS, HALF)
 
 
 def config(heads: int, kv_heads: int, head_dim: int) -> dict:
@@ -78,8 +78,8 @@ def config(heads: int, kv_heads: int, head_dim: int) -> dict:
 
 def check_table(cos: Tensor, sin: Tensor, D: int) -> None:
     """ValueError unless the tables suit heads of D columns."""
-    check(cos.shape == sin.shape and cos.size(1) == D // 2, f"cos {tuple(cos.shape)} for heads of {D}")
-    check(cos.is_contiguous() and sin.is_contiguous(), "cos and sin must be contiguous")
+    fits = cos.shape == sin.shape and cos.size(1) == D // 2 and cos.is_contiguous() and sin.is_contiguous()
+    check(fits, f"cos {tuple(cos.shape)} and sin must be contiguous and of D / 2 columns for heads of {D}")
 
 
 class _Rope(torch.autograd.Function):
@@ -125,16 +125,10 @@ def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Training, forward and backward."""
     qkv, cos, sin = inputs(m.batch, m.length, m, device)
     q, k, _ = qkv.split([m.heads, m.kv_heads, m.kv_heads], 2)
-    for way in ("forward", "backward"):
-        back = way == "backward"
-        yield measure.versus(
-            f"{way} {m.batch} x {m.length} x ({m.heads} + {m.kv_heads}) x {m.head_dim}",
-            rope_triton,
-            {"torch": rope_torch} | measure.compiled(rope_torch, device),
-            q.detach().requires_grad_(back),
-            k.detach().requires_grad_(back),
-            cos,
-            sin,
-            gradients=(torch.randn_like(q), torch.randn_like(k)) if back else None,
-            bytes=2 * (q.numel() + k.numel()) * q.element_size(),
-        )
+    name = f"{m.batch} x {m.length} x ({m.heads} + {m.kv_heads}) x {m.head_dim}"
+    for way, back in (("forward", False), ("backward", True)):
+        rivals = {"torch": rope_torch} | measure.compiled(rope_torch, device)
+        given = q.detach().requires_grad_(back), k.detach().requires_grad_(back), cos, sin
+        work = {"gradients": (torch.randn_like(q), torch.randn_like(k)) if back else None}
+        work |= {"bytes": 2 * (q.nbytes + k.nbytes)}
+        yield measure.versus(f"{way} {name}", rope_triton, rivals, *given, **work)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from .launch import check, check_fit, choose, tl, triton
 from .place import Place
-from .rope import check_table, config, inputs, turn
-from .tools import measure
+from .rope import check_table, config, inputs, rotate_heads
 
 
 def rope_cache_torch(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:
@@ -53,8 +52,8 @@ def _rope_cache(
     cos = tl.load(p_cos + at, mask=i_col < D // 2, other=0.0)
     sin = tl.load(p_sin + at, mask=i_col < D // 2, other=0.0)
     x, to = p_x + i_b * s_xb + i_t * s_xt, p_cache + i_b * s_cb + position * D
-    turn(x, s_xh, p_q + (i_b * n_t + i_t) * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
-    turn(x + H * s_xh, s_xh, to, s_ch, cos, sin, real, KV, D, K_HEADS, HALF)
+    rotate_heads(x, s_xh, p_q + (i_b * n_t + i_t) * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
+    rotate_heads(x + H * s_xh, s_xh, to, s_ch, cos, sin, real, KV, D, K_HEADS, HALF)
     i_head, i_col = tl.arange(0, K_HEADS)[:, None], tl.arange(0, 2 * HALF)[None, :]
     m = (i_head < KV) & (i_col < D) & real  # (K_HEADS, 2 HALF)
     v = tl.load(x + (H + KV + i_head) * s_xh + i_col, mask=m, other=0.0)
@@ -73,10 +72,8 @@ def rope_cache_triton(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:
     check(cache.stride()[2:] == (D, 1), "the tokens of a head must be contiguous in the cache")
     check_table(cos, sin, D)
     q = qkv.new_empty(B, T, heads - n_kv, D)
-    _rope_cache[(T, B)](
-        qkv, q, cache, cos, sin, start, lens, *qkv.stride()[:3], *cache.stride()[:2], T, L, cos.size(0),
-        **config(heads - n_kv, n_kv // 2, D),
-    )  # fmt: skip
+    strides, c = (*qkv.stride()[:3], *cache.stride()[:2]), config(heads - n_kv, n_kv // 2, D)
+    _rope_cache[(T, B)](qkv, q, cache, cos, sin, start, lens, *strides, T, L, cos.size(0), **c)
     return q
 
 
@@ -85,16 +82,11 @@ rope_cache = choose(rope_cache_torch, rope_cache_triton)
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Decoding of all seats, of a single row, and the prefill of a prompt."""
+    rivals = {"torch, and a copy": lambda qkv, *rest: rope_cache_torch(qkv.clone(), *rest)}  # works in place
     for rows, n in ((m.seats, 1), (1, 1), (m.batch, m.length // 2)):
         qkv, cos, sin = inputs(rows, n, m, device)
         cache = torch.zeros(rows, 2 * m.kv_heads, 2 * m.context, m.head_dim, dtype=m.dtype, device=device)
         start = torch.full((rows,), m.context // 2, device=device)
-        yield measure.versus(
-            f"cache {rows} x {n} x ({m.heads} + 2 x {m.kv_heads}) x {m.head_dim}",
-            rope_cache_triton,
-            {"torch, and a copy": lambda qkv, *rest: rope_cache_torch(qkv.clone(), *rest)},  # works in place
-            qkv,
-            cache,
-            Place(start, n, cache.size(2), torch.full_like(start, n), cos, sin, m.dtype),
-            bytes=2 * qkv.nbytes,
-        )
+        place = Place(start, n, cache.size(2), torch.full_like(start, n), cos, sin, m.dtype)
+        name = f"cache {rows} x {n} x ({m.heads} + 2 x {m.kv_heads}) x {m.head_dim}"
+        yield measure.versus(name, rope_cache_triton, rivals, qkv, cache, place, bytes=2 * qkv.nbytes)

@@ -2,10 +2,9 @@
 
     id = min { v : sum_{w <= v} p_w > u },   p = softmax(z / tau);        logp = log p[id]
 
-Two steps read the vocabulary once: it is cut into stripes; u selects one by their masses, and the position of
-u within that stripe's interval, again in [0, 1), selects the word inside. The log-prob comes with it, so that
-training needs no second forward pass for the old log-probs. tau = 0 is greedy (the first of equals), with the
-log-prob of tau = 1.
+Two steps read the vocabulary once: it is cut into stripes; u selects one by their masses, and its place in
+that stripe's interval, again in [0, 1), selects the word. The log-prob comes with it, so training needs no
+forward pass for the old ones. tau = 0 is greedy (the first of equals), with the log-prob of tau = 1.
 """
 
 from collections.abc import Iterator
@@ -45,12 +44,9 @@ def sample_torch(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor
     z, greedy = logits.float(), temperature == 0
     tau = torch.where(greedy, 1, temperature)[:, None]
     p = (z if (tau == 1).all() else z / tau).softmax(-1)
-    if not greedy.any():
-        ids = _draw(p, u)
-    else:
-        ids = z.argmax(-1)
-        if not greedy.all():
-            ids = torch.where(greedy, ids, _draw(p, u))
+    ids = z.argmax(-1) if greedy.any() else None
+    if not greedy.all():
+        ids = _draw(p, u) if ids is None else torch.where(greedy, ids, _draw(p, u))
     return ids, p.gather(1, ids[:, None])[:, 0].log()
 
 
@@ -101,34 +97,26 @@ def _pick(
     i_v = stripe * STRIPE + tl.arange(0, STRIPE)
     z = tl.load(p_z + i_v, i_v < n_words, other=-1e30).to(tl.float32)
     chosen, _ = _inverted(tl.exp2((z - top) * scale), i_v, left)
-    first = tl.load(p_first + i, m, other=n_words)
-    first = tl.min(tl.where(tops == top, first, n_words), 0)
-    chosen = tl.where(tl.load(p_temperature + row) == 0, first, chosen)
-    chosen = tl.minimum(chosen, n_words - 1)
+    first = tl.min(tl.where(tops == top, tl.load(p_first + i, m, other=n_words), n_words), 0)
+    chosen = tl.minimum(tl.where(tl.load(p_temperature + row) == 0, first, chosen), n_words - 1)
     z = tl.load(p_z + chosen).to(tl.float32)
     tl.store(p_ids + row, chosen.to(tl.int64))
     tl.store(p_logp + row, 0.6931471805599453 * ((z - top) * scale - tl.log2(tl.sum(masses, 0))))
 
 
-def config(V: int) -> dict:
-    """151,936 words are 38 stripes: enough programs for one row alone, and a short scan in the second."""
-    STRIPE = min(4096, triton.next_power_of_2(V))
-    return {"STRIPE": STRIPE, "STRIPES": triton.next_power_of_2(triton.cdiv(V, STRIPE))}
-
-
 def sample_triton(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """The same on a GPU. ValueError if shapes disagree, or if the words of a row are not contiguous."""
-    (B, V), c = logits.shape, config(logits.size(1))
+    (B, V), s_row = logits.shape, logits.stride(0)
     check_fit(u.shape == temperature.shape == (B,), logits=logits, u=u, temperature=temperature)
     check(logits.stride(1) == 1, "the words of a row of logits must be contiguous")
-    u, temperature, stripes = u.contiguous(), temperature.contiguous(), triton.cdiv(V, c["STRIPE"])
-    top, mass, logp = (logits.new_empty(n, dtype=torch.float32) for n in (B * stripes, B * stripes, B))
-    first, ids = logits.new_empty(B * stripes, dtype=torch.int32), logits.new_empty(B, dtype=torch.int64)
-    s_row = logits.stride(0)
-    _sum_stripe[(B, stripes)](
-        logits, temperature, top, first, mass, V, s_row, stripes, STRIPE=c["STRIPE"], num_warps=4
-    )
-    _pick[(B,)](logits, u, temperature, top, first, mass, ids, logp, V, s_row, stripes, **c, num_warps=8)
+    u, tau = u.contiguous(), temperature.contiguous()
+    STRIPE = min(4096, triton.next_power_of_2(V))  # 151,936 words: 38 stripes, enough programs for one row
+    n = triton.cdiv(V, STRIPE)  # and a short scan in the second step
+    top, mass, logp = (logits.new_empty(size, dtype=torch.float32) for size in (B * n, B * n, B))
+    first, ids = logits.new_empty(B * n, dtype=torch.int32), logits.new_empty(B, dtype=torch.int64)
+    _sum_stripe[(B, n)](logits, tau, top, first, mass, V, s_row, n, STRIPE=STRIPE, num_warps=4)
+    c = {"STRIPE": STRIPE, "STRIPES": triton.next_power_of_2(n), "num_warps": 8}
+    _pick[(B,)](logits, u, tau, top, first, mass, ids, logp, V, s_row, n, **c)
     return ids, logp
 
 

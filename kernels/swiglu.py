@@ -32,8 +32,7 @@ def _swiglu_forward(p_x, p_y, f, BLOCK: tl.constexpr):
     m = i < f
     g = tl.load(p_x + i_row * 2 * f + i, mask=m, other=0.0)
     u = tl.load(p_x + i_row * 2 * f + f + i, mask=m, other=0.0)
-    g32 = g.to(tl.float32)
-    silu = (g32 * tl.sigmoid(g32)).to(g.dtype)
+    silu = (g.to(tl.float32) * tl.sigmoid(g.to(tl.float32))).to(g.dtype)
     y = silu.to(tl.float32) * u.to(tl.float32)
     tl.store(p_y + i_row * f + i, y.to(g.dtype), mask=m)
 
@@ -47,8 +46,7 @@ def _swiglu_backward(p_x, p_dy, p_dx, f, BLOCK: tl.constexpr):
     u = tl.load(p_x + i_row * 2 * f + f + i, mask=m, other=0.0).to(tl.float32)
     dy = tl.load(p_dy + i_row * f + i, mask=m, other=0.0).to(tl.float32)
     p = tl.sigmoid(g)
-    dg = dy * u * p * (1 + g * (1 - p))
-    du = dy * g * p
+    dg, du = dy * u * p * (1 + g * (1 - p)), dy * g * p
     tl.store(p_dx + i_row * 2 * f + i, dg.to(p_dx.dtype.element_ty), mask=m)
     tl.store(p_dx + i_row * 2 * f + f + i, du.to(p_dx.dtype.element_ty), mask=m)
 
@@ -89,11 +87,7 @@ def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     tokens = m.batch * m.length
     for n, back in ((tokens, False), (m.seats, False), (1, False), (tokens, True)):
         x = torch.randn(n, 2 * m.ffn, dtype=m.dtype, device=device, requires_grad=back)
-        yield measure.versus(
-            f"{'backward' if back else 'forward'} {n} x {m.ffn}",
-            swiglu_triton,
-            {"torch": swiglu_torch} | measure.compiled(swiglu_torch, device),
-            x,
-            gradients=torch.randn_like(x[:, ::2]) if back else None,
-            bytes=(5 if back else 3) * n * m.ffn * x.element_size(),
-        )
+        rivals = {"torch": swiglu_torch} | measure.compiled(swiglu_torch, device)
+        name, moved = f"{'backward' if back else 'forward'} {n} x {m.ffn}", (5 if back else 3) * x.nbytes // 2
+        dy = torch.randn_like(x[:, ::2]) if back else None
+        yield measure.versus(name, swiglu_triton, rivals, x, gradients=dy, bytes=moved)
