@@ -15,6 +15,7 @@ from torch import Tensor
 from .launch import check, check_fit, choose, tl, triton
 from .place import Place
 from .rope import check_table, config, inputs, rotate_heads
+from .tools import measure
 
 
 def rope_cache_torch(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:
