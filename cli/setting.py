@@ -139,11 +139,14 @@ def open_engine(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]
 
 def check_prompts(questions: Iterable[Question], tok: Tokenizer, words: Words, limit: int) -> None:
     """Raise ValueError for a question whose prompt is too long: at the start, not when it is drawn."""
-    frame = len(prompt(Question("", ()), tok, words))
+    frame = len(prompt(Question("", ()), tok, words, documents=""))
     for q in questions:
-        if frame + len(q.text.encode()) + 1 > limit and (n := len(prompt(q, tok, words))) > limit:
+        if (
+            frame + len(q.text.encode()) + 1 > limit
+            and (n := len(prompt(q, tok, words, documents=""))) > limit
+        ):
             raise ValueError(
-                f"the prompt of {q.text[:60]!r} has {n} tokens, over {limit}: raise --prompt-tokens"
+                f"the prompt of question {q.text[:60]!r} has {n} tokens, over {limit}: raise --prompt-tokens"
             )
 
 
