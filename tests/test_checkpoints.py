@@ -8,13 +8,12 @@ import json
 
 import pytest
 import torch
-from test_tokenizer import rebuild, save, split, train
+from test_tokenizer import LLAMA3, QWEN2, rebuild, save, split, train
 from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 import kernels
 import tasks
-import tokenizer
 import train as story
 import weights
 from cli import flags as flags_of
@@ -85,7 +84,7 @@ def save_random(path, config) -> str:
 
 def qwen(path, instruct: bool) -> str:
     """Both have a template; the base's end is its pad; the embedding has more rows than the tokenizer."""
-    backend = train(split(tokenizer.QWEN2), QWEN_SPECIAL, QWEN_PLAIN, normalizers.NFC())
+    backend = train(split(QWEN2), QWEN_SPECIAL, QWEN_PLAIN, normalizers.NFC())
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     ids = {t: backend.token_to_id(t) for t in QWEN_SPECIAL}
     size = backend.get_vocab_size() + 11
@@ -104,7 +103,7 @@ def qwen(path, instruct: bool) -> str:
 
 def llama(path, instruct: bool) -> str:
     """The instruct one has a template, three ends and a pad of its own; the base one has neither."""
-    backend = rebuild(train(split(tokenizer.LLAMA3), LLAMA_SPECIAL), ignore_merges=True)
+    backend = rebuild(train(split(LLAMA3), LLAMA_SPECIAL), ignore_merges=True)
     ids = {t: backend.token_to_id(t) for t in LLAMA_SPECIAL}
     begin = ("<|begin_of_text|>", ids["<|begin_of_text|>"])
     bos = processors.TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
@@ -171,11 +170,11 @@ def test_prompts_are_in_the_checkpoints_own_layout(loaded, kind):
     from rollout import prompt as policy_prompt
 
     tok = loaded[1]
-    assert tok.fast and tok.has_template == (kind != "llama-base")
+    assert tok.has_template == (kind != "llama-base")
     ids = policy_prompt(IT.question, tok, Words(prompt="Q {question}", notice=""))
     asked = prompt(tok, SIM_WORDS, IT, False)
     assert (tok.decode(ids), tok.decode(asked)) == TOLD[kind]
-    special = {i for text, i in tok._special.ids.items()}
+    special = set(tok.special.values())
     for text, sequence in zip(TOLD[kind], (ids, asked)):
         assert sum(i in special for i in sequence) == text.count("<|")  # each is one token, not its letters
 
@@ -206,7 +205,7 @@ def test_a_turn_ends_at_each_end_and_at_no_pad(loaded, kind, monkeypatch):
     it is not (Llama's instruct) it is a token like any other; a reserved token ends nothing."""
     body, tok = loaded
     assert {tok.decode([i]) for i in tok.eos} == ENDS[kind]
-    word, others = tok.encode("a")[0], set(tok._special.ids.values()) - tok.eos
+    word, others = tok.encode("a")[0], set(tok.special.values()) - tok.eos
     for end in sorted(tok.eos):
         scripted(monkeypatch, body.config.vocab, [word, *sorted(others), end, word])
         engine = Engine({POLICY: (body, tok)}, 1, 64)
@@ -349,7 +348,7 @@ def test_training_opens_another_body_with_its_adapter(homes, tmp_path):
 
 def test_a_template_that_refuses_is_one_clear_line(homes, tmp_path):
     """Some templates raise on a system message; a traceback of jinja says nothing of the checkpoint."""
-    backend = train(split(tokenizer.QWEN2), ["<|endoftext|>"])
+    backend = train(split(QWEN2), ["<|endoftext|>"])
     refuse = "{{ raise_exception('System role not supported') }}"
     template = "{% if messages[0]['role'] == 'system' %}" + refuse + "{% endif %}"
     save(backend, tmp_path, {"eos_token": "<|endoftext|>", "chat_template": template})

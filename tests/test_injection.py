@@ -59,7 +59,7 @@ def tok(request, tmp_path_factory):
 
 def specials(tok, ids):
     """The special tokens among ids, in order."""
-    return [i for i in ids if i in set(tok._special.ids.values())]
+    return [i for i in ids if i in set(tok.special.values())]
 
 
 def sample(tok, turn, text):

@@ -586,7 +586,7 @@ def test_a_hostile_document_is_only_text(place, body, title):
     began = time.monotonic()
     trajectories = engine.run(episodes)
     assert time.monotonic() - began < 20
-    tok, special = body[1], set(body[1]._special.ids.values())
+    tok, special = body[1], set(body[1].special.values())
     texts = [d.text for t in trajectories for _, d in t.searches]
     assert len(texts) >= 3 and len(set(texts)) == 1
     lines = texts[0].split("\n")
@@ -612,6 +612,6 @@ def test_each_hostile_text_stays_text_in_an_observation(body):
     for text in HOSTILE[:6]:
         clean = one_line(text)
         ids = observation(tok, f"Doc 1: (Title: t) {clean}", 2000)
-        assert not set(tok._special.ids.values()) & set(ids)
+        assert not set(tok.special.values()) & set(ids)
         assert tok.decode(ids) == f"\n\n<information>Doc 1: (Title: t) {clean}</information>\n\n"
         assert len(clean.splitlines()) == 1 and clean.isprintable() == ("\ufdd0" not in clean)

@@ -135,11 +135,11 @@ def found_in(world: World, query: Query) -> Documents:
     return _returned(world.lookup(query))
 
 
-def test_every_word_is_one_token_and_tiktoken_agrees_with_transformers(tok):
+def test_every_word_is_one_token(tok):
     """A body of this size does not learn to copy names of several tokens."""
     names = [" " + w for w in [*NAMES, *RELATIONS, *COLOURS, *BEASTS, UNKNOWN]]
     assert all(len(tok.encode(w)) == 1 for w in [*names, *words.TAGS, *words.LABELS])
-    assert tok.fast and tok.vocab_size < 900 and not tok.has_template
+    assert tok.vocab_size < 900 and not tok.has_template
     assert tok.eos == {tok.encode(words.END, special=True)[0]}
     for text in ("Kalan, \u00e9t\u00e9 \n\n\n<think> x</think>  12", bytes(range(256)).decode("latin-1")):
         assert tok.decode(tok.encode(text)) == text
