@@ -1,136 +1,142 @@
 """Learning: from rewards to one scalar whose gradient we follow.
 
-Group-relative policy optimisation (arXiv 2402.03300): G episodes of one question are judged against each
-other, so no critic is needed. The old log-probs are those of sampling, so there is no second forward pass for
-them; the reference is the same body without its adapter, and is asked only where the KL coefficient is not
-zero.
+What an algorithm is stands in recipes.py, as pure functions; here they meet a model. The old log-probs are
+those of sampling, so there is no second forward pass for them; the reference is the same body without its
+adapter, and PPO's critic the same body with another one and a vector.
 
-What this is not: a trainer. It knows neither search nor simulator nor any text; trajectories come in as ids,
-a mask of what was sampled, and the log-probs of sampling.
+Not a trainer: it knows neither search nor simulator nor any text. Trajectories come in as ids, a mask of what
+was sampled, and the log-probs of sampling.
 
-    L = sum_i w_i ( -min(r_i A_i, clip(r_i, 1 - e, 1 + e) A_i) + beta (exp(d_i) - d_i - 1) - c H_i ),    sum_i
-    w_i = 1 r_i = exp(logp_i - old_i),   d_i = ref_i - logp_i,   i over the sampled tokens of the whole step
+    L = sum_i w_i ( ratio(logp_i, old_i, A_i) + beta KL_i - c H_i )      i over the sampled tokens of the step
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import linear_logp
-from model import POLICY, REFERENCE, Model
+from model import CRITIC, POLICY, REFERENCE, Model
+from recipes import KL, RATIOS, WHITENED, Objective, gae, guard, k3, means, to_go, token_weights, value_loss
 from rollout import Trajectory
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The coefficients of the loss."""
-
-    clip: float = 0.2
-    kl: float = 1e-3  # beta, of the k3 estimator
-    entropy: float = 0.0  # c
-    grad_clip: float = 1.0  # largest norm of the gradient
 
 
 @dataclass(frozen=True)
 class Batch:
     """Right-padded trajectories. N = mask.sum(): after `token_logps` all is flat, with no shift and no
-    mask."""
+    mask. The last three are filled in by `assess`."""
 
     ids: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool, True = sampled by the policy
     lengths: Tensor  # (B,)
     old: Tensor  # (N,) log-probs when sampled
     adv: Tensor  # (N,)
-    w: Tensor  # (N,) weights; they sum to 1 over all batches of an update
+    w: Tensor  # (N,) weights; by `token` they sum to 1 over all batches of an update
+    segment: Tensor  # (N,) the row of each token's trajectory
+    ref: Tensor | None = None  # (N,) log-probs of the reference
+    value: Tensor | None = None  # (N,) the critic's, before the update
+    target: Tensor | None = None  # (N,) what it should have said
 
 
-def advantages(rewards: Tensor, kind: str = "grpo") -> Tensor:
-    """rewards (Q, G) of G siblings a question -> advantages (Q, G).
-
-    grpo: (r - mean) / (std + 1e-6) within the group. rloo: r - mean of the *other* siblings, an unbiased
-    baseline (arXiv 2402.14740). Both are zero where all siblings have the same reward.
-    """
-    if rewards.size(1) < 2:
-        raise ValueError("a group of 1 has no siblings to be compared with: use a group of 2 or more")
-    centred = rewards - rewards.mean(1, keepdim=True)
-    if kind == "rloo":
-        return centred * (rewards.size(1) / (rewards.size(1) - 1))
-    if kind == "grpo":
-        return centred / (rewards.std(1, keepdim=True) + 1e-6)
-    raise ValueError(f"unknown algorithm {kind!r}: use grpo or rloo")
+def credit(b: Batch, o: Objective) -> Batch:
+    """The advantage of each trajectory, which is its reward at the last token, becomes that of its tokens."""
+    last = F.pad(b.segment[1:] != b.segment[:-1], (0, 1), value=True)
+    r = torch.where(last, b.adv, 0.0)
+    if b.ref is not None and o.kl_in == "reward":
+        r = r - o.kl * KL[o.kl_estimator](b.old, b.ref)
+    if b.value is None:
+        return replace(b, adv=to_go(r, b.segment, o.gamma))
+    adv = gae(r, b.value, b.segment, o.gamma, o.lam)
+    return replace(b, adv=adv, target=adv + b.value)
 
 
-def shuffle_siblings(rewards: Tensor, seed: int) -> Tensor:
-    """A control: permute rewards (Q, G) within each group, so that nothing can be learnt from them."""
-    g = torch.Generator().manual_seed(seed)
-    order = torch.rand(rewards.shape, generator=g).argsort(1)
-    return rewards.gather(1, order)
-
-
-def informative(rewards: Tensor) -> Tensor:
-    """(Q, G) -> (Q,) True where siblings differ: other groups have no gradient and are skipped."""
-    return rewards.max(1).values > rewards.min(1).values
+def whiten(batches: list[Batch]) -> list[Batch]:
+    """Advantages of mean 0 and standard deviation 1 over all sampled tokens of the update."""
+    adv = torch.cat([b.adv for b in batches])
+    return [replace(b, adv=(b.adv - adv.mean()) / (adv.var() + 1e-8).sqrt()) for b in batches]
 
 
 def make_batches(
-    trajectories: Sequence[Trajectory], adv: Sequence[float], tokens: int, device: torch.device | str = "cpu"
+    trajectories: Sequence[Trajectory],
+    adv: Sequence[float],
+    tokens: int,
+    device: torch.device | str = "cpu",
+    normaliser: str = "token",
+    longest: int = 1,
 ) -> list[Batch]:
     """Cut one update's trajectories into micro-batches of at most `tokens` padded tokens, sorted by length.
 
-    Every sampled token of the update weighs the same, 1 / their number, whatever micro-batch it falls into.
+    A token weighs the same whatever micro-batch it falls into; `token_weights` says how much.
     """
     pairs = sorted((p for p in zip(trajectories, adv) if sum(p[0].mask)), key=lambda p: len(p[0].ids))
-    total = sum(sum(t.mask) for t, _ in pairs)
+    n = [sum(t.mask) for t, _ in pairs]
+    w = token_weights(normaliser, n, [id(t.question) for t, _ in pairs], longest)
     groups: list[list] = []
-    for pair in pairs:
-        if groups and (len(groups[-1]) + 1) * len(pair[0].ids) <= tokens:
-            groups[-1].append(pair)
+    for t, a, each in ((*pair, each) for pair, each in zip(pairs, w)):
+        if groups and (len(groups[-1]) + 1) * len(t.ids) <= tokens:
+            groups[-1].append((t, a, each))
         else:
-            groups.append([pair])
-    return [_batch(group, total, device) for group in groups]
+            groups.append([(t, a, each)])
+    return [_batch(group, device) for group in groups]
 
 
-def _batch(group: list[tuple[Trajectory, float]], total: int, device) -> Batch:
-    T = max(len(t.ids) for t, _ in group)
-    ids = torch.tensor([t.ids + [0] * (T - len(t.ids)) for t, _ in group])
-    mask = torch.tensor([t.mask + [0] * (T - len(t.mask)) for t, _ in group]).bool()
-    old = torch.tensor([logp for t, _ in group for logp, m in zip(t.logps, t.mask) if m])
-    adv = torch.tensor([a for t, a in group for _ in range(sum(t.mask))], dtype=torch.float32)
-    lengths = torch.tensor([len(t.ids) for t, _ in group])
-    parts = (ids, mask, lengths, old, adv, torch.full_like(adv, 1 / total))
-    return Batch(*(x.to(device) for x in parts))
+def _batch(group: list[tuple[Trajectory, float, float]], device) -> Batch:
+    trajectories, adv, w = zip(*group)
+    T = max(len(t.ids) for t in trajectories)
+    ids = torch.tensor([t.ids + [0] * (T - len(t.ids)) for t in trajectories])
+    mask = torch.tensor([t.mask + [0] * (T - len(t.mask)) for t in trajectories]).bool()
+    lengths = torch.tensor([len(t.ids) for t in trajectories])
+    old = torch.tensor([logp for t in trajectories for logp, m in zip(t.logps, t.mask) if m])
+    segment = mask.nonzero()[:, 0]
+    flat = (torch.tensor(x, dtype=torch.float32)[segment] for x in (adv, w))
+    return Batch(*(x.to(device) for x in (ids, mask, lengths, old, *flat, segment)))
+
+
+def hidden(model: Model, batch: Batch, role: int, recompute: bool = False) -> Tensor:
+    """(N, d): the state before each sampled token. The only shift in the repository."""
+    return model(batch.ids, role, batch.lengths, recompute=recompute)[:, :-1][batch.mask[:, 1:]]
 
 
 def token_logps(model: Model, batch: Batch, role: int, recompute: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (N,) of the batch's sampled tokens, in nats. The only shift in the
-    repository."""
-    h = model(batch.ids, role, batch.lengths, recompute=recompute)[:, :-1][batch.mask[:, 1:]]  # (N, d)
+    """Log-probs and entropies (N,) of the batch's sampled tokens, in nats."""
+    h = hidden(model, batch, role, recompute)
     return linear_logp(h, model.head, batch.ids[:, 1:][batch.mask[:, 1:]])
 
 
-def surrogate(logp: Tensor, old: Tensor, adv: Tensor, clip: float) -> Tensor:
-    """The clipped policy loss of each token (N,) (arXiv 1707.06347, eq. 7, negated)."""
-    ratio = (logp - old).exp()
-    return -torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv)
+def values(model: Model, batch: Batch, recompute: bool = False) -> Tensor:
+    """What the critic expects (N,) before each sampled token."""
+    return hidden(model, batch, CRITIC, recompute).float() @ model.roles[CRITIC].value
 
 
-def k3(logp: Tensor, ref: Tensor) -> Tensor:
-    """KL(policy || reference) of each token (N,), estimated on the policy's samples: unbiased, never
-    negative."""
-    d = ref - logp
-    return d.exp() - d - 1
+@torch.no_grad()
+def assess(model: Model, batches: list[Batch], o: Objective) -> list[Batch]:
+    """What forward passes without gradient tell (reference, values), and the advantages of tokens."""
+    out = []
+    for b in batches:
+        if (unknown := b.old.isnan()).any():  # tokens that were not sampled; see compat.py
+            b = replace(b, old=torch.where(unknown, token_logps(model, b, POLICY)[0], b.old))
+        ref = token_logps(model, b, REFERENCE)[0] if o.kl and o.kl_in != "none" else None
+        value = values(model, b) if o.advantage == "gae" else None
+        out.append(credit(replace(b, ref=ref, value=value), o))
+    return whiten(out) if o.advantage in WHITENED else out
 
 
-def loss(logp: Tensor, entropy: Tensor, ref: Tensor | None, batch: Batch, o: Objective) -> Tensor:
+# --------------------------------------------------------------------------------------------------- the loss
+
+
+def loss(logp: Tensor, entropy: Tensor, b: Batch, o: Objective) -> Tensor:
     """The scalar of the file's head, one micro-batch's share of it."""
-    each = surrogate(logp, batch.old, batch.adv, o.clip)
-    if ref is not None:
-        each = each + o.kl * k3(logp, ref)
+    each = RATIOS[o.ratio](logp, b.old, b.adv, b.segment, o.clip_low, o.clip_high)
+    if b.ref is not None and o.kl_in == "loss":
+        each = each + o.kl * KL[o.kl_estimator](logp, b.ref)
     if o.entropy:
         each = each - o.entropy * entropy
-    return (batch.w * each).sum()
+    if o.guard:
+        each = each + o.guard * guard(logp, b.old, b.adv, b.segment)
+    return (b.w * each).sum()
 
 
 def learn(
@@ -140,46 +146,46 @@ def learn(
     o: Objective,
     recompute: bool = False,
 ) -> dict[str, float]:
-    """One update of the policy's adapter from all micro-batches of a step. Returns the step's health figures.
+    """One update of the policy's adapter from all micro-batches of a step, and of the critic where there is
+    one. Returns the step's health figures.
 
     kl, entropy: nats a token. ratio: its mean. clipped: share of tokens. gap: mean |training - sampling
     log-prob|.
     """
     optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, float] = {}
-    for batch in batches:
-        ref = None
-        if o.kl:
-            with torch.no_grad():
-                ref = token_logps(model, batch, REFERENCE)[0]
-        logp, entropy = token_logps(model, batch, POLICY, recompute)
-        value = loss(logp, entropy, ref, batch, o)
-        value.backward()
-        for name, x in figures(logp.detach(), entropy.detach(), ref, batch, o).items():
-            sums[name] = sums.get(name, 0.0) + (batch.w * x).sum().item()
-        sums["loss"] = sums.get("loss", 0.0) + value.item()
-    norm = torch.nn.utils.clip_grad_norm_([model.adapter(POLICY)], o.grad_clip)
-    if not torch.isfinite(norm):
-        raise ValueError("the gradient is not finite: lower --lr, or use --dtype bf16 or fp32")
+    sums: dict[str, float] = Counter()
+    share = 1 / sum(b.w.numel() for b in batches)
+    for b in assess(model, batches, o):
+        logp, entropy = token_logps(model, b, POLICY, recompute)
+        total = loss(logp, entropy, b, o)
+        total.backward()
+        told = figures(logp.detach(), entropy.detach(), b, o)
+        if b.value is not None:
+            error = value_loss(values(model, b, recompute), b.value, b.target)
+            (share * error).sum().backward()
+            told["value_loss"] = error.detach()
+        sums.update({name: (share * x).sum().item() for name, x in told.items()} | {"loss": total.item()})
+    trained = {"grad_norm": [model.adapter(POLICY)]}
+    trained |= {"critic_norm": model.roles[CRITIC].parameters} if o.advantage == "gae" else {}
+    for name, parameters in trained.items():
+        norm = torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)
+        if not torch.isfinite(norm):
+            raise ValueError("the gradient is not finite: lower --lr, or use --dtype bf16 or fp32")
+        sums[name] = norm.item()
     optimizer.step()
     padded = sum(b.ids.numel() for b in batches)
     waste = 1 - sum(int(b.lengths.sum()) for b in batches) / padded
-    return sums | {
-        "grad_norm": norm.item(),
-        "padding": waste,
-        "trained_tokens": sum(b.w.numel() for b in batches),
-    }
+    return dict(sums) | {"padding": waste, "trained_tokens": round(1 / share)}
 
 
-def figures(
-    logp: Tensor, entropy: Tensor, ref: Tensor | None, batch: Batch, o: Objective
-) -> dict[str, Tensor]:
+def figures(logp: Tensor, entropy: Tensor, b: Batch, o: Objective) -> dict[str, Tensor]:
     """Health figures of each token (N,)."""
-    ratio = (logp - batch.old).exp()
+    d = logp - b.old
+    ratio = (means(d, b.segment) if o.ratio == "gspo" else d).exp()
     return {
-        "kl": k3(logp, ref) if ref is not None else torch.zeros_like(logp),
+        "kl": k3(logp, b.ref) if b.ref is not None else torch.zeros_like(logp),
         "entropy": entropy,
         "ratio": ratio,
-        "clipped": ((ratio - 1).abs() > o.clip).float(),
-        "gap": (logp - batch.old).abs(),
+        "clipped": ((ratio < 1 - o.clip_low) | (ratio > 1 + o.clip_high)).float(),
+        "gap": d.abs(),
     }

@@ -1,8 +1,8 @@
 """The network: a decoder of the Llama / Qwen families, its seat cache, its LoRA roles, its weights on disk.
 
-One frozen body plays three roles. A role is an index: 0 is the reference (no adapter), 1 the policy,
-2 the simulator. A forward pass takes one role for all rows (training) or one per row (decoding), so that a
-single copy of the weights is policy, simulator and KL reference at once.
+One frozen body plays all roles. A role is an index: 0 is the reference (no adapter), 1 the policy, 2 the
+simulator, 3 the critic of PPO. A forward pass takes one role for all rows (training) or one per row
+(decoding), so that a single copy of the weights is policy, simulator and KL reference at once.
 
 Not a general model library: it reads ordinary Hugging Face directories of `llama`, `qwen2` and `qwen3` models
 and refuses, in one line, a checkpoint that asks for anything else.
@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 
-REFERENCE, POLICY, SIMULATOR = 0, 1, 2
-ROLES = 2  # roles that have an adapter
+REFERENCE, POLICY, SIMULATOR, CRITIC = 0, 1, 2, 3
+ROLES = 2  # roles that have an adapter and decode; the critic never does
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -404,8 +404,11 @@ class Model(nn.Module):
         return (linear for layer in self.layers for linear in layer.linears())
 
     def add_role(self, role: int, rank: int = 16, alpha: float = 32.0, seed: int = 0) -> None:
-        """Give a role a new adapter: A uniform as in PEFT, B = 0, so that it equals the base exactly."""
+        """Give a role a new adapter: A uniform as in PEFT, B = 0, so that it equals the base exactly. The
+        critic also gets its vector, which is 0."""
         self.roles[role] = Adapter.fresh(list(self.linears()), rank, alpha, seed, self.device)
+        if role == CRITIC:
+            self.roles[role].value = nn.Parameter(torch.zeros(self.config.d, device=self.device))
 
     def adapter(self, role: int) -> nn.Parameter:
         """The role's parameters, one flat fp32 vector. Raises KeyError where the role has no adapter."""
@@ -426,8 +429,9 @@ class Model(nn.Module):
         is overwritten in place, so that CUDA graphs go on reading it. Lower ranks are padded with zeros.
         """
         linears, roles = list(self.linears()), range(1, ROLES + 1)
-        scales = [self.roles[r].scale if r in self.roles else 0.0 for r in roles]
-        rank = max((a.rank for a in self.roles.values()), default=1)
+        mine = {r: self.roles[r] for r in roles if r in self.roles}
+        scales = [mine[r].scale if r in mine else 0.0 for r in roles]
+        rank = max((a.rank for a in mine.values()), default=1)
         dtype = self.dtype if self.packed_head is None else self.packed_head.weight.dtype
         sizes = [(len(x.parts) * rank, x.d_in, x.weight.size(0)) for x in linears]
         A = None if old is None else old.pairs[0][0]
@@ -436,7 +440,7 @@ class Model(nn.Module):
             pairs = [(zeros(ROLES, k, i), zeros(ROLES, k, o)) for k, i, o in sizes]
             scale = torch.tensor(scales, device=self.device)
             old = Stack(pairs, scales, scale, torch.tensor(roles, device=self.device))
-        for role, adapter in self.roles.items():
+        for role, adapter in mine.items():
             for (A, B), (a, b) in zip(old.pairs, adapter.pairs(linears)):
                 A[role - 1, : len(a)], B[role - 1, : len(a)] = a, b.T
                 A[role - 1, len(a) :] = 0  # an adapter that was here may have had a higher rank
@@ -487,10 +491,15 @@ class Adapter:
     theta: nn.Parameter
     rank: int
     alpha: float
+    value: nn.Parameter | None = None  # (d,), the critic's: its value of a state h is h . value
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.theta] if self.value is None else [self.theta, self.value]
 
     @staticmethod
     def fresh(linears: list[Linear], rank: int, alpha: float, seed: int, device: torch.device) -> "Adapter":

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,9 +33,10 @@ import weights
 from cli import disk, flags, screen
 from cli.disk import Rows
 from cli.setting import Setting, find_bodies, load
-from model import POLICY, SIMULATOR
+from model import CRITIC, POLICY, SIMULATOR
 from prepare.sft import sft
 from questions import exact_match, f1
+from recipes import ALONE, Objective, advantages, informative, shuffle_siblings
 from rollout import Query, Question, Search, Trajectory, episode, show
 from simulator import audit_figures, p_noise
 from tasks import kind
@@ -44,7 +45,9 @@ from words import WORDS_FILE, save_words
 
 def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     """The whole run. Each verb is a function below, in the order in which it is called."""
-    optimizer = torch.optim.AdamW([s.body.adapter(POLICY)], lr=a.lr, weight_decay=a.weight_decay)
+    learning = [s.body.roles[role] for role in (POLICY, CRITIC) if role in s.body.roles]
+    groups = [{"params": adapter.parameters} for adapter in learning]
+    optimizer = torch.optim.AdamW(groups, lr=a.lr, weight_decay=a.weight_decay)
     facts = restore(a, s, optimizer)  # {} at the start of a run
     began = time.monotonic() - facts.get("seconds", 0.0)
     log = Rows(Path(a.out) / "log.jsonl", resume=True)
@@ -61,7 +64,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             trajectories = act(a, s, step, asked)
             t1 = time.monotonic()
             rewards = judge(a, trajectories)
-            figures = learn(a, s, step, trajectories, rewards, optimizer)
+            figures = learn(a, s, step, *resample(a, s, world, step, trajectories, rewards), optimizer)
             t2 = time.monotonic()
             row = figures_of(trajectories, rewards, s.simulator.words.count) | figures
             row |= {"seconds_act": t1 - t0, "seconds_learn": t2 - t1}
@@ -118,6 +121,30 @@ def judge(a: argparse.Namespace, trajectories: list[Trajectory]) -> torch.Tensor
     return torch.tensor([score(t.answer, t.question.answers) for t in trajectories]).view(-1, a.group)
 
 
+def resample(
+    a: argparse.Namespace,
+    s: Setting,
+    world: "World",
+    step: int,
+    trajectories: list[Trajectory],
+    rewards: torch.Tensor,
+) -> tuple[list[Trajectory], torch.Tensor]:
+    """DAPO's dynamic sampling (arXiv 2503.14476): groups without a difference give way to those of other
+    questions, in at most `a.resample` rounds. The step's figures stay those of its first episodes."""
+    trajectories, rewards, G = list(trajectories), rewards.clone(), a.group
+    for again in range(1, a.resample + 1):
+        flat = (~informative(rewards)).nonzero()[:, 0].tolist()
+        if not flat:
+            break
+        far = again * a.questions * len(world.questions)  # numbers, and so randomness, of their own
+        others = ask(a, world.questions, step + again * a.steps)[: len(flat)]
+        fresh = act(a, s, step, [(number + far, question) for number, question in others])
+        rewards[flat] = judge(a, fresh)
+        for i, q in enumerate(flat):
+            trajectories[q * G : (q + 1) * G] = fresh[i * G : (i + 1) * G]
+    return trajectories, rewards
+
+
 def learn(
     a: argparse.Namespace,
     s: Setting,
@@ -128,17 +155,22 @@ def learn(
 ) -> dict[str, float]:
     """`updates` optimiser steps on the groups that teach something. Returns mean figures."""
     if a.shuffle_rewards:
-        rewards = grpo.shuffle_siblings(rewards, hash((a.seed, step)))
-    adv = grpo.advantages(rewards, a.algorithm)
-    kept = grpo.informative(rewards).nonzero()[:, 0].tolist()
-    optimizer.param_groups[0]["lr"] = a.lr * (1 - step / a.steps)
-    objective = grpo.Objective(a.clip, a.kl, a.entropy, a.grad_clip)
+        rewards = shuffle_siblings(rewards, hash((a.seed, step)))
+    searches = torch.tensor([len(t.searches) for t in trajectories]).view_as(rewards)
+    adv = advantages(rewards, a.advantage, searches, a.strata)
+    teaching = informative(rewards) if a.advantage not in ALONE else torch.ones(len(rewards))
+    kept = teaching.nonzero()[:, 0].tolist()
+    for group, lr in zip(optimizer.param_groups, (a.lr, a.critic_lr)):
+        group["lr"] = lr * (1 - step / a.steps)
+    objective = Objective(**{f.name: getattr(a, f.name) for f in fields(Objective)})
+    longest = min(a.episode_tokens, (a.turns + 1) * a.turn_tokens)
     updates = []
     for part in range(a.updates):
         rows = [q * a.group + g for q in kept[part :: a.updates] for g in range(a.group)]
         batches = grpo.make_batches(
-            [trajectories[r] for r in rows], adv.flatten()[rows].tolist(), a.micro_tokens, a.device
-        )
+            [trajectories[r] for r in rows], adv.flatten()[rows].tolist(), a.micro_tokens, a.device,
+            a.normaliser, longest,
+        )  # fmt: skip
         if batches:
             updates.append(grpo.learn(s.body, batches, optimizer, objective, a.recompute))
     means = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]} if updates else {}
@@ -308,6 +340,8 @@ def save(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, fa
     tensors = {"policy": s.body.adapter(POLICY)} | disk.pack_optimizer(optimizer)
     if SIMULATOR in s.bodies and SIMULATOR in s.bodies[SIMULATOR][0].roles:
         tensors["simulator"] = s.bodies[SIMULATOR][0].adapter(SIMULATOR)
+    if critic := s.body.roles.get(CRITIC):
+        tensors |= {"critic": critic.theta, "value": critic.value}
     disk.save_state(Path(a.out) / "state.safetensors", tensors, facts)
 
 
@@ -320,6 +354,9 @@ def restore(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer)
     s.body.adapter(POLICY).data.copy_(tensors["policy"])
     if "simulator" in tensors:
         s.bodies[SIMULATOR][0].adapter(SIMULATOR).data.copy_(tensors["simulator"])
+    if critic := s.body.roles.get(CRITIC):
+        critic.theta.data.copy_(tensors["critic"])
+        critic.value.data.copy_(tensors["value"])
     disk.unpack_optimizer(optimizer, tensors)
     return facts
 
@@ -386,9 +423,9 @@ def pausing() -> Iterator[Pause]:
 
 
 # What a run that goes on may do otherwise than it was begun: it changes neither data nor algorithm, but for
-# --lr, which whoever resumes a diverging run wants to lower.
+# the rates, which whoever resumes a diverging run wants to lower.
 MAY_CHANGE = (
-    "out resume lr dtype device seats micro-tokens recompute memory save-every show-every".split()  # noqa: SIM905
+    "out resume lr critic-lr dtype device seats micro-tokens recompute memory save-every show-every".split()  # noqa: SIM905
 )
 
 

@@ -15,6 +15,7 @@ import torch
 
 import grpo
 import model as models
+import recipes
 import weights
 from model import POLICY, SIMULATOR, Config, Model
 from rollout import DOCUMENTS, TOKENS, Engine, Episode, Question, Trajectory, Turn
@@ -237,8 +238,8 @@ def learner(
     optimizer = torch.optim.AdamW([body.adapter(POLICY)], lr=1e-5)
 
     def update() -> dict:
-        adv = grpo.advantages(torch.tensor(rewards(len(ts))).view(-1, group)).flatten().tolist()
+        adv = recipes.advantages(torch.tensor(rewards(len(ts))).view(-1, group)).flatten().tolist()
         batches = grpo.make_batches(ts, adv, tokens, body.device)
-        return grpo.learn(body, batches, optimizer, grpo.Objective(kl=kl), recompute)
+        return grpo.learn(body, batches, optimizer, recipes.Objective(kl=kl), recompute)
 
     return update

@@ -19,6 +19,7 @@ from cli.parser import NEEDED, Flag, Groups, parse, parse_verb
 from evaluation.modes import MODES
 from model import DTYPES
 from questions import SETS
+from recipes import ADVANTAGES, ALONE, KL, PARTS, RATIOS, RECIPES
 from servers import is_address
 from weights import PRESETS
 
@@ -96,12 +97,24 @@ TRAIN: Groups = {
         Flag("shared-coins", bool, False, "siblings share their noise coins"),
     ],
     "learning": [
-        Flag("algorithm", ("grpo", "rloo"), "grpo", "the advantage: see grpo.py"),
+        Flag("algorithm", tuple(RECIPES), "grpo", "a row of recipes.py; the next eight override its parts"),
+        Flag("advantage", tuple(ADVANTAGES), "", "of an episode, from the rewards of its group"),
+        Flag("ratio", tuple(RATIOS), "", "loss of a token: probability ratio and clip"),
+        Flag("clip-low", float, None, "how far below 1 a ratio counts"),
+        Flag("clip-high", float, None, "and above"),
+        Flag("normaliser", ("token", "sequence", "prompt", "constant"), "", "what weighs alike in the loss"),
+        Flag("kl-in", ("loss", "reward", "none"), "", "where the KL to the reference stands"),
+        Flag("kl-estimator", tuple(KL), "", "of that KL"),
+        Flag("resample", int, None, "rounds that replace groups without a difference", least=0),
         Flag("lr", float, 1e-5, "at the start; falls linearly to 0"),
+        Flag("critic-lr", float, None, "of the critic of ppo (ten times --lr)"),
         *ADAPTED,
-        Flag("clip", float, 0.2, "of the probability ratio"),
         Flag("kl", float, 1e-3, "coefficient of the KL to the reference (0 saves its forward pass)"),
+        Flag("gamma", float, 1.0, "discount a sampled token (whitened, gae)", most=1),
+        Flag("lam", float, 1.0, "lambda of gae", most=1),
         Flag("entropy", float, 0.0, "coefficient of the entropy bonus"),
+        Flag("strata", float, 0.0, "share of comparing siblings of as many searches (2510.06214)", most=1),
+        Flag("guard", float, 0.0, "likelihood guard (2512.04220): .1; needs --updates above 1"),
         Flag("grad-clip", float, 1.0, "largest norm of a gradient"),
         Flag("weight-decay", float, 0.01, "of AdamW"),
         Flag("updates", int, 1, "optimiser steps a rollout: more than one makes the clip matter"),
@@ -303,6 +316,10 @@ def flags_of(command: str) -> list[Flag]:
 def follow(a: argparse.Namespace, given: dict[str, object]) -> None:
     """Fill in what follows from other flags."""
     if a.command == "train":
+        for part, usual in zip(PARTS, RECIPES[a.algorithm]):
+            if part.replace("_", "-") not in given:
+                setattr(a, part, usual)
+        a.critic_lr = 10 * a.lr if a.critic_lr is None else a.critic_lr
         a.data, a.sim = a.data or "nq,hotpotqa", a.sim or a.policy
         if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter):
             a.sft_steps = 0  # that simulator has been fine-tuned already
@@ -335,7 +352,13 @@ Complaints = Iterator[tuple[object, str]]
 def _train(a: argparse.Namespace) -> Complaints:
     room = a.episode_tokens - a.prompt_tokens - 2 * min(a.turn_tokens, 64)
     served = is_address(a.sim) and (a.sim_adapter or a.sft_steps)
-    yield a.group < 2, "--group 1 has no siblings to be compared with: use 2 or more"
+    alone = a.advantage in ALONE
+    yield a.group < 2 and not alone, "--group 1 has no siblings to be compared with: use 2 or more"
+    yield a.strata and alone, f"--strata is for comparisons: --advantage {a.advantage} makes none"
+    yield (
+        a.guard and a.updates < 2,
+        "--guard needs --updates 2: the first has lost no likelihood yet",
+    )
     yield (
         a.seat_tokens < a.episode_tokens,
         f"--seat-tokens {a.seat_tokens} cannot hold an episode of {a.episode_tokens}: raise it",

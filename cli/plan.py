@@ -60,6 +60,7 @@ class Settings:
     sim_rank: int = 16  # of the simulator's; 0: it is only prompted
     dtype: torch.dtype = torch.bfloat16
     kernels: bool = True  # the Triton kernels keep less than their references, which a CPU runs
+    critic_rank: int = 0  # of the critic's adapter; 0: there is no critic
 
     def __str__(self) -> str:
         flags = f"--seats {self.seats} --seat-tokens {self.seat_tokens} --micro-tokens {self.micro_tokens}"
@@ -180,6 +181,8 @@ def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
     one follows the other. "total" is the peak of a step.
     """
     n, n_sim = adapter(bodies[0], s.rank), adapter(bodies[-1], s.sim_rank)
+    if s.critic_rank:  # it never decodes
+        n += adapter(bodies[0], s.critic_rank) + bodies[0].d
     ranks = [max(s.rank, s.sim_rank)] if len(bodies) == 1 else [s.rank, s.sim_rank]
     sizes = [(packed_type(c, s) or s.dtype).itemsize for c in bodies]
     stacks = sum(ROLES * sum(blocks(c, k)) * size for c, k, size in zip(bodies, ranks, sizes))

@@ -17,7 +17,7 @@ import model
 import weights
 from cli import plan
 from cli.disk import read_json
-from model import POLICY, REFERENCE, SIMULATOR, Model
+from model import CRITIC, POLICY, REFERENCE, SIMULATOR, Model
 from rollout import Engine, Limits, Question, prompt
 from servers import Chat, is_address
 from simulator import Simulator
@@ -123,6 +123,8 @@ def give_adapters(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenize
             weights.load_adapter(bodies[role][0], role, getattr(a, flag))
         elif role in bodies and trained[role]:
             bodies[role][0].add_role(role, a.rank, a.alpha, a.seed)
+    if getattr(a, "advantage", "") == "gae":
+        bodies[POLICY][0].add_role(CRITIC, a.rank, a.alpha, a.seed)
 
 
 def open_engine(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]]) -> Engine | None:
@@ -164,6 +166,7 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
     settings = plan.Settings(
         a.seats, a.seat_tokens, a.micro_tokens, a.recompute or None, rank,
         sim_rank if a.sim_adapter or a.sft_steps else 0, model.DTYPES[a.dtype], a.device != "cpu",
+        a.rank if a.advantage == "gae" else 0,
     )  # fmt: skip
     if a.planned:
         return f"as planned at the start: {settings}"

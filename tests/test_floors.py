@@ -18,6 +18,7 @@ FLOORS = {
     "servers": 2,
     "cli.plan": 4,
     "rollout": 3,
+    "recipes": 1,
     "grpo": 4,
     "evaluation.modes": 4,
     "search": 4,

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import grpo
+import recipes
 import train
 from model import POLICY
 from rollout import Engine, Question, Trajectory, Turn
@@ -25,7 +26,7 @@ STEPS, QUESTIONS, GROUP, SEED, LR = 4, 4, 6, 4, 1e-2
 FLAGS = {
     **{"policy": "tiny", "steps": STEPS, "questions": QUESTIONS, "group": GROUP, "seed": SEED, "lr": LR},
     **{"noise-start": 0, "noise-end": 1, "noise-shape": "linear"},
-    **{"clip": 0.3, "kl": 0.02, "entropy": 0.003, "grad-clip": 0.05},
+    **{"clip-low": 0.3, "clip-high": 0.3, "kl": 0.02, "entropy": 0.003, "grad-clip": 0.05},
     **{"turns": 2, "prompt-tokens": 32, "episode-tokens": 128, "turn-tokens": 20, "observation-tokens": 32},
     **{"sim-tokens": 24, "seat-tokens": 160, "seats": 16, "micro-tokens": 300, "memory": 1},
     **{"save-every": 2, "show-every": 9, "eval-questions": 3, "eval-search": "none"},
@@ -216,7 +217,7 @@ def test_every_episode_is_trained_with_its_own_advantage(whole):
 def test_the_flags_reach_the_loss(whole):
     """A coefficient that is printed at the start and used nowhere makes every ablation equal."""
     for step, u in enumerate(whole.updates):
-        assert u.o == grpo.Objective(clip=0.3, kl=0.02, entropy=0.003, grad_clip=0.05)
+        assert u.o == recipes.Objective(clip_low=0.3, clip_high=0.3, kl=0.02, entropy=0.003, grad_clip=0.05)
         assert u.step == step and u.lr == pytest.approx(LR * (1 - step / STEPS))
     assert max(row["grad_norm"] for row in whole.log) > 0.05  # the clip had something to do
 

@@ -8,6 +8,7 @@ tests/test_model_triton.py OUT`), told apart by KERNELS alone.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,17 +46,19 @@ def body(family: str, dtype: torch.dtype):
 
 def train(m) -> dict[str, torch.Tensor]:
     """One update of the policy, with the reference's log-probs, from right-padded rows of unlike length."""
-    from grpo import Batch, Objective, loss, token_logps
+    from grpo import Batch, loss, token_logps
     from model import POLICY, REFERENCE
+    from recipes import Objective
 
     ids, lengths = torch.randint(1, 112, (3, 19)), torch.tensor([19, 1, 10])
     mask = (torch.rand(3, 19) < 0.6) & (torch.arange(19) < lengths[:, None]) & (torch.arange(19) > 0)
     n = int(mask.sum())
-    b = Batch(ids, mask, lengths, torch.full((n,), -4.0), torch.randn(n), torch.full((n,), 1 / n))
+    flat = torch.full((n,), -4.0), torch.randn(n), torch.full((n,), 1 / n), mask.nonzero()[:, 0]
+    b = Batch(ids, mask, lengths, *flat)
     with torch.no_grad():
         ref, _ = token_logps(m, b, REFERENCE)
     logp, entropy = token_logps(m, b, POLICY, recompute=True)
-    value = loss(logp, entropy, ref, b, Objective(kl=0.1, entropy=0.01))
+    value = loss(logp, entropy, replace(b, ref=ref), Objective(kl=0.1, entropy=0.01))
     value.backward()
     return {
         "reference": ref,

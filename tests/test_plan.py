@@ -11,6 +11,7 @@ import torch
 
 import grpo
 import model as models
+import recipes
 from bench.timing import Meter
 from bench.work import Lesson, Silent, generate_ours
 from cli import plan
@@ -44,7 +45,7 @@ def learning_peak(c: Config, s: Settings, lesson: Lesson) -> tuple[int, int]:
     batches = grpo.make_batches(ts, [1.0] * len(ts), tokens)
     assert [b.ids.numel() for b in batches] == [tokens] * lesson.questions
     with Meter() as meter:
-        grpo.learn(body, batches, optimizer, grpo.Objective(kl=0.0), s.recompute)
+        grpo.learn(body, batches, optimizer, recipes.Objective(kl=0.0), s.recompute)
     return meter.peak, tokens
 
 

@@ -162,7 +162,7 @@ def test_an_out_that_holds_another_run_is_refused(tiny, whole, tmp_path, capsys)
     """Two runs in one directory would mix their logs; a run resumed with other flags would be two runs."""
     out, _ = whole
     assert "already holds" in fails(capsys, "--out", out, *SHORT)
-    assert "other arguments" in fails(capsys, "--out", out, "--resume", "--clip", "0.5")
+    assert "other arguments" in fails(capsys, "--out", out, "--resume", "--clip-low", "0.5")
     assert "is not the directory of a run" in fails(capsys, "--out", tmp_path / "none", "--resume")
 
 
