@@ -283,10 +283,20 @@ def cut(tmp_path, monkeypatch):
     return out
 
 
+def test_the_time_of_a_run_is_that_of_all_its_parts(cut):
+    """A run that was cut at night and resumed in the morning took both."""
+    tensors, facts = disk.load_state(cut / "state.safetensors")
+    assert facts["seconds"] > 0
+    disk.save_state(cut / "state.safetensors", tensors, facts | {"seconds": 1000.0})
+    run("--out", cut, "--resume")
+    assert disk.load_state(cut / "state.safetensors")[1]["seconds"] > 1000
+    assert json.loads((cut / "result.json").read_text())["seconds"] > 1000
+
+
 def test_defaults_of_another_day_change_nothing(cut, whole, monkeypatch):
     """Flags that were left to their defaults were settled anew on --resume: another device, or a newer
     version with another default, went on with another experiment in silence."""
-    usual = {"clip": 0.9, "kl": 1.0, "alpha": 1.0, "observation-tokens": 9, "seat-tokens": 99}
+    usual = {"grad-clip": 0.9, "kl": 1.0, "alpha": 1.0, "observation-tokens": 9, "seat-tokens": 99}
     for f in (f for group in flags.TRAIN.values() for f in group):
         if f.name in usual:
             monkeypatch.setitem(vars(f), "default", usual[f.name])
@@ -298,13 +308,13 @@ def test_defaults_of_another_day_change_nothing(cut, whole, monkeypatch):
 
 def test_only_a_short_list_may_change_and_every_change_is_told(cut, capsys):
     """A run resumed with other flags would be two runs of one name; what may differ is told and kept."""
-    for flag in (["--clip", "0.5"], ["--steps", "9"], ["--seed", "1"], ["--kl", "0"], ["--turns", "2"]):
+    for flag in (["--clip-low", "0.5"], ["--steps", "9"], ["--seed", "1"], ["--kl", "0"], ["--turns", "2"]):
         assert "other arguments" in fails(capsys, "--out", cut, "--resume", *flag), flag
-    run("--out", cut, "--resume", "--lr", "0.5", "--save-every", "1", "--clip", "0.2")
+    run("--out", cut, "--resume", "--lr", "0.5", "--save-every", "1", "--group", "4")
     assert "--lr 0.002 -> 0.5" in (told := capsys.readouterr().out) and "--save-every 9 -> 1" in told
     kept = json.loads((cut / "args.json").read_text())
     assert kept["changes"] == [{"lr": [0.002, 0.5], "save-every": [9, 1]}]
-    assert kept["settled"]["lr"] == 0.5 and kept["settled"]["clip"] == 0.2
+    assert kept["settled"]["lr"] == 0.5 and kept["settled"]["group"] == 4
 
 
 def test_memory_is_planned_anew_where_it_is_given(cut, capsys):

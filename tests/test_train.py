@@ -4,18 +4,19 @@ import contextlib
 import io
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_servers import Place, say, written
 
-import grpo
 import servers
 import train
 import weights
 from cli import flags, screen
-from model import Config, Model
+from model import SIMULATOR, Config, Model
+from recipes import Objective
 from rollout import Question, Trajectory
 from toy import texts
 from toy.make import BODY, write_tokenizer
@@ -97,7 +98,8 @@ def test_a_run_writes_what_it_promises(whole):
     for part in ("policy", "simulator"):
         assert (out / part / "adapter_config.json").exists()
         assert (out / part / "adapter_model.safetensors").exists()
-    assert "sampled, after" in printed and "step   4/4" in printed and "golden" in printed
+    assert printed.count("sampled, before") == 2 and printed.count("sampled, after") == 1
+    assert "step   4/4" in printed and "golden" in printed
 
 
 def log_of(out):
@@ -227,8 +229,8 @@ def test_memory_settles_what_was_not_given(whole):
 def test_the_loss_has_the_defaults_of_the_flags(whole):
     """Who calls grpo.py from a program of his own would optimise something else than train.py does."""
     settled = json.loads((whole[0] / "args.json").read_text())["settled"]
-    names = ("clip", "kl", "entropy", "grad_clip")
-    assert {name: settled[name] for name in names} == asdict(grpo.Objective())
+    usual = asdict(Objective())
+    assert all(settled[name] == usual[name] for name in ("kl", "entropy", "grad_clip"))
 
 
 def test_a_body_in_bf16_trains(tmp_path, monkeypatch):
@@ -268,3 +270,31 @@ def test_a_simulator_on_a_server_may_fail_and_the_run_goes_on(tmp_path, capsys, 
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
     place.close()
+
+
+def test_audits_of_steps_are_weighed_by_their_searches():
+    """A step of two searches must not count as much as one of two hundred."""
+    whole = {}
+    train.add_audit(whole, {"useful": {"n": 1, "answer": 1.0}})
+    train.add_audit(whole, {"useful": {"n": 3, "answer": 0.0}, "noisy": {"n": 2, "words": 5.0}})
+    train.add_audit(whole, {"useful": {"n": 4, "answer": 1.0}})
+    assert whole == {"useful": {"n": 8, "answer": pytest.approx(5 / 8)}, "noisy": {"n": 2, "words": 5.0}}
+
+
+@pytest.mark.parametrize("steps, held", [(2, 16), (250, 64)])
+def test_the_simulators_tuning_holds_rows_out(steps, held, capsys, monkeypatch):
+    """A held-out loss of rows that are trained on too says nothing; too many held out are not learnt.
+    Progress is told every 25 steps and at the end."""
+    seen = []
+
+    def sft(body, tok, words, rows, steps, lr, every, seed, exam):
+        seen.append(({r["query"] for r in exam}, {r["query"] for r in rows}, len(exam), len(rows)))
+        return [SimpleNamespace(step=i, held=0.5 if i == 26 else None) for i in (24, 25, 26)]
+
+    monkeypatch.setattr(train, "sft", sft)
+    task = SimpleNamespace(rows=lambda n: [{"query": i} for i in range(n)])
+    s = SimpleNamespace(bodies={SIMULATOR: (None, None)}, task=task, simulator=SimpleNamespace(words=None))
+    train.tune_simulator(settle(**{"sft-steps": steps}), s)
+    (exam, rows, n, rest) = seen[0]
+    assert n == held and n + rest == 80 * steps and not exam & rows
+    assert capsys.readouterr().out.count("step=") == 2
