@@ -9,10 +9,9 @@ s = sum e^(z - m) and t = sum e^(z - m) (z - m). The stripes of a row are merged
     m' = max m        s' = sum e^(m - m') s        t' = sum e^(m - m') (t + (m - m') s)
     lse = m' + log s'        H = log s' - t' / s'
 
-Backward (linear_logp_backward.py): some hundreds of tokens at a time: z again, its gradient dz, then dh = dz
-W / tau with cuBLAS. The reference works tile by tile both ways, in fp32 even for bf16 and fp16: logits
-rounded to bf16 make p wrong by a percent. The kernels use base 2 (z log2 e), where an exponential is one
-instruction.
+Backward (linear_logp_backward.py): for some hundreds of tokens at a time, z again, its gradient dz, and then
+dh = dz W / tau by cuBLAS. The reference works tile by tile both ways, in fp32 even for bf16 and fp16: logits
+rounded to bf16 make p wrong by a percent. The kernels use base 2 (z log2 e): exp2 is one instruction.
 """
 
 import math
