@@ -1,11 +1,12 @@
-"""The network: a decoder of the Llama / Qwen families, its seat cache, its LoRA roles, its weights on disk.
+"""The network: a decoder of the Llama / Qwen families, its KV cache, and its LoRA adapters.
 
-One frozen body plays all roles. A role is an index: 0 is the reference (no adapter), 1 the policy, 2 the
-simulator, 3 the critic of PPO. A forward pass takes one role for all rows (training) or one per row
-(decoding), so that a single copy of the weights is policy, simulator and KL reference at once.
+One *body*, the frozen base model, plays all roles. A role is an index: 0 is the reference (no adapter),
+1 the policy, 2 the simulator, 3 the critic of PPO. A forward pass takes one role for all rows (training) or
+one per row (decoding), so a single copy of the weights is policy, simulator and KL reference at once. A
+*seat* is a row of the KV cache.
 
-Not a general model library: it reads ordinary Hugging Face directories of `llama`, `qwen2` and `qwen3` models
-and refuses, in one line, a checkpoint that asks for anything else.
+Not a general model library: `llama`, `qwen2` and `qwen3` only; a config.json that asks for a feature not
+implemented here is refused. weights.py reads and writes checkpoints.
 
     model = weights.load("Qwen/Qwen2.5-3B-Instruct")   # a preset, a directory or a hub id
     model.add_role(POLICY, rank=16, alpha=32)
@@ -36,7 +37,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # ---------------------------------------------------------------------------------------------- configuration
 
-# Keys of a config.json that change nothing in the forward pass.
+# Keys of a config.json that do not change the forward pass.
 INERT = """
     architectures attention_dropout bos_token_id eos_token_id pad_token_id initializer_range model_type
     torch_dtype dtype transformers_version use_cache max_window_layers sliding_window pretraining_tp
@@ -54,7 +55,7 @@ KNOWN = set((INERT + READ).split())
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a body. `from_hf` reads a config.json; `hf` keeps that to be written back."""
+    """The shape of a body. `from_hf` reads a config.json, and `hf` keeps it for writing it back."""
 
     family: str  # llama | qwen2 | qwen3
     vocab: int
@@ -81,7 +82,7 @@ class Config:
 
     @staticmethod
     def from_hf(c: dict) -> "Config":
-        """Read a config.json. Raises ValueError for whatever this network does not implement."""
+        """Read a config.json. Raises ValueError for anything that is not implemented here."""
         family = c.get("model_type")
         if family not in ("llama", "qwen2", "qwen3"):
             raise ValueError(
@@ -109,7 +110,7 @@ class Config:
             )
         except KeyError as e:
             missing = e.args[0]
-            raise ValueError(f"config.json has no {missing!r}: is this a whole {family} model?") from None
+            raise ValueError(f"config.json has no {missing!r}: is this a complete {family} model?") from None
 
 
 def _refuse_unknown(c: dict) -> None:
@@ -143,7 +144,7 @@ def _scaling(rope: dict) -> dict:
 
 
 def frequencies(c: Config) -> Tensor:
-    """Rotary frequencies (head_dim / 2,), radians a position, after the checkpoint's scaling."""
+    """Rotary frequencies (head_dim / 2,), radians per position, after the checkpoint's scaling."""
     inv = 1.0 / c.theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim)
     s = c.scaling
     if not s:
@@ -160,7 +161,7 @@ def frequencies(c: Config) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A frozen matrix: one of the checkpoint's, or several side by side (q, k and v; gate and up)."""
+    """A frozen matrix: one of the checkpoint's, or several concatenated (q, k and v; gate and up)."""
 
     def __init__(self, d_in: int, parts: dict[str, int], bias: bool = False):
         super().__init__()
@@ -170,7 +171,7 @@ class Linear(nn.Module):
         self.packed: kernels.Packed | None = None  # see Model.pack
 
     def forward(self, x: Tensor, lora: "Update | None") -> Tensor:
-        """x (B, T, d_in) -> (B, T, sum of the parts), with the role's update."""
+        """x (B, T, d_in) -> (B, T, sum of the parts), with the role's LoRA update added."""
         if lora is not None and lora.weight is None and torch.is_grad_enabled():
             return kernels.lora_linear(x, self.weight, self.bias, lora.A, lora.B, lora.scale)
         y = product(x, self.weight, self.packed, self.bias)
@@ -180,7 +181,7 @@ class Linear(nn.Module):
 
 
 def memory(free: bool = False) -> int:
-    """Bytes of this machine's memory, or of what is available (4 GiB where the system does not say)."""
+    """Bytes of this machine's memory, all or (`free`) what is available; 4 GiB if the system does not say."""
     info = Path("/proc/meminfo")
     if info.exists():
         name = "MemAvailable" if free else "MemTotal"
@@ -190,13 +191,13 @@ def memory(free: bool = False) -> int:
 
 
 def packs(size: int) -> bool:
-    """Whether weights of so many bytes get packed copies on a CPU: not tiny, and memory suffices."""
+    """Whether weights of `size` bytes get packed copies on a CPU: not tiny ones, nor if memory is short."""
     return 2**26 < size < memory() / 8
 
 
 def product(x: Tensor, weight: Tensor, packed: "kernels.Packed | None", bias: Tensor | None = None) -> Tensor:
-    """x (..., d_in) -> x W^T + bias. In inference mode, in which the engine samples: from the packed copy, in
-    its type. Not wherever gradients are off: policy and KL reference must round alike.
+    """x (..., d_in) -> x W^T + bias. The packed copy, and its type, are for inference mode only: there the
+    engine samples. Under no_grad they stay unused, because policy and KL reference must round alike.
     """
     if packed is not None and torch.is_inference_mode_enabled():
         return kernels.packed_linear(x.to(packed.weight.dtype), weight, packed)
@@ -204,7 +205,7 @@ def product(x: Tensor, weight: Tensor, packed: "kernels.Packed | None", bias: Te
 
 
 def adapt(y: Tensor, x: Tensor, lora: "Update") -> None:
-    """Add a Linear's update to its result y in place, without gradients."""
+    """Add the LoRA update to y, the output of a Linear for x, in place and without gradients."""
     if lora.weight is not None:
         kernels.lora(y, x, lora.A, lora.B, lora.weight)
     else:  # one adapter for all rows, perhaps an fp32 master copy
@@ -224,15 +225,15 @@ class Update:
 
 @dataclass(frozen=True)
 class Window:
-    """A view of adjacent rows of the cache, with their lengths before and in this forward pass."""
+    """A view of adjacent rows of the cache, with their cached lengths and their numbers of new tokens."""
 
-    layers: tuple[Tensor, ...]  # of each layer: the heads of k, then those of v (B, 2 KV, L, D)
+    layers: tuple[Tensor, ...]  # per layer (B, 2 KV, L, D): the heads of k, then those of v
     start: Tensor  # (B,) tokens that each row already holds
     lens: Tensor | None  # (B,) new tokens of each row; None: all are real
 
 
 class Cache:
-    """Keys and values of a fixed number of seats, which are rows. Their lengths are kept by the caller."""
+    """Keys and values of a fixed number of seats (rows). The caller keeps their lengths."""
 
     def __init__(self, c: Config, seats: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
         self.seats, self.capacity = seats, capacity
@@ -240,11 +241,11 @@ class Cache:
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
     def window(self, rows: slice, upto: int, start: Tensor, lens: Tensor | None = None) -> Window:
-        """A view of adjacent rows, cut after `upto` positions."""
+        """A view of adjacent rows, truncated to `upto` positions."""
         return Window(self.kv[:, rows, :, :upto].unbind(), start, lens)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Give the target seat the first `length` tokens of the source."""
+        """Copy the first `length` tokens of the source seat to the target seat."""
         self.kv[:, target, :, :length] = self.kv[:, source, :, :length]
 
     def swap(self, a: int, b: int, length: int) -> None:
@@ -275,7 +276,7 @@ class Layer(nn.Module):
         return self.qkv, self.out, self.gate_up, self.down
 
     def forward(self, x, delta, attend, updates):
-        """x (B, T, d) the residual stream, delta the last layer's addition to it -> both after this layer."""
+        """x (B, T, d) the residual stream, delta the last layer's output, not yet added to it -> both."""
         c, eps = self.c, self.c.eps
         if delta is None:
             y = kernels.rms_norm(x, self.norm_1, eps)
@@ -340,8 +341,8 @@ class Model(nn.Module):
     ) -> Tensor:
         """ids (B, T) -> hidden states (B, T, d) after the final norm.
 
-        role: one for all rows, or (B,) one a row (needs `lora` from a `Stack`). lengths (B,): of right-padded
-        rows. window: row b's tokens follow the window.start[b] tokens in the cache and are added there.
+        role: one for all rows, or (B,) one per row (needs `lora` from a `Stack`). lengths (B,): tokens of
+        right-padded rows. window: row b's tokens follow the window.start[b] cached ones and join the cache.
         recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
         """
         updates = lora if lora is not None else self.updates(role)
@@ -356,7 +357,7 @@ class Model(nn.Module):
         return kernels.rms_norm(delta, self.norm, self.config.eps, residual=x)[0]
 
     def _alone(self, lengths: Tensor | None) -> Iterator[Callable]:
-        """For every layer: attention within the rows."""
+        """For each layer: attention within each row, without a cache."""
 
         def attend(layer, qkv):
             q, k, v = layer.parts(qkv)
@@ -383,9 +384,9 @@ class Model(nn.Module):
         return product(h, self.head, self.packed_head)
 
     def pack(self, rows: int) -> None:
-        """On a CPU: make packed copies of the matrices for sampling so many rows, where that pays (`packs`).
+        """On a CPU, where it pays (`packs`): packed copies of the matrices, for sampling with `rows` rows.
 
-        In fp32 with 8 rows products are nearly 3 times as fast for a body of 135M; a tiny one gains nothing.
+        In fp32 with 8 rows, matmuls are nearly 3 times as fast for a body of 135M; a tiny body gains nothing.
         """
         kind = kernels.fast_type(self.dtype, rows)
         done = self.packed_head is not None and self.packed_head.weight.dtype == kind
@@ -400,7 +401,7 @@ class Model(nn.Module):
     # roles
 
     def linears(self) -> Iterator[Linear]:
-        """Every matrix that LoRA adapts, four a layer."""
+        """Every matrix that LoRA adapts, four per layer."""
         return (linear for layer in self.layers for linear in layer.linears())
 
     def add_role(self, role: int, rank: int = 16, alpha: float = 32.0, seed: int = 0) -> None:
@@ -411,7 +412,7 @@ class Model(nn.Module):
             self.roles[role].value = nn.Parameter(torch.zeros(self.config.d, device=self.device))
 
     def adapter(self, role: int) -> nn.Parameter:
-        """The role's parameters, one flat fp32 vector. Raises KeyError where the role has no adapter."""
+        """The role's parameters, one flat fp32 vector. Raises KeyError if the role has no adapter."""
         return self.roles[role].theta
 
     def updates(self, role: int) -> list[Update | None]:
@@ -423,10 +424,10 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def stacked(self, old: "Stack | None" = None) -> "Stack":
-        """All roles' adapters in the type of the products, for decoding with one role a row.
+        """All roles' adapters in the type of the matmuls, for decoding with one role per row.
 
-        A copy: take a new one after the adapters have changed. An old one of the same scales, rank and type
-        is overwritten in place, so that CUDA graphs go on reading it. Lower ranks are padded with zeros.
+        A copy: call again after the adapters have changed. `old`, if its scales, rank and type still
+        hold, is overwritten in place, for the CUDA graphs that read it. Lower ranks are padded with zeros.
         """
         linears, roles = list(self.linears()), range(1, ROLES + 1)
         mine = {r: self.roles[r] for r in roles if r in self.roles}
@@ -443,11 +444,11 @@ class Model(nn.Module):
         for role, adapter in mine.items():
             for (A, B), (a, b) in zip(old.pairs, adapter.pairs(linears)):
                 A[role - 1, : len(a)], B[role - 1, : len(a)] = a, b.T
-                A[role - 1, len(a) :] = 0  # an adapter that was here may have had a higher rank
+                A[role - 1, len(a) :] = 0  # the adapter here before may have had a higher rank
         return old
 
     def init(self, seed: int, std: float = 0.02) -> "Model":
-        """Random weights for a body that is to be trained from nothing."""
+        """Random weights, for a body that will be trained from scratch."""
         g = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() > 1:
@@ -467,7 +468,7 @@ class Stack:
     roles: Tensor  # (R,): 1, 2
 
     def rows(self, role: Tensor | int) -> list[Update | None]:
-        """The updates for a batch: role (B,) one a row, or one for all rows (cheaper)."""
+        """The updates for a batch: role (B,) one per row, or one for all rows (cheaper)."""
         if isinstance(role, Tensor) and any(self.scales):
             weight = torch.where(role[:, None] == self.roles, self.scale, 0.0)  # (B, R)
             return [Update(A, B, weight=weight) for A, B in self.pairs]
@@ -481,11 +482,11 @@ class Stack:
 
 @dataclass
 class Adapter:
-    """One role's LoRA matrices in one flat fp32 vector: one operation to step, one tensor to save.
+    """One role's LoRA matrices in one flat fp32 vector: a single tensor to optimise, clip and save.
 
-    A Linear of several parts has for each part its own A (rank, d_in) and B (part, rank), as in PEFT. Side by
-    side the As are one matrix; the Bs make a block-diagonal one, so that every Linear needs two thin matmuls
-    whatever its parts.
+    A Linear of several parts has for each part its own A (rank, d_in) and B (part, rank), as in PEFT. The As
+    are concatenated and the Bs put into one block-diagonal matrix, so that every Linear needs two thin
+    matmuls, however many parts it has.
     """
 
     theta: nn.Parameter

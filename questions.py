@@ -1,10 +1,10 @@
-"""Questions with golden answers, and the scores of an answer.
+"""Questions with golden answers, and the scores of an answer against them.
 
-"EM" here is strict: the normalised answer *is* a golden answer. What the paper's code calls "EM" is
-`cover_em` here, a golden answer anywhere in the answer. The same functions are the reward of training, the
-labels of collected documents and the figures of evaluation.
+"EM" here is strict: the normalised answer equals a golden answer. What the paper's code calls "EM" is
+`cover_em` here: the answer contains a golden answer. These functions are the reward in training, the metric
+in evaluation and a label of collected documents.
 
-Not a judge of explanations, not a filter: a broken line is an error with its number.
+Not a judge of explanations, and not a filter: a broken line is an error that names its number.
 
     load_questions("hotpotqa")            # by name from the hub, or a file: JSON lines or parquet
     f1("the Eiffel Tower", ("Eiffel Tower", "La tour Eiffel"))
@@ -29,43 +29,43 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 def normalise(text: str) -> str:
     """Lower case, no ASCII punctuation, no articles a / an / the, single spaces: as SQuAD and HotpotQA do.
 
-    Punctuation goes first and leaves no space: "U.S." -> us, "well-known" -> wellknown. Other characters
-    stay.
+    Punctuation is deleted first and leaves no space: "U.S." -> us, "well-known" -> wellknown. Other
+    characters stay.
     """
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
 def f1(answer: str | None, golds: Iterable[str]) -> float:
-    """Token F1 within 0..1, 2 * common / (tokens of the answer + tokens of the gold): the best over golds.
+    """Token F1 within 0..1, 2 * common / (tokens of the answer + tokens of the gold): the maximum over golds.
 
     Tokens are the words of the normalised texts, with multiplicity. yes and no are words like any other:
-    "yes, it is" scores .5 against "yes", as in the paper's reward, not 0, as in HotpotQA's script.
+    "yes, it is" scores .5 against "yes", as in the paper's reward (0 in HotpotQA's script).
     """
     return _best(_f1, answer, golds)
 
 
 def exact_match(answer: str | None, golds: Iterable[str]) -> float:
-    """1.0 where the normalised answer equals a normalised golden answer, else 0.0."""
+    """1.0 if the normalised answer equals a normalised golden answer, else 0.0."""
     return _best(str.__eq__, answer, golds)
 
 
 def cover_em(answer: str | None, golds: Iterable[str]) -> float:
-    """1.0 where a normalised golden answer is a substring of the normalised answer, else 0.0.
+    """1.0 if a normalised golden answer is a substring of the normalised answer, else 0.0.
 
-    Characters, not whole words, as in the code behind the paper's "EM" column. So "no" is found in "nothing",
-    and a long enough answer is always right: read it beside the other two.
+    Characters, not whole words, as in the code behind the paper's "EM" column. So "nothing" holds "no", and a
+    long answer is easily right: read this score together with the other two.
     """
     return _best(lambda answer, gold: gold != "" and gold in answer, answer, golds)
 
 
 def holds_answer(documents: str, golds: Iterable[str]) -> bool | None:
-    """Whether documents hold a golden answer (`cover_em`). None for yes / no: no text holds that."""
+    """Whether documents contain a golden answer (`cover_em`). None for yes / no, which no text proves."""
     golds = [gold for gold in golds if normalise(gold) not in ("yes", "no")]
     return bool(cover_em(documents, golds)) if golds else None
 
 
 def _best(measure: Callable[[str, str], float], answer: str | None, golds: Iterable[str]) -> float:
-    """The best over golds, all normalised. No answer (None, or nothing left of it) scores 0."""
+    """The maximum over golds, all normalised. No answer (None, or empty when normalised) scores 0."""
     said = normalise(answer or "")
     return max((float(measure(said, normalise(gold))) for gold in golds), default=0.0) if said else 0.0
 
@@ -98,8 +98,8 @@ def parse_question(row: dict) -> Question:
     return Question(text, answers, str(row.get("id", "")), hops)
 
 
-HUB = "RUC-NLPIR/FlashRAG_datasets"  # on the Hugging Face hub, one configuration a set
-SETS = {  # name -> its split to train on, its split to evaluate on
+HUB = "RUC-NLPIR/FlashRAG_datasets"  # on the Hugging Face hub, one configuration per set
+SETS = {  # name -> training split, evaluation split
     "nq": ("train", "test"),
     "triviaqa": ("train", "test"),
     "popqa": (None, "test"),
@@ -113,9 +113,9 @@ SETS = {  # name -> its split to train on, its split to evaluate on
 def load_questions(source: str | Path, limit: int | None = None, train: bool = False) -> list[Question]:
     """The questions of a set of `SETS`, or of a file: JSON lines, plain or gzip, or parquet.
 
-    limit: how many (None: all), drawn by a fixed seed and kept in the file's order; a smaller draw is part of
-    a larger one. (The first `limit` would do only if a file's order meant nothing.) Raises ValueError with
-    the number of a row that is broken or has no answer; FileNotFoundError for neither a file nor a set.
+    limit: how many (None: all), sampled with a fixed seed and kept in the file's order; a smaller sample is
+    part of a larger one. (The first `limit` are often of one kind.) Raises ValueError with the number of a
+    row that is broken or has no answer; FileNotFoundError if `source` is neither a file nor a set.
     """
     name = str(source)
     if name in SETS and not Path(name).exists():
@@ -151,31 +151,31 @@ def is_parquet(path: str | Path) -> bool:
 
 
 def parquet_rows(path: str | Path) -> list[dict]:
-    """The rows of a parquet file. Raises ValueError where it is damaged."""
+    """The rows of a parquet file. Raises ValueError if it is damaged."""
     from pyarrow import ArrowException, parquet  # it comes with datasets, and is slow to import
 
     try:
         return [row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist()]
     except (ArrowException, OSError) as e:
-        raise ValueError(f"{path} is damaged ({str(e).splitlines()[0]}): fetch or make it again") from None
+        raise ValueError(f"{path} is damaged ({str(e).splitlines()[0]}): download or make it again") from None
 
 
 def hub_rows(*where: str, split: str, instead: str) -> Iterable[dict]:
-    """The rows of a set on the hub, or in its cache; where: its repository, and its name there if it has one.
+    """The rows of a set on the hub, or in its local cache; where: repository, and configuration if any.
 
-    Raises ValueError where they cannot be had, with the advice to give `instead`.
+    Raises ValueError if the download fails; its message says what to give instead.
     """
     from datasets import load_dataset  # not on every machine, and slow to import
 
     try:
         return load_dataset(*where, split=split)
-    except Exception as e:  # the hub's client raises dozens of types, all of them "could not be had"
+    except Exception as e:  # the hub's client raises dozens of types for one failure
         what, reason = " from ".join(reversed(where)), (str(e).strip() or repr(e)).splitlines()[0]
         raise ValueError(f"could not download {what}: {reason}. Give {instead}") from None
 
 
 def numbered(source: str | Path, rows: Iterable[dict], parse: Callable[[dict], Row]) -> Iterator[Row]:
-    """`parse` of each row, without its nulls. Raises ValueError with the number of a broken row, from 1."""
+    """Apply `parse` to each row, nulls dropped. Raises ValueError with the number of a broken row, from 1."""
     for number, row in enumerate(rows, 1):
         try:
             parsed = parse({k: v for k, v in row.items() if v is not None})

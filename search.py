@@ -1,26 +1,26 @@
-"""Real search engines behind the call that the simulator answers too: `search(query)` -> Documents.
+"""Real search engines, called like the simulator: `search(query)` -> Documents.
 
-none                     nothing for any query: an empty information block, the honest baseline
+none                     no documents for any query: the baseline without search
 bm25:PATH                BM25 in memory over a JSON lines corpus {"id", "title", "contents"}, plain or gzip
-http://HOST:PORT[/PATH]  a retriever that speaks Search-R1's protocol, at /retrieve if no path is given
-serpapi                  Google's first page through serpapi.com, titles and snippets. The key is in
-                         SERPAPI_API_KEY, another address in SERPAPI_BASE_URL
+http://HOST:PORT[/PATH]  a retriever with Search-R1's protocol, at /retrieve unless a path is given
+serpapi                  Google's first page through serpapi.com, titles and snippets. SERPAPI_API_KEY holds
+                         the key; SERPAPI_BASE_URL, if set, another address
 
-A document from the network is data: one line, whatever it holds. A failure there is an error (servers.py),
-never a document. Queries to a server are cut after 500 characters.
+A document from the network becomes one line, whatever it holds. A failed request is an error (servers.py),
+never a document. Queries to a server are cut to 500 characters.
 
-Not an engine for all of Wikipedia (BM25 suits up to a million passages); no stemmer, no reranker, no cache on
-disk: indexing takes seconds.
+Not an engine for all of Wikipedia (this BM25 suits up to a million passages); no stemmer, no reranker, no
+index on disk: indexing takes seconds.
 
     python search.py bm25:corpus.jsonl.gz "who founded The Comics Journal"
 
-Words are lower-cased runs of letters and digits without accents; title and text count once each. Other usual
-steps were measured and left out. Share of questions with a golden answer in the top 10, 32,504 Wikipedia
-passages, 466 and 454 questions (yes/no excluded), standard error .02: HotpotQA .850, 2WikiMultiHopQA .681 as
-it is; without Lucene's 33 stop words .863, .676; plurals stemmed .848, .672; the title counted twice .845,
-.676; k1 .9 with b .4 .809, .661. `python eval.py --search bm25:CORPUS --data FILE`, without a policy, prints
-that share for any corpus and questions. Indexing took 3 to 4 s, a query 1.4 and .8 ms (2-core Intel Xeon, no
-GPU, one thread, 2026-11-22).
+Words are lower-cased runs of letters and digits without accents; title and text count once each. The usual
+refinements were measured and left out. Share of questions with a golden answer in the top 10, 32,504
+Wikipedia passages, 466 and 454 questions (yes/no excluded), standard error .02: as it is, HotpotQA .850,
+2WikiMultiHopQA .681; without Lucene's 33 stop words .863, .676; plurals stemmed .848, .672; the title counted
+twice .845, .676; k1 .9 with b .4 .809, .661. `python eval.py --search bm25:CORPUS --data FILE`, without a
+policy, prints that share for any corpus and questions. Indexing took 3 to 4 s, a query 1.4 and .8 ms (2-core
+Intel Xeon, no GPU, one thread, 2026-11-22).
 """
 
 import gzip
@@ -51,10 +51,10 @@ WORD = re.compile(r"[^\W_]+")
 
 
 def read_lines(path: str | Path, parse: Callable[[dict], Row]) -> Iterator[Row]:
-    """`parse` of each object of a JSON lines file, gzip or plain; blank lines are skipped.
+    """Apply `parse` to each object of a JSON lines file, gzip or plain, skipping blank lines.
 
-    Raises ValueError with file and line where a line is not a JSON object or `parse` raises one; OSError
-    where the file cannot be opened.
+    Raises ValueError with file and line if a line is not a JSON object or `parse` raises ValueError; OSError
+    if the file cannot be opened.
     """
     for number, line in enumerate(_unpacked(path), 1):
         if line.strip():
@@ -77,14 +77,14 @@ def _unpacked(path: str | Path) -> Iterator[bytes]:
         try:
             yield from lines
         except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-            raise ValueError(f"{path} is damaged ({e}): fetch or make it again") from None
+            raise ValueError(f"{path} is damaged ({e}): download or make it again") from None
 
 
 def passage(row: dict) -> tuple[str, str]:
     """(title, text) of a corpus row, white space collapsed.
 
-    In the usual Wikipedia dumps the contents begin with the quoted title on a line of its own: it is not part
-    of the text, and serves as title where the row has none. Raises ValueError without a text or a title.
+    In the usual Wikipedia dumps the contents begin with the quoted title on a line of its own, which is not
+    text; it is the title if the row has no other. Raises ValueError for a row without text or title.
     """
     contents, title = row.get("contents"), row.get("title")
     if not isinstance(contents, str):
@@ -114,9 +114,9 @@ class BM25:
     score(q, d) = sum over words t of q:  ln(1 + (N - n_t + .5) / (n_t + .5)) * f (k1 + 1) / (f + k1 norm_d)
     norm_d = 1 - b + b |d| / mean |d|
 
-    f: how often t is in d; n_t: how many of the N passages hold t. All but the sum is known in advance: each
-    word has a slice of passages and weights, and a query adds up the slices of its words. Robertson and
-    Zaragoza 2009, The Probabilistic Relevance Framework. Raises ValueError for a corpus without passages.
+    f: how often t is in d; n_t: how many of the N passages hold t. All but the sum is precomputed: each word
+    has a slice of passages and weights, and a query adds up the slices of its words. Robertson and Zaragoza
+    2009, The Probabilistic Relevance Framework. Raises ValueError for a corpus without passages.
     """
 
     def __init__(self, passages: Iterable[tuple[str, str]], k1: float = 1.2, b: float = 0.75):
@@ -133,7 +133,7 @@ class BM25:
         self._post(np.array(terms, np.int64), np.array(lengths, np.int64), k1, b)
 
     def _post(self, terms: np.ndarray, lengths: np.ndarray, k1: float, b: float) -> None:
-        """Words of all passages in a row (T,), words per passage (N,) -> postings (P,) by word."""
+        """Word ids of all passages end to end (T,), words per passage (N,) -> postings (P,), by word."""
         n = len(lengths)
         holder = np.repeat(np.arange(n), lengths)  # (T,)
         pairs, f = np.unique(terms * n + holder, return_counts=True)  # (P,)
@@ -145,7 +145,7 @@ class BM25:
         self.weight = idf * f * (k1 + 1) / (f + k1 * norm[self.holder])  # (P,)
 
     def scores(self, query: str) -> np.ndarray:
-        """(N,) float64. Words are added in the order of their ids, so their order changes no rounding."""
+        """(N,) float64. Summed in the order of word ids, so that rounding does not depend on word order."""
         total = np.zeros(len(self.passages))  # (N,)
         for term in sorted(self.vocabulary[w] for w in tokenise(query) if w in self.vocabulary):
             posting = slice(self.start[term], self.start[term + 1])
@@ -153,19 +153,19 @@ class BM25:
         return total
 
     def top(self, query: str, count: int) -> list[int]:
-        """Indices of the best `count` passages, best first, ties in corpus order; none that scores 0."""
+        """Indices of the best `count` passages with a positive score, best first, ties in corpus order."""
         total = self.scores(query)
         bar = np.partition(total, -count)[-count] if count < len(total) else 0.0
         among = np.flatnonzero((total >= bar) & (total > 0))  # all ties at the bar, until the stable sort
         return among[np.argsort(-total[among], kind="stable")][:count].tolist()
 
     def documents(self, query: str, count: int) -> str:
-        """The best `count` passages as lines "Doc 1: (Title: X) text"; "" if the corpus knows no word."""
+        """The best `count` passages as lines "Doc 1: (Title: X) text"; "" if no word is in the corpus."""
         return render(self.passages[i] for i in self.top(query, count))
 
 
 def render(passages: Iterable[tuple[str, str]]) -> str:
-    """(title, text) as lines "Doc 1: (Title: X) text": one a passage, whatever it holds."""
+    """(title, text) as lines "Doc 1: (Title: X) text": one per passage, whatever it holds."""
     lines = (f"(Title: {one_line(title)}) {one_line(text)}" for title, text in passages)
     return "\n".join(f"Doc {n}: {line}".rstrip() for n, line in enumerate(lines, 1))
 
@@ -174,14 +174,14 @@ DOCUMENT = re.compile(r"^Doc (\d+): ?", re.MULTILINE)
 
 
 def split_documents(documents: str) -> list[str]:
-    """The documents one by one, without "Doc 1:"; a text without such marks is one document."""
+    """The documents in a text, without their "Doc 1:"; a text without these labels is one document."""
     parts = DOCUMENT.split(documents)
     texts = parts[2::2] if len(parts) > 1 else parts
     return [text.strip() for text in texts if text.strip()]
 
 
 def shortened(search: Search, words: int) -> Search:
-    """The same engine, each of its documents cut after so many words."""
+    """The same search with each document cut to its first `words` words."""
 
     def short(query: Query):
         documents = yield from search(query)
@@ -193,13 +193,13 @@ def shortened(search: Search, words: int) -> Search:
 
 # ------------------------------------------------------------------------------------- engines on the network
 
-QUERY = 500  # characters; what is longer is no query, and too long for an address
+QUERY = 500  # characters; anything longer is hardly a query, and too long for a URL
 
 
 def retrieved(answer: object) -> list[tuple[str, str]]:
     """(title, text) of each passage in {"result": [[passage, ...]]}, the answer to one query.
 
-    A passage may be wrapped as {"document": passage, "score"}. Raises ValueError for another shape.
+    A passage may be wrapped as {"document": passage, "score"}. Raises ValueError for any other shape.
     """
     match answer:
         case {"result": [[*items]]}:
@@ -225,13 +225,13 @@ def retriever(address: str, count: int, limit: float = 60.0) -> Search:
     """Search-R1's protocol: POST {"queries": [query], "topk": count, "return_scores": true}."""
     server = Server(address, "a /retrieve server", limit=limit)
     path, fixed = "" if server.path else "/retrieve", {"topk": count, "return_scores": True}
-    return elsewhere(server, retrieved, count, lambda text: (path, {"queries": [text]} | fixed))
+    return remote(server, retrieved, count, lambda text: (path, {"queries": [text]} | fixed))
 
 
 def organic(answer: object) -> list[tuple[str, str]]:
-    """(title, snippet) of SerpApi's results. Raises ValueError where it failed, or for another shape.
+    """(title, snippet) of SerpApi's results. Raises ValueError for its errors, and for any other shape.
 
-    A search that found nothing has the status Success, and no "organic_results".
+    A search that found nothing has the status Success and no "organic_results".
     """
     match answer:
         case {"organic_results": [*results]}:
@@ -251,14 +251,14 @@ def _organic(result: object) -> tuple[str, str]:
 
 
 def serpapi(count: int, limit: float = 60.0) -> Search:
-    """Google's first page, about ten results. Raises ValueError where there is no key."""
+    """Google's first page, about ten results. Raises ValueError without a key."""
     key = environment_key("SERPAPI_API_KEY")
     if not key:
-        raise ValueError("serpapi needs a key: put it into SERPAPI_API_KEY in the environment")
+        raise ValueError("serpapi needs a key: set SERPAPI_API_KEY in the environment")
     server = Server(os.environ.get("SERPAPI_BASE_URL") or "https://serpapi.com", "SerpApi", key, limit=limit)
 
     fixed = {"engine": "google", "api_key": key}
-    return elsewhere(
+    return remote(
         server, organic, count, lambda text: ("/search.json?" + urlencode({"q": text} | fixed), None)
     )
 
@@ -266,8 +266,8 @@ def serpapi(count: int, limit: float = 60.0) -> Search:
 Request = Callable[[str], tuple[str, dict | None]]
 
 
-def elsewhere(server: Server, read: Callable, count: int, request: Request) -> Search:
-    """A search that waits for a server while other rows decode. request: the query's text -> path, body."""
+def remote(server: Server, read: Callable, count: int, request: Request) -> Search:
+    """A search by a server; other rows decode while it waits. request: the query's text -> path, body."""
 
     def search(query: Query) -> Generator:
         text = one_line(query.text, QUERY)
@@ -291,7 +291,7 @@ def at_once(find: Callable[[str], str]) -> Search:
 
 
 def open_bm25(path: str | Path) -> BM25:
-    """Index a corpus file; from the third second on, stderr shows passages done and passages a second."""
+    """Index a corpus file, with a progress bar on stderr after two seconds."""
     passages = read_lines(path, passage)
     return BM25(screen.bar(f"indexing {Path(path).name}", unit="passages", over=passages))
 
@@ -299,8 +299,8 @@ def open_bm25(path: str | Path) -> BM25:
 def open_search(spec: str, count: int = 5, limit: float = 60.0) -> Search:
     """The search that `spec` names (see above), with at most `count` documents a query.
 
-    limit: seconds of a query to a server, retries included. Raises ValueError for another spec, and for a
-    file that is not a corpus. A search of a server raises ServerError, an OSError, when it fails.
+    limit: seconds for a query to a server, retries included. Raises ValueError for an unknown spec, and for a
+    file that is not a corpus. A failed request to a server raises ServerError, an OSError, during the search.
     """
     kind, _, path = spec.partition(":")
     if count < 1:
@@ -318,7 +318,7 @@ def open_search(spec: str, count: int = 5, limit: float = 60.0) -> Search:
 
 
 def ask(search: Search, text: str) -> str:
-    """The documents that a real engine has for a text, waited for."""
+    """The documents of a real engine for a text. Blocks until they are here."""
     waiting, sent = search(Query(text, Question("", ()))), None
     while True:
         try:
@@ -328,12 +328,12 @@ def ask(search: Search, text: str) -> str:
 
 
 FLAGS = {
-    "what is asked": [
+    "the query": [
         Flag(
             "engine",
             str,
             NEEDED,
-            "bm25:CORPUS (or the file alone), http://HOST:PORT[/PATH], serpapi, none",
+            "bm25:CORPUS (or just the file), http://HOST:PORT[/PATH], serpapi, none",
             bare=True,
         ),
         Flag("query", str, NEEDED, "what to search for", "WORD", many="+", bare=True),
@@ -342,7 +342,7 @@ FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Show what an engine answers, and how fast."""
+    """Print an engine's documents for a query, and how long it took."""
     given = parse(__doc__, FLAGS, argv)
     engine, began = given["engine"], time.perf_counter()
     search = open_search(f"bm25:{engine}" if Path(engine).is_file() else engine)

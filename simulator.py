@@ -1,11 +1,11 @@
-"""The world: an LLM as a search engine, its noise curriculum, and how good it is.
+"""An LLM as the search engine, the noise curriculum, and the audit of such a simulator.
 
 A `Simulator` is a *search* (see rollout.py): called with a query it yields one turn in the role SIMULATOR and
-returns that turn's text as documents, useful or noisy by a keyed coin. The engine of rollout.py samples these
-turns in the same batch as the policy's.
+returns that turn's text as documents, useful or noisy as a seeded coin decides. The engine of rollout.py
+samples these turns in the same batch as the policy's.
 
-Not a server, not a cache, and no judge of what was written: to have other documents, pass another search.
-What prepares a simulator (collecting rows, fine-tuning) is in prepare/ and reached through this command:
+Not a server, not a cache, and not a filter of what was written. Preparing a simulator (collecting rows,
+fine-tuning) is in prepare/, and part of this command:
 
     python simulator.py collect --policy 3b --data nq,hotpotqa --search bm25:corpus.jsonl.gz --rows 10000 \\
         --judge judge --out rows.jsonl
@@ -33,7 +33,7 @@ from words import SFT_WORDS, SimWords, fill
 
 
 def messages(words: SimWords, query: Query, noisy: bool) -> list[dict[str, str]]:
-    """The conversation that asks for documents for `query`: the only place where it is made.
+    """The chat messages that ask for documents for `query`. Every caller gets them here.
 
     Question and answer are the query's own. Of several golden answers the *first* goes in: data sets list the
     canonical form first, and a list of aliases would teach the simulator to write lists.
@@ -49,7 +49,7 @@ def messages(words: SimWords, query: Query, noisy: bool) -> list[dict[str, str]]
 
 
 def prompt(tok: Tokenizer, words: SimWords, query: Query, noisy: bool) -> list[int]:
-    """The same as ids: in the chat template where the checkpoint has one, raw where not."""
+    """The same as ids: with the checkpoint's chat template if it has one, else as plain text."""
     return tok.chat(messages(words, query, noisy))
 
 
@@ -62,13 +62,13 @@ def clean(text: str, count: int) -> str:
 def p_noise(
     step: int, steps: int, start: float, end: float, shape: str = "exponential", base: float = 4.0
 ) -> float:
-    """The curriculum: the probability that a search at `step` of `steps` (both 0 and steps count).
+    """The curriculum: the probability that a search at `step` of `steps`, from 0 to `steps` inclusive.
 
     exponential   start + (base^(step/steps) - 1) / (base - 1) * (end - start), the paper's
     linear        start + step/steps * (end - start)
-    constant      the exponential's mean over the run: an ablation of the order, with the amount unchanged
+    constant      the exponential's mean over the run: ablates the order, with as much noise in all
     reverse       the exponential, from end to start
-    Raises ValueError for noise outside 0..1, a step outside the run, an unknown shape or an unfit base.
+    Raises ValueError for noise outside 0..1, a step outside the run, an unknown shape or a bad base.
     """
     if not (0 <= start <= 1 and 0 <= end <= 1):
         raise ValueError(f"noise is a probability, within 0..1, not {start} to {end}")
@@ -89,7 +89,7 @@ def p_noise(
 
 
 def noise_coin(address: tuple[int, ...], shared: bool) -> float:
-    """One uniform for the search at (seed, step, question, sibling, call); `shared`: one for all siblings.
+    """A uniform number for the search at (seed, step, question, sibling, call); shared: one for all siblings.
 
     Shared coins give every trajectory of a group the same luck at its n-th search, so that advantages compare
     what the policy did, and not what the engine happened to return.
@@ -104,9 +104,9 @@ class Simulator:
 
     p_noise       probability of noisy documents; `dataclasses.replace(sim, p_noise=...)` at each step
     shared        the siblings of a group share their coins, search by search
-    limit         most tokens of one output
-    temperature   of its sampling; like the limit, the paper's
-    server        where given, the LLM runs there, and is asked instead of a body of our own; `tok` is unused
+    limit         maximum tokens of one output; the default is the paper's
+    temperature   of sampling; the default is the paper's
+    server        if given, this server's LLM is asked, instead of a body in this process; `tok` is unused
     """
 
     tok: Tokenizer | None
@@ -140,14 +140,14 @@ class Simulator:
 def write(
     engine: Engine, simulator: Simulator, queries: list[Query], noisy: bool, label: str = "writing"
 ) -> list[Documents]:
-    """What the simulator writes for queries, all useful or all noisy."""
+    """The documents that the simulator writes for queries, all useful or all noisy."""
     search = replace(simulator, p_noise=float(noisy))
     with bar(label, len(queries), "outputs") as shown:
         return engine.run((search(q) for q in queries), lambda done, of, stats: move(shown, done))
 
 
 def engine_for(body: Model | None, simulator: Simulator, queries: list[Query], seats: int) -> Engine:
-    """An engine in which a simulator alone writes, its seats as long as needed. body None: a server."""
+    """An engine for the simulator alone, its seats just long enough. body None: it is on a server."""
     if body is None:
         return Engine({}, seats, 1)
     asked = (prompt(simulator.tok, simulator.words, q, noisy) for q in queries for noisy in (False, True))
@@ -156,14 +156,14 @@ def engine_for(body: Model | None, simulator: Simulator, queries: list[Query], s
 
 
 def addressed(queries: list[Query], seed: int) -> list[Query]:
-    """The queries, each with randomness of its own."""
+    """The queries, each with its own address, the seed of its random numbers."""
     return [replace(query, address=(seed, 0, i, 0, 0)) for i, query in enumerate(queries)]
 
 
 def audit(
     engine: Engine, simulator: Simulator, queries: list[Query], label: str = "audit"
 ) -> dict[str, dict[str, float]]:
-    """`audit_figures` of what is written for held-out queries, for each once useful and once noisy."""
+    """`audit_figures` of documents written for held-out queries, for each once useful and once noisy."""
     both = [
         (q, d)
         for noisy in (False, True)
@@ -183,17 +183,17 @@ QUALITIES = {"useful": False, "noisy": True}
 
 
 def audit_figures(written: Iterable[tuple[Query, Documents]], count: int = 5) -> dict[str, dict[str, float]]:
-    """How good a simulator is: for "useful" and for "noisy" documents, as they were asked for,
+    """How good a simulator is, separately for outputs that were to be "useful" and to be "noisy":
 
     n         outputs
-    answer    share that hold a golden answer (yes/no questions excluded)
-    repeats   share that repeat the question
-    distinct  share of all documents that are not copies of another
-    words     a document
+    answer    share of outputs with a golden answer in them (yes/no questions excluded)
+    repeats   share of outputs that repeat the question
+    distinct  different documents / all documents
+    words     mean words per document
     formed    share of outputs that are exactly "Doc 1: ..." to "Doc {count}: ..."
 
-    A good one has a high `answer` for useful and a low one for noisy. A quality that nobody asked for is
-    absent; so is `answer` where no question counts, and the figures of documents where there are none.
+    A good simulator has a high `answer` for useful and a low one for noisy. A quality without outputs is
+    absent; so is `answer` without a question that counts, and `distinct` and `words` without documents.
     """
     written = list(written)
     parts = {name: [(q, d.text) for q, d in written if d.noisy is noisy] for name, noisy in QUALITIES.items()}
@@ -214,6 +214,6 @@ def _figures(written: list[tuple[Query, str]], count: int) -> dict[str, float]:
 
 if __name__ == "__main__":
     from cli import screen
-    from prepare.command import main  # the command stands above this file: it collects, tunes and audits
+    from prepare.command import main  # here, because prepare/ imports this file
 
     screen.run(main)

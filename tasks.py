@@ -1,11 +1,11 @@
-"""A task: what is asked, which engine answers, in which words, and what else is worth measuring.
+"""A task: its questions, the engine that answers them, its prompts, and any figures of its own.
 
-`Task` itself is the usual one: question files and a real engine. Another task is a folder beside this file
-with a `task.py` that holds a subclass of the same name; `--data FOLDER` chooses it. toy/ is one, and the one
-that a command without arguments takes: to make another, copy that folder. Commands ask their task, and
-never which task it is.
+`Task` itself is the default: question files and a real engine. Any other task is a folder next to this file
+whose `task.py` defines a subclass of the same name; `--data FOLDER` selects it. toy/ is one, and the task of
+a command without arguments: to make your own, copy that folder. Commands call these methods and never check
+which task they have.
 
-What this is not: a registry. A folder is there or it is not.
+Not a registry: a task exists if its folder does.
 """
 
 import argparse
@@ -20,22 +20,22 @@ from search import open_search, shortened
 from words import JUDGE, MODE_WORDS, PROMPTED_WORDS
 
 NAMES = sorted(path.parent.name for path in Path(__file__).resolve().parent.glob("*/task.py"))
-FIRST = "toy"  # of a command that says nothing else
+FIRST = "toy"  # the task of a command without arguments
 
 
 class Task:
     """Question files and real engines. a: the settled flags of the command."""
 
     DEFAULTS: dict[str, object] = {}  # flag -> default, also {command: {flag: default}}; see cli/flags.py
-    words = MODE_WORDS  # of the policy, by mode
-    sim_words = PROMPTED_WORDS  # of a simulator that brings none
-    judge = JUDGE  # of the documents that are collected
+    words = MODE_WORDS  # the policy's prompts, by mode
+    sim_words = PROMPTED_WORDS  # of a simulator without prompts of its own
+    judge = JUDGE  # labels collected documents
 
     def __init__(self, a: argparse.Namespace):
         self.a = a
 
     def to_train(self) -> tuple[list[Question], list[Question], Search | None]:
-        """Questions to train on, held-out ones (or none), and the real engine that answers the latter."""
+        """Training questions, held-out ones (or none), and the real engine that answers the held-out ones."""
         a = self.a
         questions = [q for name in a.data.split(",") for q in load_questions(name, train=True)]
         if not a.eval_data or not a.eval_questions:
@@ -45,7 +45,7 @@ class Task:
         return questions, held, self.engine(a.eval_search)
 
     def to_evaluate(self) -> dict[str, list[Question]]:
-        """Name of the set, or of its file without the ending -> questions. Two of a name raise ValueError."""
+        """Name of a set, or of a file without its suffix -> questions. ValueError if a name occurs twice."""
         sets = {}
         for source in SETS if self.a.data == "all" else self.a.data.split(","):
             name = Path(source).name.partition(".")[0]
@@ -64,20 +64,20 @@ class Task:
         return shortened(search, self.a.document_words) if self.a.document_words else search
 
     def shown(self, search: Search) -> Search:
-        """The same search, as the policy is to see its documents."""
+        """The same search, with its documents as the policy is to see them; here they are unchanged."""
         return search
 
     def ways(self, search: Search) -> dict[str, tuple[str, Search, float]]:
-        """How held-out questions are scored, before and after: suffix -> (label, search, temperature)."""
+        """How held-out questions are scored before and after: suffix -> (label, search, temperature)."""
         return {"": ("sampled", search, 1.0), "_greedy": ("greedy", search, 0.0)}
 
     def figures(self, trajectories: list[Trajectory]) -> dict[str, float]:
-        """More figures of a step's episodes, for its line of the log and for the held-out table."""
+        """Additional figures of a step's episodes, for its line of the log and for the held-out table."""
         return {}
 
     def rows(self, n: int) -> list[dict]:
         """Rows for the simulator's fine-tuning within train.py (--sft-steps)."""
-        raise ValueError("this task brings no rows for --sft-steps: use simulator.py sft, then --sim-adapter")
+        raise ValueError("this task has no rows for --sft-steps: use simulator.py sft, then --sim-adapter")
 
     def audit(self, write: Callable[[list[Query], bool], list[str]]) -> dict[str, float]:
         """How well a simulator plays the engine; write(queries, noisy) returns the documents it writes."""
@@ -90,13 +90,13 @@ def kind(name: str) -> type[Task]:
 
 
 def defaults(name: str, command: str = "train") -> dict[str, object]:
-    """flag -> default of a task, for a command."""
+    """flag -> default, of a task for a command."""
     usual = kind(name).DEFAULTS
     return {k: v for k, v in usual.items() if not isinstance(v, dict)} | usual.get(command, {})
 
 
 def named(command: str, given: dict[str, object]) -> str:
-    """The task that flags name, by --data or --search or a body that was made for it; "" is the usual one."""
+    """The task implied by the flags given: --data, --search, or a body made for it. "" is `Task` itself."""
     for flag in ("data", "search"):
         if given.get(flag) in NAMES:
             return given[flag]

@@ -1,9 +1,9 @@
-"""Weights on disk: bodies as Hugging Face directories, adapters in PEFT's format, read strictly.
+"""Weights on disk: bodies (base models) as Hugging Face directories, adapters in PEFT's format.
 
-Every tensor must be there, fit, and be expected: a checkpoint that is not what it seems is one clear line.
+Loading is strict: a tensor that is missing, unexpected or of another shape is an error of one line.
 
-Not a converter: names of the hub's checkpoints are kept, and views of the network's fused matrices are cut
-to them. What the network computes is in model.py.
+Not a converter: tensors keep their Hugging Face names, which here stand for views of the network's fused
+matrices. The network itself is in model.py.
 
     body = load("Qwen/Qwen2.5-3B-Instruct")           # a preset, a directory or a hub id
     load_adapter(body, POLICY, "runs/mine/policy")
@@ -61,7 +61,7 @@ def _home(part: str) -> str:
 def save_adapter(model: Model, role: int, path: str | Path, base: str = "") -> None:
     """Write a role's adapter in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-    base: the name of its body, a preset, a directory or a hub id, for whoever loads it with PEFT.
+    base: the body's name (preset, directory or hub id), recorded so that PEFT finds the body.
     """
     path, adapter = Path(path), model.roles[role]
     path.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def save_adapter(model: Model, role: int, path: str | Path, base: str = "") -> N
 
 
 def base_name(name: str) -> str:
-    """What others can resolve of a body's name: the hub id, not our preset's; the whole path."""
+    """A body's name as other programs resolve it: the hub id of a preset, the full path of a directory."""
     name = PRESETS.get(name, name)
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
@@ -92,7 +92,7 @@ def base_name(name: str) -> str:
 def load_adapter(model: Model, role: int, path: str | Path) -> None:
     """Read a PEFT LoRA adapter into a role. Modules that it does not adapt get B = 0.
 
-    Raises ValueError where the adapter uses what this network does not implement, or does not fit the body.
+    Raises ValueError if the adapter needs what is not implemented here, or does not fit the body.
     """
     path = Path(path)
     c = read_json(path / "adapter_config.json", "a PEFT adapter directory", r=int, lora_alpha=(int, float))
@@ -124,7 +124,7 @@ def load_adapter(model: Model, role: int, path: str | Path) -> None:
 
 
 def resolve(name: str | Path) -> Path:
-    """A preset, a local directory or a hub id -> a local directory. Raises ValueError where there is none."""
+    """A preset, a local directory or a hub id -> a local directory. Raises ValueError if there is none."""
     name = str(name)
     where = PRESETS.get(name, name)
     if Path(where).is_dir():
@@ -139,7 +139,7 @@ def resolve(name: str | Path) -> Path:
         return Path(
             snapshot_download(where, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
         )
-    except Exception as e:  # the hub client raises dozens of types, all of them "could not be had"
+    except Exception as e:  # the hub client raises dozens of types for one failure
         reason = str(e).strip().splitlines()[0]
         raise ValueError(
             f"could not download {where!r}: {reason}. A local directory works without a network"
@@ -147,16 +147,16 @@ def resolve(name: str | Path) -> Path:
 
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
-    """Load a body from a Hugging Face directory, strictly: every tensor must be there, fit, and be expected.
+    """Load a body, strictly: no tensor may be missing, unexpected or of another shape.
 
-    Raises ValueError with one line that says what is wrong with the checkpoint.
+    name: a preset, a directory or a hub id. Raises ValueError that says what is wrong with the checkpoint.
     """
     path = resolve(name)
     config = Config.from_hf(read_json(path / "config.json", "a checkpoint directory"))
     with torch.device("meta"):
         model = Model(config)
     model = model.to(dtype).to_empty(device=device)
-    if model.device.type == "cpu":  # where small products with matrices laid out this way are a third faster
+    if model.device.type == "cpu":  # stored transposed, small matmuls are a third faster there
         for linear in model.linears():
             linear.weight.data = linear.weight.data.t().contiguous().t()
     model.rotary()
@@ -190,7 +190,7 @@ def _expected_extra(name: str, c: Config) -> bool:
 
 
 def hf_tensors(model: Model) -> dict[str, Tensor]:
-    """Hugging Face's names -> views of this body's tensors (fused matrices are cut into their parts)."""
+    """Hugging Face's names -> views of this body's tensors (fused matrices are split into their parts)."""
     out = {"model.embed_tokens.weight": model.embed.data, "model.norm.weight": model.norm.data}
     if model.untied is not None:
         out["lm_head.weight"] = model.untied.data

@@ -1,13 +1,13 @@
-"""The words that every role is told: the policy, the baselines, the simulator, the judge of documents.
+"""All prompts: those of the policy, the baselines, the simulator and the judge of collected documents.
 
-Words are data: whoever uses a policy or a simulator trained elsewhere passes its words as a JSON file
-(--policy-prompt, --sim-prompt), and an adapter travels with the words that it was trained on. The toy world's
-words are in toy/.
+Prompts are data. For a policy or simulator trained elsewhere, pass its prompts as a JSON file
+(--policy-prompt, --sim-prompt); a simulator's adapter is saved with the prompts that it was trained on. The
+toy task's are in toy/words.py.
 
-What this is not: code that talks to a model. rollout.py fills these templates in for the policy,
-simulator.py for the simulator, prepare/collect.py for the judge.
+Not the code that talks to a model: rollout.py fills these templates in for the policy, simulator.py for the
+simulator, prepare/collect.py for the judge.
 
-Sources: ZeroSearch, arXiv 2505.04588, for what the prompts contain; the sentences are our own.
+Source: ZeroSearch, arXiv 2505.04588, for what the prompts contain; the wording is our own.
 """
 
 import json
@@ -19,7 +19,7 @@ from cli.disk import read_json, whole
 
 
 def fill(template: str, **values: str) -> str:
-    """Replace {name} by its value, in one pass: braces inside a value stay as they are."""
+    """Replace each {name} by its value, in one pass, so that braces inside a value are left alone."""
     names = "|".join(map(re.escape, values))
     return re.sub(r"\{(" + names + r")\}", lambda m: values[m[1]], template)
 
@@ -29,10 +29,10 @@ def fill(template: str, **values: str) -> str:
 
 @dataclass(frozen=True)
 class Words:
-    """What the policy is told. The tags are fixed; everything around them may be replaced."""
+    """The policy's prompts. The tags that they mention are fixed; the text around them is free."""
 
-    prompt: str  # over {question}, and for --mode rag {documents}
-    notice: str = ""  # after a turn without an action
+    prompt: str  # a template of {question}, and for --mode rag of {documents}
+    notice: str = ""  # follows a turn that neither searched nor answered
     system: str | None = None
 
 
@@ -68,12 +68,12 @@ MODE_WORDS = {  # the search agent, and the paper's baselines (evaluation/modes.
 
 
 def load_policy_words(path: str) -> Words:
-    """Other words for the policy, from a JSON file. Raises ValueError for what is not such a file."""
-    words = read_json(Path(path), "a place of policy prompts")
+    """The policy's prompts from a JSON file {"prompt", "notice"}, "system" optional. Raises ValueError."""
+    words = read_json(Path(path), "a directory of policy prompts")
     if not {"prompt", "notice"} <= words.keys() <= {"prompt", "notice", "system"}:
-        raise ValueError(f"{path} must hold prompt and notice (and may hold system): no other keys")
+        raise ValueError(f"{path} must hold prompt and notice, may hold system, and no other keys")
     if not all(isinstance(text, str) for text in words.values()) or "{question}" not in words["prompt"]:
-        raise ValueError(f"{path}: all must be texts, and prompt must say where the {{question}} goes")
+        raise ValueError(f"{path}: every value must be a string, and prompt must contain {{question}}")
     return Words(**words)
 
 
@@ -134,13 +134,13 @@ Now it is your turn."""
 
 @dataclass(frozen=True)
 class SimWords:
-    """What the simulator is told: a system message and two whole user messages, one for each quality.
+    """The simulator's prompts: a system message and two complete user messages, one for each quality.
 
-    `useful` and `noisy` are templates over {query}, {question}, {answer} and {earlier}; {query} is required,
-    other braces are literal. Where the tokenizer has no chat template, the texts themselves are the prompt.
+    `useful` and `noisy` are templates of {query}, {question}, {answer} and {earlier}; {query} is required,
+    other braces are literal. Without a chat template in the tokenizer, the texts themselves are the prompt.
     `count` is the number of documents that they ask for. {earlier} becomes one copy of the template of that
-    name, over {query} and {documents}, for each earlier search of the episode, oldest first.
-    Raises ValueError for words that cannot work.
+    name, filled with {query} and {documents}, for each earlier search of the episode, oldest first.
+    Raises ValueError for a template without {query}, or a count below 1.
     """
 
     system: str
@@ -152,7 +152,7 @@ class SimWords:
     def __post_init__(self):
         for name in ("useful", "noisy"):
             if "{query}" not in getattr(self, name):
-                raise ValueError(f"the simulator's {name} prompt has no {{query}}: say where the query goes")
+                raise ValueError(f"the simulator's {name} prompt has no {{query}}: where does the query go?")
         if self.count < 1:
             raise ValueError(f"a simulator must write at least one document, not {self.count}")
 
@@ -162,14 +162,14 @@ def _compose(quality: str, *blocks: str) -> str:
     return text.replace("{quality}", quality).replace("{Quality}", quality.capitalize())
 
 
-# For a fine-tuned simulator: question and answer in both, no example.
+# For a fine-tuned simulator: both prompts hold question and answer, neither an example.
 SFT_WORDS = SimWords(
     system="",
     useful=_compose("useful", USEFUL, BACKGROUND, FORM, ASK),
     noisy=_compose("noisy", NOISY, BACKGROUND, FORM, ASK),
 )
-# For an LLM as it is: a worked example each. A model that was never taught to withhold an answer does so best
-# when it does not know the answer, so the noisy prompt holds neither question nor answer.
+# For an LLM without fine-tuning: a worked example in each. A model never trained to withhold an answer does
+# it best when it does not know the answer, so the noisy prompt holds neither question nor answer.
 PROMPTED_WORDS = SimWords(
     system="",
     useful=_compose("useful", USEFUL, BACKGROUND, FORM, USEFUL_EXAMPLE, ASK),
@@ -181,15 +181,15 @@ NAMED_WORDS = {"sft": SFT_WORDS, "prompted": PROMPTED_WORDS}
 def load_words(source: str | Path) -> SimWords:
     """`sft`, `prompted`, or a JSON file {"system", "useful", "noisy"} with optional "count" and "earlier".
 
-    Raises ValueError for what is not such a file. An unknown key is an error: no word is lost in silence.
+    Raises ValueError for any other file. An unknown key is an error, so that no prompt is silently ignored.
     """
     if source in NAMED_WORDS:
         return NAMED_WORDS[source]
-    words = read_json(Path(source), "a place of simulator prompts")
+    words = read_json(Path(source), "a directory of simulator prompts")
     types = {f.name: f.type for f in fields(SimWords)}
     if not {"system", "useful", "noisy"} <= words.keys() <= types.keys():
         raise ValueError(
-            f"{source} must hold system, useful, noisy (and may hold count, earlier): no other keys"
+            f"{source} must hold system, useful and noisy, may hold count and earlier, and no other keys"
         )
     for name, value in words.items():
         if type(value) is not types[name]:
@@ -198,16 +198,16 @@ def load_words(source: str | Path) -> SimWords:
 
 
 def save_words(words: SimWords, path: str | Path) -> None:
-    """Write what `load_words` reads: an adapter travels with the words that it was trained on."""
+    """Write what `load_words` reads. An adapter is saved with the prompts that it was trained on."""
     with whole(path) as part:
         part.write_text(json.dumps(asdict(words), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-WORDS_FILE = "sim_prompt.json"  # beside an adapter
+WORDS_FILE = "sim_prompt.json"  # in the directory of an adapter
 
 
 def words_for(adapter: str, named: str, usual: SimWords = PROMPTED_WORDS) -> SimWords:
-    """The words that were named; else the ones that the adapter was trained on; else the usual ones."""
+    """The prompts that `named` names, if any; else those saved with the adapter; else `usual`."""
     if named:
         return load_words(named)
     return load_words(Path(adapter) / WORDS_FILE) if adapter else usual
@@ -218,7 +218,7 @@ def words_for(adapter: str, named: str, usual: SimWords = PROMPTED_WORDS) -> Sim
 
 @dataclass(frozen=True)
 class JudgeWords:
-    """What the judge is asked (over {query}, {question}, {documents}), and what of its words is a verdict."""
+    """A prompt of {query}, {question} and {documents}, and the patterns of the two verdicts in the reply."""
 
     prompt: str
     yes: str = r"(?i)\byes\b"

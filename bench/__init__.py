@@ -1,1 +1,1 @@
-"""The bench: every figure of this repository, measured against a peer. The command is in __main__.py."""
+"""Benchmarks: every speed and size in BENCH.md, measured against a peer. The command is in __main__.py."""

@@ -1,14 +1,14 @@
-"""How fast, how small, and against what: every figure of this repository, measured in one run.
+"""Speed and memory of the engine and the learner against transformers and TRL, measured side by side.
 
-    python -m bench                                   all that this machine can run, with the toy body
-    python -m bench --checkpoint DIR                  and with a real one (a small one, without a GPU)
+    python -m bench                                   every section, with the toy body
+    python -m bench --checkpoint DIR                  and with a real one (without a GPU: a small one)
     python -m bench --only sampling,memory --write    some sections; --write puts them into BENCH.md
-    python -m bench --quick                           the same code in seconds: a smoke run, no figures
+    python -m bench --quick                           the same code in seconds: a smoke run, no real figures
     python -m bench --plan 3b --memory 24             what fits into 24 GiB, and with which settings
 
-A row is a ratio: ours and theirs take turns in the same run, with the same checkpoint, prompts, type, threads
-and number of tokens; figures are medians, and the spread of the ratio is given too. The peers (transformers'
-`generate`, TRL's GRPOTrainer with PEFT) come from requirements-bench.txt; without them a row says so.
+Each row is a ratio. Ours and theirs alternate in the same run, with the same checkpoint, prompts, type,
+threads and number of tokens; figures are medians, with the spread of the ratio. The peers (transformers'
+`generate`, TRL's GRPOTrainer with PEFT) are in requirements-bench.txt; without its peer a row says so.
 
 Not a test: tests/test_bench.py checks that it runs and that its arithmetic is right.
 """
@@ -31,7 +31,7 @@ from . import episodes, gpu, growth, memory, profile, sampling, training
 from .timing import HEADS, Row, Run
 from .work import installed
 
-# Each is a file, whose docstring says what it measures and whose `rows(p)` does it.
+# Each is a file: its docstring says what is measured, its `rows(p)` measures it.
 ALL = (sampling, episodes, profile, training, growth, memory, gpu)
 SECTIONS = {section.__name__.removeprefix("bench."): section for section in ALL}
 
@@ -50,13 +50,13 @@ def about() -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table as BENCH.md has it."""
+    """The rows as a table in Markdown."""
     lines = [HEADS, ("---",) * len(HEADS), *(r.cells() for r in rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def put(text: str, name: str, body: str) -> str:
-    """Replace what stands between a section's marks; a section that is not there comes at the end."""
+    """Replace the text between the markers of a section; a section that is missing goes to the end."""
     begin, end = f"<!-- bench: {name} -->", f"<!-- /bench: {name} -->"
     block = f"{begin}\n{body}\n{end}"
     if begin not in text:
@@ -72,18 +72,18 @@ FLAGS = {
     "what is measured": [
         Flag("only", str, ",".join(SECTIONS), "sections, comma-separated", "A,B"),
         Flag("checkpoint", str, "", "a Hugging Face directory, in addition to the toy body", "DIR"),
-        Flag("threads", int, os.cpu_count(), "for the checkpoint; the toy has 1"),
-        Flag("seconds", float, 20.0, "for the repetitions of a row (2 at least)"),
+        Flag("threads", int, os.cpu_count(), "threads for the checkpoint; the toy body has 1"),
+        Flag("seconds", float, 20.0, "for repeating a row (at least 2 runs)"),
         Flag("quick", bool, False, "a smoke run: tiny sizes, meaningless figures"),
         Flag("write", bool, False, "put the tables into --file"),
         Flag("file", str, "BENCH.md", "what --write writes to", "FILE"),
     ],
     "a plan, instead of measuring": [
         Flag("plan", str, "", "the policy's body: a preset or directory", "BODY"),
-        Flag("sim", str, "", "the simulator's body, if another", "BODY"),
-        Flag("memory", float, None, "of the card (24)", "GIB"),
-        Flag("seat-tokens", int, 4096, "of a seat"),
-        Flag("rank", int, 16, "of the adapters"),
+        Flag("sim", str, "", "the simulator's body, if it is another", "BODY"),
+        Flag("memory", float, None, "memory of the GPU; 24 if not given", "GIB"),
+        Flag("seat-tokens", int, 4096, "capacity of a seat"),
+        Flag("rank", int, 16, "rank of the adapters"),
     ],
 }
 # fmt: on
@@ -95,7 +95,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if a.plan:
         return a
     if a.sim or a.memory is not None:
-        raise ValueError("--sim and --memory belong to --plan BODY: give that, or leave them out")
+        raise ValueError("--sim and --memory belong to --plan BODY: give that too, or leave them out")
     a.only = [n for n in a.only.split(",") if n]
     unknown = [n for n in a.only if n not in SECTIONS]
     if unknown or not a.only:

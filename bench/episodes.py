@@ -1,5 +1,5 @@
-"""Whole episodes: theirs in lock step, without adapters; ours in one batch, with the adapters of both roles,
-and again without adapters."""
+"""Whole episodes. Theirs: in lock step, without adapters. Ours: continuously batched, with the adapters of
+both roles, and again without adapters."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -34,8 +34,8 @@ def episodes(p: Run, name: str, b: Body, w: Workload) -> Iterator[Row]:
 
 
 def lock_step(theirs, w: Workload) -> int:
-    """As the paper's code does: each turn feeds the whole history again and waits for its slowest row; then
-    all documents are written in one batch. Returns the tokens of all episodes."""
+    """As in the paper's code: each turn prefills the whole history again and waits for its slowest row; then
+    all documents are written in one batch. Returns the number of tokens of all episodes."""
     histories = [w.ids(0, row // w.group, n=w.prompt) for row in range(w.rows)]
     for call in range(w.turns):
         lengths = [w.lengths(row)[call] for row in range(w.rows)]

@@ -1,5 +1,5 @@
-"""Random weights in the shape of Qwen2.5-3B, bf16. Without a GPU, a dry run: shapes and bytes on the meta
-device, and the same functions on the CPU with a small body."""
+"""Random weights in the shape of Qwen2.5-3B, bf16. Without a GPU this is a dry run: shapes and bytes on the
+meta device, and the same code on the CPU with a small body."""
 
 import statistics
 from collections.abc import Iterator
@@ -40,41 +40,41 @@ def rows(p: Run) -> Iterator[Row]:
 
 
 def decode_bytes(c: Config, seats: int, context: int, dtype: torch.dtype) -> int:
-    """The least that one decode step must read: weights (not the embedding's), both adapters, the cache."""
+    """The bytes that one decode step must read: weights (not the embedding), both adapters, the cache."""
     unread = 0 if c.tied else c.vocab * c.d
     weights = plan.parameters(c) - unread + 2 * sum(plan.blocks(c, 16))
     return weights * dtype.itemsize + seats * context * plan.cache_token(c, dtype)
 
 
 def share(name: str, rate: float, ceiling: float, scale: float, unit: str, of: str) -> Row:
-    """The row of a rate as a share of what this GPU can do (0 on a CPU, where it is not measured)."""
+    """The row of a rate, as a share of this GPU's measured `ceiling` (0 on a CPU: not measured)."""
     theirs = f"{ceiling / scale:,.1f} {unit}" if ceiling else "not measured"
     ratio = rate / ceiling if ceiling else None
     return Row(name, f"{rate / scale:,.3g} {unit}", theirs, ratio, note=f"share of a measured {of}")
 
 
 def decode_rows(body: Model, seats: tuple[int, ...], context: int, tokens: int) -> Iterator[Row]:
-    """Tokens a second of the engine, and the memory bandwidth that this takes."""
+    """The engine's tokens per second, and the memory bandwidth that it reaches."""
     for n in seats:
         progress("gpu", "decode", n, "seats")
         e = engine(body, n, context + tokens + 8)
         turn_seconds(e, n, context, 1, 4)  # compiles, records graphs
         span = turn_seconds(e, n, context, 1, tokens)
         rate = decode_bytes(body.config, n, context + tokens // 2, body.dtype) * tokens / span
-        name = f"decode, {n} seats, {context} tokens before: {n * tokens / span:,.0f} tok/s"
+        name = f"decode, {n} seats, {context} cached tokens: {n * tokens / span:,.0f} tok/s"
         yield share(name, rate, measure.copy_bandwidth(), 1e9, "GB/s", "copy")
         del e
 
 
 def forward_flops(c: Config, rows: int, length: int) -> float:
-    """Operations of a forward pass without the head: 2 a weight and token, and causal attention."""
+    """Operations of a forward pass without the head: 2 per weight and token, and causal attention."""
     matrices = c.layers * sum(d_in * sum(parts) for d_in, parts in plan.linears(c))
     attention = c.layers * 4 * c.heads * c.head_dim * (length + 1) / 2  # a token's: q k, and p v
     return rows * length * (2 * matrices + attention)
 
 
 def pass_rows(body: Model, rows: int, length: int) -> Iterator[Row]:
-    """Prefill and training: operations a second. Frozen weights get no gradient: backward costs a forward."""
+    """Prefill and training: operations per second. The base is frozen, so a backward costs a forward."""
     ids = torch.randint(1, body.config.vocab, (rows, length), device=body.device)
 
     def update(recompute: bool) -> None:
@@ -93,7 +93,7 @@ def pass_rows(body: Model, rows: int, length: int) -> Iterator[Row]:
 
 
 def step_rows(p: Run, c: Config) -> Iterator[Row]:
-    """The whole step of `--policy 3b --sim 3b` as planned for this card, and as planned for one of 24 GiB."""
+    """The whole step of `--policy 3b --sim 3b`, with the plan for this GPU, and with the plan for 24 GiB."""
     w = p.few(Workload(2, 2, 32, 2, 4, 8, 16, 16), Workload(64, 5, vocab=c.vocab))
     card = torch.cuda.get_device_properties(0).total_memory / 2**30
     for gib in (g for g in (card, 24.0) if g <= card):
@@ -105,7 +105,7 @@ def step_rows(p: Run, c: Config) -> Iterator[Row]:
 
 
 def step_row(name: str, c: Config, w: Workload, s: plan.Settings) -> Row:
-    """Act and learn once, from loading on: seconds of each, and the peak against the planner's."""
+    """Act and learn once: seconds of each, and the peak memory against the planner's."""
     progress("gpu", name, s)
     forget_peak()
     body = random_body(c, s.dtype, DEVICE)
@@ -120,7 +120,7 @@ def step_row(name: str, c: Config, w: Workload, s: plan.Settings) -> Row:
 
 
 def dry_run(c: Config) -> Iterator[Row]:
-    """What needs no arithmetic: every shape of a decode step and of training, and their bytes, on meta."""
+    """On the meta device, which computes nothing: the shapes and bytes of a decode step and of training."""
     with torch.device("meta"):
         body = Model(c).to(BF16)
         body.cos, body.sin = (torch.empty(x.shape) for x in (body.cos, body.sin))
@@ -136,7 +136,7 @@ def dry_run(c: Config) -> Iterator[Row]:
         assert h.shape == (seats, 1, c.d) and body.logits(h).shape == (seats, 1, c.vocab)
         planned = plan.cache([c], plan.Settings(seats, 640))
         assert planned == cache.kv.nbytes
-        name = f"dry run, decode, {seats} seats, 512 tokens before"
+        name = f"dry run, decode, {seats} seats, 512 cached tokens"
         note = f"meta; the cache of 640 tokens a seat has {planned / 2**30:.2f} GiB"
         yield Row(name, f"{decode_bytes(c, seats, 576, body.dtype) / 1e9:.2f} GB a step", note=note)
     for recompute in (False, True):
@@ -145,7 +145,7 @@ def dry_run(c: Config) -> Iterator[Row]:
 
 def dry_training(body: Model, recompute: bool) -> Row:
     """A micro-batch on meta, where the references run: its peak against the planner's. Rows are short,
-    because there attention keeps its weights, T x T, which it does on no real device."""
+    because on meta, and only there, attention keeps its T x T weights."""
     progress("gpu", "dry run", "training")
     ids = torch.empty(64, 32, dtype=torch.long, device="meta")
 

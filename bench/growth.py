@@ -25,13 +25,13 @@ def rows(p: Run) -> Iterator[Row]:
 
 
 class Enough(Exception):
-    """Every span was measured: what still waits need not run."""
+    """Raised when every span is measured: the episodes still waiting need not run."""
 
 
 def turn_seconds(e: Engine, rows: int, history: int, feed: int, decode: int, waiting: int = 0) -> float:
-    """Seconds of one turn of `rows` siblings with a history: `feed` tokens are new, `decode` sampled.
+    """Seconds of one turn of `rows` siblings with a history: `feed` tokens are fed, `decode` sampled.
 
-    waiting: episodes beyond the engine's seats, of which there are `rows` then.
+    waiting: further episodes, which wait for a seat (the engine then has `rows` seats).
     """
     spans, w = [], Workload(vocab=e.pools[POLICY].model.config.vocab)
 
@@ -57,7 +57,7 @@ def history(p: Run, body: Model) -> Iterator[Row]:
 
 
 def waiting(p: Run, _: Model) -> Iterator[Row]:
-    """Flat is the goal: a decode step should not look at the episodes that wait for a seat."""
+    """Should be flat: a decode step must not depend on the episodes that wait for a seat."""
     sizes, n = p.few([20, 200], [100, 1000, 10000]), p.few(4, 64)
     e = engine(random_body(TINY, torch.float32, "cpu"), 8, n + 8)
     spans = [median_of(p, partial(turn_seconds, e, 8, 2, 0, n, size)) / n for size in sizes]

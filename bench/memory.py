@@ -18,7 +18,7 @@ from .work import SHORT, Lesson, learner
 
 
 def naive_logp(h: Tensor, W: Tensor, targets: Tensor) -> tuple[Tensor]:
-    """What most programs do: all logits, and log_softmax over them."""
+    """The usual way: all logits, and log_softmax over them."""
     return (torch.log_softmax((h @ W.T).float(), -1).gather(1, targets[:, None])[:, 0],)
 
 

@@ -1,5 +1,5 @@
-"""Where our time goes, by clocks around the kernels' functions: the rest is Python, small operations and the
-cost of the clocks."""
+"""Where our time goes, by timers around the kernels' functions. The rest is Python, small operations and the
+timers themselves."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +28,7 @@ PARTS = {
 
 def rows(p: Run) -> Iterator[Row]:
     if DEVICE == "cuda":
-        yield Row("on a GPU the clock would stop before the work does", "", note="python -m kernels")
+        yield Row("not on a GPU, where calls return before their work is done", "", note="python -m kernels")
         return
     n, w = p.few(4, 64), p.few(SMALL, Workload())
     for b, batch in zip(p.bodies(torch.float32, torch.float32, torch.bfloat16), (32, 1, 32, 32)):
@@ -43,7 +43,7 @@ def rows(p: Run) -> Iterator[Row]:
 
 @contextmanager
 def clocked() -> Iterator[dict[str, float]]:
-    """Seconds spent in each of PARTS while the block runs, by the CPU's clock."""
+    """Times each of PARTS while the block runs: {part: seconds}."""
     spent = dict.fromkeys(PARTS, 0.0)
 
     def clock(part: str, f: Callable, *args, **kwargs):
@@ -60,7 +60,7 @@ def clocked() -> Iterator[dict[str, float]]:
 
 
 def shares(name: str, call: Callable[[], object], steps: int) -> Row:
-    """The row of a call: milliseconds a step without clocks, and the share of each part with them."""
+    """The row of a call: milliseconds per step without timers, and the share of each part with them."""
     progress("profile", name)
     call()
     plain = min(timed(call) for _ in range(2))

@@ -1,7 +1,7 @@
-"""Sampling by our engine and by transformers' `generate`: greedy, and in one row at temperature 1. "Products
-alone" is the rate if nothing but the matrix products of prompts and tokens took time. On a CPU that
-multiplies bf16 more slowly than fp32, our engine uses fp32 copies of the matrices from 16 rows on: three
-times the memory of the weights."""
+"""Sampling by our engine and by transformers' `generate`: greedy, and one row at temperature 1. "Products
+alone" is the rate if only the matmuls of prompts and sampled tokens took time. On a CPU that multiplies bf16
+more slowly than fp32, our engine uses fp32 copies of the matrices from 16 rows on, for three times the memory
+of the weights."""
 
 import itertools
 import math
@@ -52,9 +52,9 @@ def sampling(p: Run, b: Body, ours: Model, theirs, batch: int, n: int, temperatu
 
 @torch.inference_mode()
 def agreement(theirs, prompts: list[list[int]], a: list[list[int]], b: list[list[int]]) -> str:
-    """Share of equal ids; where rows differ, how near a tie their first difference is.
+    """Share of equal ids; if rows differ, how close the logits of the two ids are at the first difference.
 
-    The tie is in steps of the type at the height of the logits: the same sum in another order moves by some.
+    In rounding steps (ulps) of the logits: a sum in another order may move by a few.
     """
     equal = sum(x == y for p, q in zip(a, b) for x, y in zip(p, q)) / sum(map(len, a))
     if equal == 1:
@@ -66,12 +66,12 @@ def agreement(theirs, prompts: list[list[int]], a: list[list[int]], b: list[list
             z = theirs(torch.tensor([prompt + q[:i]], device=DEVICE)).logits[0, -1].float()
             step = 2.0 ** math.floor(math.log2(z[q[i]].abs().item())) * torch.finfo(theirs.dtype).eps
             gaps.append((z[q[i]] - z[p[i]]).abs().item() / step)
-    return f"{equal:.1%} of greedy ids equal; first differences within {max(gaps):.0f} steps of the type"
+    return f"{equal:.1%} of greedy ids equal; first differences within {max(gaps):.0f} steps of rounding"
 
 
 @torch.inference_mode()
 def products_alone(body: Model, batch: int, fed: int, sampled: int) -> float:
-    """Seconds of the matrix products of so many rows' prompts and sampled tokens, and of nothing else."""
+    """Seconds of the matmuls alone, for `batch` rows with `fed` prompt tokens and `sampled` tokens each."""
 
     def seconds(tokens: int, head: bool) -> float:
         def multiply() -> None:

@@ -1,4 +1,4 @@
-"""A row of the table, and how it is measured: the clock, turns, peaks of memory, exponents.
+"""A row of the table, and how it is measured: timers, alternating runs, peak memory, growth exponents.
 
 Not a profiler: the wall clock around whole calls, and the bytes of the tensors that they make.
 """
@@ -48,7 +48,7 @@ class Run:
     checkpoint: str = ""
     quick: bool = False
     threads: int = 1
-    seconds: float = 20.0  # for the repetitions of one row, of which there are 2 at least
+    seconds: float = 20.0  # for repeating one row, at least twice
 
     def few(self, quick, full):
         return quick if self.quick else full
@@ -69,7 +69,7 @@ def progress(*words: object) -> None:
 
 
 def now() -> float:
-    """The clock in seconds, once the GPU has done its work."""
+    """The time in seconds, after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return clock()
@@ -83,7 +83,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def alternate(p: Run, *calls: Callable) -> list[list[float]]:
-    """Seconds of each call, in turn: 2 to 7 times each, as `p.seconds` allows (once in a smoke run)."""
+    """Seconds of each call, alternating: 2 to 7 times each, as `p.seconds` allows (once in a smoke run)."""
     spans: list[list[float]] = [[] for _ in calls]
     least, most = p.few((1, 1), (2, 7))
     began = clock()
@@ -100,7 +100,7 @@ def median_of(p: Run, call: Callable[[], float]) -> float:
 
 
 def versus(name: str, spans: tuple[list[float], list[float]], tokens: int = 0, note: str = "") -> Row:
-    """The row of two lists of seconds; with `tokens` the columns are tokens a second."""
+    """The row of two lists of seconds; with `tokens` the columns are tokens per second."""
     ours, theirs = (statistics.median(s) for s in spans)
     ratios = [b / a for a, b in zip(*spans)]
     shown = [f"{tokens / s:,.0f} tok/s" if tokens else f"{s:.3g} s" for s in (ours, theirs)]
@@ -108,12 +108,12 @@ def versus(name: str, spans: tuple[list[float], list[float]], tokens: int = 0, n
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
-    """The b of the power law a x^b that fits best on logarithmic paper."""
+    """The exponent b of the power law a x^b, fitted by least squares to the logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
 def grows(name: str, sizes: list[int], values: list[float], unit: str, against: list[int] = ()) -> Row:
-    """The row of a quantity that grows with `sizes`; its exponent is in `against`, if that is given."""
+    """The row of a quantity that grows with `sizes`; the exponent is fitted to `against`, if given."""
     scale, unit = (2**20, "MiB") if unit == "bytes" else (1e-3, "ms")
     shown = " ".join(f"{v / scale:.3g}" for v in values) + f" {unit}"
     name += f" {', '.join(map(str, sizes))}"
@@ -121,10 +121,10 @@ def grows(name: str, sizes: list[int], values: list[float], unit: str, against: 
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside it: what lives, its peak, the largest one.
+    """Counts the bytes of the tensors made while it is active: live bytes, their peak, the largest tensor.
 
-    It sees every operation of this thread on any device (meta too, where nothing is computed), the backward
-    pass included, but not what an operation allocates for itself and frees, nor packed copies (oneDNN's own).
+    It sees every operation of this thread on any device (even meta), the backward pass included, but not what
+    an operation allocates and frees internally, nor packed copies (which belong to oneDNN).
     """
 
     def __init__(self):
@@ -173,7 +173,7 @@ def resident() -> tuple[int, int]:
 
 
 def forget_peak() -> int:
-    """Start to look for the peak of memory; returns the bytes held now, on the GPU if there is one."""
+    """Reset the peak of memory. Returns the bytes held now, on the GPU if there is one."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()

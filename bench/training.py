@@ -1,5 +1,5 @@
 """A whole update against TRL's GRPOTrainer with PEFT's LoRA of rank 16 on all seven matrices, fp32. Neither
-samples: the copies of the matrices that our engine holds on a CPU are not in the peak."""
+samples, so the packed copies of the weights that our engine makes on a CPU are not in the peak."""
 
 import io
 import multiprocessing
@@ -31,7 +31,7 @@ def rows(p: Run) -> Iterator[Row]:
 
 
 def training(p: Run, name: str, b: Body, lesson: Lesson) -> Iterator[Row]:
-    """The rows of time and of memory, from one run of each (two in full), by turns."""
+    """The rows of time and of memory, from two runs of each side (one with --quick), alternating."""
     sides: tuple[list[dict], list[dict]] = ([], [])
     for _ in range(p.few(1, 2)):
         for side, f in zip(sides, (train_ours, train_theirs)):
@@ -42,14 +42,14 @@ def training(p: Run, name: str, b: Body, lesson: Lesson) -> Iterator[Row]:
     spans = tuple([s for r in side for s in r["seconds"]] for side in sides)
     yield versus(f"{name}: a step", spans, note=f"{tokens.pop():,} trained tokens, KL {lesson.kl}")
     peaks = [t["peak"] / o["peak"] for o, t in zip(*sides) if o["peak"]]
-    if peaks and (p.quick or b.name != "toy"):  # a toy's activations are less than its libraries
+    if peaks and (p.quick or b.name != "toy"):  # the toy's activations take less memory than the libraries
         shown = (f"{statistics.median(r['peak'] for r in side) / 2**20:,.0f} MiB" for side in sides)
         spread = (min(peaks), max(peaks))
         yield Row(f"{name}: peak memory", *shown, statistics.median(peaks), spread, "above the loaded body")
 
 
 def apart(f: Callable[[Body, Lesson], dict], b: Body, lesson: Lesson) -> dict:
-    """Seconds of each step, peak bytes above the loaded model, trained tokens: in a process of its own."""
+    """f in a process of its own: seconds of each step, peak bytes above the loaded body, trained tokens."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(f, (b, lesson))
 
@@ -68,8 +68,8 @@ def train_ours(b: Body, lesson: Lesson) -> dict:
 
 
 def train_theirs(b: Body, lesson: Lesson) -> dict:
-    """The same by TRL. Its public `rollout_func` hands it the trajectories instead of sampling (`env_mask`
-    says which tokens are the policy's), so a step is all that TRL does but generation: its reference's
+    """The same with TRL. Its public `rollout_func` returns our trajectories instead of sampling (`env_mask`
+    says which tokens are the policy's), so a step is all that TRL does except generation: the reference's
     log-probs, micro-batches, loss, backward pass, clipping, AdamW."""
     os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_DISABLED": "1"}
     warnings.simplefilter("ignore")
@@ -114,7 +114,7 @@ def train_theirs(b: Body, lesson: Lesson) -> dict:
 
 
 def trl_flags(lesson: Lesson, longest: int) -> dict:
-    """The same lesson in TRL's words, with nothing kept, reported or shown."""
+    """The same lesson as TRL's arguments, with nothing saved, reported or shown."""
     n = lesson.questions * lesson.group
     size = {"per_device_train_batch_size": lesson.micro, "gradient_accumulation_steps": n // lesson.micro}
     loss = {"num_generations": lesson.group, "beta": lesson.kl, "learning_rate": 1e-5}

@@ -1,6 +1,6 @@
-"""The work that is measured: bodies and prompts, episodes of forced lengths, updates.
+"""The work that is measured: bodies and prompts, episodes of fixed lengths, updates.
 
-Not real text: apart from the prompts, ids are random, and a body does not mind.
+Not real text: except in prompts, ids are random, which does not change the cost.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from rollout import DOCUMENTS, TOKENS, Engine, Episode, Question, Trajectory, Tu
 from tokenizer import Tokenizer
 
 README = Path(__file__).parent.parent / "README.md"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # ours and theirs
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of ours and theirs
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def installed(*names: str) -> bool:
 
 
 class Silent:
-    """A tokenizer to which no token ends anything: without stops, every turn runs to its limit."""
+    """A tokenizer without an end token or text: no stop is ever found, so every turn runs to its limit."""
 
     eos: frozenset[int] = frozenset()
 
@@ -70,7 +70,7 @@ class Body:
         return body
 
     def theirs(self):
-        """transformers' model, as it comes (sdpa, a growing cache), but no token ends its text."""
+        """transformers' model with its defaults (sdpa, a growing cache), but without an end token."""
         from transformers import AutoModelForCausalLM, GenerationConfig
         from transformers.utils import logging
 
@@ -81,7 +81,7 @@ class Body:
         return theirs
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
-        """`count` different prompts (ids) of `length` tokens: stretches of this repository's README."""
+        """`count` different prompts (ids) of `length` tokens: passages of this repository's README."""
         ids = Tokenizer.load(self.home).encode(README.read_text(encoding="utf-8"))
         rng = random.Random(0)
         return [ids[i : i + length] for i in (rng.randrange(len(ids) - length) for _ in range(count))]
@@ -96,7 +96,7 @@ def with_roles(body: Model, rank: int = 16) -> Model:
 
 
 def random_body(c: Config, dtype: torch.dtype, device: str) -> Model:
-    """Random weights with both roles, made on the device itself."""
+    """Random weights with both adapters, made on the device itself."""
     with torch.device("meta"):
         body = Model(c)
     body = body.to(dtype).to_empty(device=device)
@@ -128,13 +128,13 @@ def generate_theirs(theirs, rows: list[list[int]], n: int, temperature: float) -
     mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=DEVICE)
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     out = theirs.generate(ids, attention_mask=mask, max_new_tokens=n, **how)
-    assert out.size(1) == longest + n, "transformers stopped early: the lengths are not forced"
+    assert out.size(1) == longest + n, "transformers stopped early: the lengths are not fixed"
     return out[:, longest:].tolist()
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Episodes of forced lengths, in tokens: a prompt, turns, and a simulator's documents between them."""
+    """Episodes of fixed lengths, in tokens: a prompt, turns, and a simulator's documents between them."""
 
     questions: int = 4
     group: int = 8
@@ -165,15 +165,15 @@ class Workload:
         return [rng.randint(self.shortest, self.longest) for _ in range(self.turns)]
 
     def decoded(self) -> int:
-        """Tokens that all episodes sample, the simulator's too."""
+        """Tokens sampled in all episodes, the simulator's included."""
         return sum(sum(self.lengths(r)) + (self.turns - 1) * self.documents for r in range(self.rows))
 
     def engine(self, body: Model) -> Engine:
-        """As many seats as train.py gives it, for both roles."""
+        """An engine with as many seats as train.py plans, for both roles."""
         return engine(body, 2 * self.rows, self.context + 1, (POLICY, SIMULATOR))
 
     def episode(self, row: int) -> Episode:
-        """One episode, of which the engine sees what it sees of `rollout.episode`."""
+        """One episode. To the engine it looks like `rollout.episode`."""
         t, lengths, fed = Trajectory(Question("", ())), self.lengths(row), 0
         t.add(self.ids(0, row // self.group, n=self.prompt))
         for call, length in enumerate(lengths):
@@ -205,7 +205,7 @@ class Lesson:
     micro: int = 2
     recompute: bool = True
     kl: float = 1e-3
-    steps: int = 1  # that are timed, after one to warm up
+    steps: int = 1  # timed, after one to warm up
 
     def trajectories(self, vocab: int) -> list[Trajectory]:
         rng, out = random.Random(0), []
@@ -227,7 +227,7 @@ SHORT = Lesson(2, 2, 12, 6, 4)  # for a smoke run
 
 
 def rewards(n: int) -> list[float]:
-    """Different rewards within each group, so that all of them teach something."""
+    """Different rewards within each group, so that no group is skipped."""
     return [float(i % 2) for i in range(n)]
 
 

@@ -1,9 +1,9 @@
-"""Files that survive an interruption: whole or not at all, one row after the other, one owner a directory.
+"""Files that survive an interruption: whole or not at all, appended row by row, one run per directory.
 
-JSON files, rows (JSON lines that a cut run goes on from), the state of a training run (one safetensors file,
-never a pickle), and the directory that a run claims for itself.
+JSON files, rows (JSON lines from which an interrupted run resumes), the state of a training run (one
+safetensors file, never a pickle), and the lock on a run's directory.
 
-What this is not: a database. A file is read whole when a run starts, and only ever appended to or replaced.
+Not a database: a file is read whole when a run starts, and then only appended to or replaced.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ except ImportError:  # Windows has no flock: there nothing stops a second run
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which replaces it when the block ends: path is whole or untouched.
+    """A temporary file next to `path`, which replaces it when the block ends: path is whole or untouched.
 
-    Synchronised before the renaming, and the directory after it, so that a power cut loses neither.
+    The file is synced before the rename and the directory after it, so that a power cut loses neither.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.tmp")
@@ -56,15 +56,15 @@ def synchronise(path: Path) -> None:
 
 
 def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
-    """Read a JSON object. Raises ValueError that names the file and what it should belong to.
+    """Read a JSON object. Raises ValueError that names the file, and `what` its directory should be.
 
-    needed: names that it must have, with the type of their values.
+    needed: keys that it must have, with the types of their values.
     """
     if not file.exists():
         raise ValueError(f"{file} does not exist: {file.parent} is not {what}")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:  # JSON's and UTF-8's are both of this kind
+    except ValueError as e:  # both JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"{file} is not JSON ({e})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} does not hold a JSON object")
@@ -82,7 +82,7 @@ def write_json(file: str | Path, value: dict, errors: str = "strict") -> None:
 
 
 def fingerprint(value: object) -> str:
-    """A short hash of anything whose repr tells all of it: equal today and tomorrow, on any machine."""
+    """A short hash of the repr of a value; unlike hash(), the same in every process and on any machine."""
     return hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest()[:16]
 
 
@@ -90,14 +90,14 @@ def fingerprint(value: object) -> str:
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
-    """Write tensors, on any device, and facts that JSON can hold. Raises OSError where the disk refuses."""
+    """Write tensors, from any device, and facts that JSON can hold. Raises OSError if the disk is full."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with whole(path) as part:
         save_tensors(part, tensors, {"facts": json.dumps(facts)})
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """safetensors' save_file, which calls a full disk by a name of its own: here it is an OSError."""
+    """safetensors' save_file, except that a full disk is an OSError, not safetensors' own exception."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as e:
@@ -126,8 +126,8 @@ def pack_optimizer(opt: torch.optim.Optimizer, prefix: str = "optimizer.") -> di
 def unpack_optimizer(
     opt: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer."
 ) -> None:
-    """Undo `pack_optimizer`; names without the prefix are left alone. Tensors go where the optimiser has
-    them: moments beside their parameters, steps on the CPU unless AdamW is fused or capturable."""
+    """Load what `pack_optimizer` packed; names without the prefix are ignored. Moments go to the device of
+    their parameters; step counts stay on the CPU unless AdamW is fused or capturable."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(prefix):
@@ -140,12 +140,12 @@ def unpack_optimizer(
 
 
 class Rows:
-    """JSON lines on disk, each written before the next comes; what stands there is done.
+    """JSON lines on disk, each written before the next is made, so that a resumed run need not repeat them.
 
-    settings: where given, the file's first line is {"flags": settings}, and a run goes on only with the same.
-    key: the place of a row in `rows`; a later row of the same key replaces the earlier one.
-    path: None keeps rows in memory alone. Raises ValueError where the file is another run's, or where one is
-    there (or not, if `must`) against `resume`.
+    settings: if given, the file's first line is {"flags": settings}, and only equal settings can resume it.
+    key: where a row is kept in `rows`; a later row with the same key replaces the earlier one.
+    path: None keeps rows in memory only. Raises ValueError if the file is of a run with other settings,
+    exists without `resume`, or (if `must`) is missing with it.
     """
 
     def __init__(
@@ -162,15 +162,15 @@ class Rows:
         there = self.path is not None and self.path.exists()
         if there and not resume:
             raise ValueError(
-                f"{self.path} holds an unfinished run: add --resume to go on with it, or delete it"
+                f"{self.path} holds an unfinished run: add --resume to continue it, or delete it"
             )
         if resume and must and not there:
-            raise ValueError(f"{self.path} holds nothing to resume, or --out is another")
+            raise ValueError(f"{self.path} holds nothing to resume: is --out right?")
         if there:
             self._read()
 
     def _read(self) -> None:
-        """Take the rows of a run that was cut; half a line at its end is cut off."""
+        """Read the rows of an interrupted run; an incomplete last line is dropped."""
         data = self.path.read_bytes()
         end = data.rfind(b"\n") + 1
         try:
@@ -180,14 +180,14 @@ class Rows:
             for row in lines:
                 self.rows[self.key(row)] = row
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{self.path} is not an unfinished run: delete it and begin anew") from None
+            raise ValueError(f"{self.path} is not an unfinished run: delete it and start again") from None
         if changed:
             name = changed[0].replace("_", "-")
-            raise ValueError(f"{self.path} was begun with another --{name}: resume with the same")
+            raise ValueError(f"{self.path} was started with another --{name}: resume with the same")
         os.truncate(self.path, end)
 
     def add(self, row: dict) -> None:
-        """Append a row; when this returns, it is with the operating system."""
+        """Append a row. Once this returns, the row survives the end of this process."""
         if self.path is not None:
             begun = self.settings is None or (self.path.exists() and self.path.stat().st_size)
             first = "" if begun else json.dumps({"flags": self.settings}) + "\n"
@@ -197,7 +197,7 @@ class Rows:
         self.rows[self.key(row)] = row
 
     def keep(self, n: int) -> None:
-        """Forget all but the first n rows, on disk too: a run that goes on takes the later steps again."""
+        """Drop all but the first n rows, on disk too: a resumed run takes the later steps again."""
         self.rows = dict(list(self.rows.items())[:n])
         if self.path is not None and self.path.exists():
             with whole(self.path) as part:
@@ -210,21 +210,21 @@ class Rows:
 
 
 def free_name(folder: str) -> str:
-    """A directory for a run that nobody has, made: FOLDER/date_time, numbered if two begin in one second."""
+    """Make a new directory for a run: FOLDER/date_time, numbered if two runs start in the same second."""
     name = f"{folder}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     for number in range(1, 1000):
         out = Path(name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
             out.mkdir(parents=True)
             return str(out)
-    raise ValueError(f"{folder} holds a thousand runs of this second: choose an --out")
+    raise ValueError(f"{folder} holds a thousand runs of this second: give --out")
 
 
 @contextmanager
 def claimed(out: Path, resume: bool) -> Iterator[None]:
-    """The directory `out` for one run alone, made if need be; if the block leaves it empty, it goes again.
+    """Lock the directory `out` for one run. It is made if missing, and removed if the block leaves it empty.
 
-    Raises ValueError where another process holds it, or where it holds something and is not to be resumed.
+    Raises ValueError if another process holds the lock, or if it is not empty and not to be resumed.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: choose another")

@@ -1,7 +1,7 @@
-"""Flags as a table: whatever a command takes is a list of `Flag`s, and argparse is called here alone.
+"""Flags as tables: what a command accepts is a list of `Flag`s. Only this file calls argparse.
 
-A flag says its name, type, default, bounds and meaning in one line; the table is the documentation, and
-`--help` prints it. What this is not: the tables themselves; those of the commands are in flags.py.
+A `Flag` gives its name, type, default, bounds and meaning in one line; the table is the documentation, and
+`--help` prints it. Not the tables themselves: those of the commands are in flags.py.
 """
 
 import argparse
@@ -13,15 +13,15 @@ NEEDED = object()  # as a default: the flag must be given
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. A default of "" or None means what the help says of leaving it out."""
+    """One flag. For a default of "" or None, the help says what happens without the flag."""
 
     name: str
-    kind: type | tuple[str, ...]  # bool: on where it is given; a tuple: one of these words
+    kind: type | tuple[str, ...]  # bool: a switch; a tuple: one of these words
     default: object
     help: str
     value: str = ""  # what --help calls its value
-    cpu: object = None  # the default for a real checkpoint without a GPU, where it is another
-    least: float | None = None  # int: 1 unless said otherwise; float: 0
+    cpu: object = None  # the default for a real checkpoint without a GPU, if it differs
+    least: float | None = None  # lower bound; None: 1 for int, 0 for float
     most: float = math.inf
     many: int | str | None = None  # how many values: a number, or "+"
     bare: bool = False  # a positional argument
@@ -31,7 +31,7 @@ class Flag:
         return self.name.replace("-", "_")
 
     def shown(self, task: dict[str, object]) -> str:
-        """The help with its defaults; task: the toy task's."""
+        """The help text with the defaults; task: those of the toy task."""
         usual = {
             "": self.default,
             "toy": task.get(self.name) if self.kind is not str else None,
@@ -41,7 +41,7 @@ class Flag:
             f"{k} {v}".strip() for k, v in usual.items() if v not in (None, "", NEEDED) and v is not False
         ]
         text = self.help + (
-            f" [{', '.join(told)}]" if told else " (needed)" if self.default is NEEDED else ""
+            f" [{', '.join(told)}]" if told else " (required)" if self.default is NEEDED else ""
         )
         return text.replace("%", "%%")
 
@@ -61,7 +61,7 @@ Groups = dict[str, list[Flag]]
 
 
 class OneLine(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage. No flag may be shortened."""
+    """A parser whose errors are one line, without the usage. Flags cannot be abbreviated."""
 
     def __init__(self, *args, **more):
         super().__init__(
@@ -73,7 +73,7 @@ class OneLine(argparse.ArgumentParser):
 
 
 def declare(parser: argparse.ArgumentParser, groups: Groups, task: dict[str, object]) -> None:
-    """Give argparse the flags of a table. Those that are not given leave no trace in its result."""
+    """Add a table of flags to a parser. Flags that are not given are absent from its result."""
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for f in flags:
@@ -103,7 +103,7 @@ def parse(
 def parse_verb(
     doc: str, verbs: dict[str, tuple[str, Groups]], argv: list[str] | None, task: dict[str, dict]
 ) -> tuple[str, dict[str, object]]:
-    """The same for a command of several verbs, {verb: (what it does, its flags)}: (verb, flags given)."""
+    """The same for a command with verbs, {verb: (what it does, its flags)} -> (verb, flags given)."""
     parser = OneLine(description=doc)
     choices = parser.add_subparsers(required=True, metavar=" | ".join(verbs), dest="verb")
     for verb, (what, groups) in verbs.items():
@@ -114,7 +114,7 @@ def parse_verb(
 
 
 def with_defaults(groups: Groups, given: dict[str, object]) -> argparse.Namespace:
-    """Every flag with its value, for a command whose defaults depend on nothing. Raises ValueError."""
+    """All flags, given or default, for a command with fixed defaults. Raises ValueError if out of bounds."""
     a = argparse.Namespace()
     for f in (f for flags in groups.values() for f in flags):
         value = given.get(f.name, f.default)

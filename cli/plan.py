@@ -1,4 +1,4 @@
-"""Memory of a run, computed before anything is loaded: bytes by name, and the largest settings that fit.
+"""Memory of a run, computed before anything is loaded: bytes of each part, and the largest settings that fit.
 
 All of it is arithmetic on a body's shape. Weights, adapters, optimiser and cache are exact; activations are
 counted tensor by tensor as the network keeps them for its backward pass; tests/test_plan.py compares the sums
@@ -22,8 +22,8 @@ from model import NAMES, ROLES, Config, packs
 from weights import PRESETS, resolve
 
 SPARE = 0.08  # share of the memory that is left to the driver, fragmentation and libraries
-ENOUGH = 128  # seats: they share one reading of the weights, so that each further one gains less
-Bodies = Sequence[Config]  # the policy's, and the simulator's where it is another
+ENOUGH = 128  # seats: all share each read of the weights, so each further one gains less
+Bodies = Sequence[Config]  # the policy's, and the simulator's if that is another
 
 _QWEN = {"theta": 1e6, "context": 32768}
 _ROPE = {"kind": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -43,7 +43,7 @@ SHAPES = {
 
 
 def shape(name: str) -> Config:
-    """The shape of a preset (without a download), a directory or a hub id. Raises ValueError as `resolve`."""
+    """The shape of a preset (without a download), a directory or a hub id. ValueError as in `resolve`."""
     known = SHAPES.get(name.removesuffix("-base")) if name in PRESETS else None
     return known or Config.from_hf(read_json(resolve(name) / "config.json", "a checkpoint directory"))
 
@@ -59,7 +59,7 @@ class Settings:
     rank: int = 16  # of the policy's adapter
     sim_rank: int = 16  # of the simulator's; 0: it is only prompted
     dtype: torch.dtype = torch.bfloat16
-    kernels: bool = True  # the Triton kernels keep less than their references, which a CPU runs
+    kernels: bool = True  # Triton kernels keep less than the references, which run on a CPU
     critic_rank: int = 0  # of the critic's adapter; 0: there is no critic
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ def linears(c: Config) -> list[tuple[int, tuple[int, ...]]]:
 
 
 def matrices(c: Config) -> int:
-    """Numbers in these matrices of all layers."""
+    """Numbers in these matrices, over all layers."""
     return c.layers * sum(d_in * sum(parts) for d_in, parts in linears(c))
 
 
@@ -119,7 +119,7 @@ def cache_token(c: Config, dtype: torch.dtype) -> int:
 
 
 def kept(c: Config, s: Settings) -> float:
-    """Bytes that one layer keeps of one token until its backward pass.
+    """Bytes per token that a layer keeps for its backward pass.
 
     Two norms keep their sum and their result (4 d); q, k and v as projected, q and k also rotated; the output
     of attention; gate, up and their product. Where q and k are normalised (Qwen3), also the norms' input.
@@ -134,7 +134,7 @@ def kept(c: Config, s: Settings) -> float:
 
 
 def head_chunk(c: Config, s: Settings, tokens: int) -> int:
-    """Bytes of the logits that `kernels.linear_logp` holds at a time, and of what it computes from them."""
+    """Bytes of the logits that `kernels.linear_logp` holds at a time, and of what it derives from them."""
     size = s.dtype.itemsize
     if s.kernels:
         some = max(128, (160 << 20) // (c.vocab * size) // 128 * 128)
@@ -145,11 +145,11 @@ def head_chunk(c: Config, s: Settings, tokens: int) -> int:
 
 
 def learning(c: Config, s: Settings) -> dict[str, float]:
-    """Peak bytes of one micro-batch, beyond what is held all the time.
+    """Peak bytes of one micro-batch, beyond what a run always holds.
 
     The peak is either at the log-probs, when all activations are held, or in the last layer's backward pass.
     """
-    tokens = max(s.micro_tokens, s.seat_tokens)  # a row alone may be as long as a seat
+    tokens = max(s.micro_tokens, s.seat_tokens)  # a single row may be as long as a seat
     layer, size = kept(c, s), s.dtype.itemsize
     each = 2 * c.d * size if s.recompute else layer
     gradients = 2 * c.ffn + (5 if s.recompute else 2) * c.d * s.kernels
@@ -163,11 +163,11 @@ def learning(c: Config, s: Settings) -> dict[str, float]:
 
 
 def acting(c: Config, s: Settings) -> dict[str, float]:
-    """Peak bytes of one body while prompts and documents are fed, and in a decode step."""
+    """Peak bytes of one body: in prefill of prompts and documents, and in a decode step."""
     size, tokens = s.dtype.itemsize, max(s.micro_tokens, s.seat_tokens)
     if s.kernels:
         feeding, logits = tokens * (4 * c.d + 3 * c.ffn) * size, s.seats * c.vocab * size
-    else:  # attention's mask; sampling has four tables in fp32, beside the logits if those are bf16 or fp16
+    else:  # attention's mask; sampling makes four fp32 tables, in addition to logits in bf16 or fp16
         fed = 4 * (c.d + c.ffn) * (packed_type(c, s) or s.dtype).itemsize
         feeding = tokens * (fed + s.seat_tokens * size)
         logits = s.seats * c.vocab * (16 + (size if size < 4 else 0))
@@ -175,10 +175,10 @@ def acting(c: Config, s: Settings) -> dict[str, float]:
 
 
 def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
-    """Bytes by name.
+    """Bytes of each part, by name.
 
-    What is held all the time adds up; of "acting: ..." and "learning: ..." only the greater sum counts, as
-    one follows the other. "total" is the peak of a step.
+    What is always held adds up; of the "acting: ..." and "learning: ..." parts only the greater sum counts,
+    because the two phases alternate. "total" is the peak of a step.
     """
     n, n_sim = adapter(bodies[0], s.rank), adapter(bodies[-1], s.sim_rank)
     if s.critic_rank:  # it never decodes
@@ -223,8 +223,8 @@ def fit(bodies: Bodies, memory: float, s: Settings, useful: int = 640) -> tuple[
     """Choose what `s` leaves open (0 or None) so that a step fits into `memory` bytes, less SPARE.
 
     useful: the most seats that a step can fill. Tried in this order: large micro-batches with activations
-    kept; smaller ones; activations recomputed. The first that leaves ENOUGH seats is taken, else the one that
-    leaves most. Raises ValueError with the arithmetic where not even 2 seats fit.
+    kept; smaller ones; activations recomputed. The first that leaves ENOUGH seats is taken, else the one with
+    the most seats. Raises ValueError with the arithmetic if not even 2 seats fit.
     """
     room, found = memory * (1 - SPARE), []
     for trial in _trials(s):
@@ -240,7 +240,7 @@ def fit(bodies: Bodies, memory: float, s: Settings, useful: int = 640) -> tuple[
 
 
 def _trials(s: Settings) -> list[Settings]:
-    """Settings of learning, from the fastest to the smallest; those that were given are kept."""
+    """Settings for learning, from the fastest to the smallest; those that were given are kept."""
     least = s.seat_tokens
     sizes = [s.micro_tokens] if s.micro_tokens else [n for n in (8192, 4096) if n > least] + [least]
     ways = [False, True] if s.recompute is None else [s.recompute]
@@ -250,7 +250,7 @@ def _trials(s: Settings) -> list[Settings]:
 def _seats(bodies: Bodies, room: float, s: Settings, useful: int) -> int:
     """The most seats, up to `useful`, with which the step fits (0: not even one).
 
-    Two bisections, above and below MANY, as packed copies for many rows may take less than those for few.
+    Two bisections, above and below MANY, because packed copies for many rows may be smaller than for few.
     """
 
     def over(seats: int) -> bool:
@@ -268,6 +268,6 @@ def _refusal(bodies: Bodies, room: float, s: Settings) -> str:
     largest = sorted(((size, name) for name, size in b.items()), reverse=True)[:4]
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for size, name in largest)
     return (
-        f"a step needs {total / 2**30:.2f} GiB even with {least}, of {room / 2**30:.2f} GiB to be had "
-        f"({parts} GiB, ...): lower --seat-tokens and --episode-tokens, or take a smaller body"
+        f"a step needs {total / 2**30:.2f} GiB even with {least}, but {room / 2**30:.2f} GiB are available "
+        f"({parts} GiB, ...): lower --seat-tokens and --episode-tokens, or use a smaller checkpoint"
     )

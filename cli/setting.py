@@ -1,9 +1,9 @@
-"""From flags to what a command works with: bodies, tokenizers, adapters, words, limits, simulator, engine.
+"""From flags to what a command works with: bodies, tokenizers, adapters, prompts, limits, simulator, engine.
 
-`load` is the only way. What is cheap comes first (files, the plan of the memory), so that a mistake shows
-before a checkpoint is read. Roles of one checkpoint share one body.
+`load` is the only way to it. Cheap checks come first (files, the memory plan), so that a mistake shows before
+a checkpoint is read. Roles with the same checkpoint share one body.
 
-What this is not: a place for defaults; flags.py has settled them.
+Not a place for defaults: flags.py has settled them.
 """
 
 import argparse
@@ -50,9 +50,9 @@ class Setting:
 
 
 def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) -> Setting:
-    """Everything that the settled flags name. questions: those whose prompts must fit, checked early.
+    """Load all that the settled flags name. questions: their prompts must fit, which is checked early.
 
-    Raises ValueError for whatever is missing, broken, or too large.
+    Raises ValueError for anything missing, broken, or too large.
     """
     words = policy_words(a, task) if getattr(a, "policy", "") else None
     sim_words = None
@@ -75,7 +75,7 @@ def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) 
     simulator = None
     if simulated(a):
         tok = bodies.get(SIMULATOR, (None, None))[1]
-        temperature = 0.8 if POLICY in homes else a.temperature  # a policy's command has its own temperature
+        temperature = 0.8 if POLICY in homes else a.temperature  # --temperature is then the policy's
         shared = getattr(a, "shared_coins", False)
         noise = getattr(a, "noise", 0.0)
         simulator = Simulator(tok, sim_words, noise, shared, a.sim_tokens, temperature, server)
@@ -88,26 +88,26 @@ def simulated(a: argparse.Namespace) -> bool:
 
 
 def find_bodies(a: argparse.Namespace) -> dict[int, Path]:
-    """role -> the directory of its body, of the roles that run here."""
+    """role -> the directory of its body, for the roles that run in this process."""
     names = {POLICY: a.policy} if getattr(a, "policy", "") else {}
     if a.command == "collect":
-        names[REFERENCE] = a.policy  # judges what was found
+        names[REFERENCE] = a.policy  # the judge of documents
     if simulated(a) and not is_address(a.sim):
         names[SIMULATOR] = a.sim or a.policy
     return {role: weights.resolve(name) for role, name in names.items()}
 
 
 def policy_words(a: argparse.Namespace, task: Task) -> Words:
-    """The policy's words: those of a file, else the task's for the mode."""
+    """The policy's prompts: those of --policy-prompt, else the task's for the mode."""
     mode = getattr(a, "mode", "agent")
     words = load_policy_words(a.policy_prompt) if a.policy_prompt else task.words[mode]
     if mode == "rag" and "{documents}" not in words.prompt:
-        raise ValueError(f"{a.policy_prompt}: for --mode rag, prompt must say where the {{documents}} go")
+        raise ValueError(f"{a.policy_prompt}: for --mode rag, prompt must contain {{documents}}")
     return words
 
 
 def usual_words(a: argparse.Namespace, task: Task) -> SimWords:
-    """A simulator's words where neither a flag nor an adapter names any."""
+    """The simulator's prompts if neither a flag nor an adapter brings any."""
     return SFT_WORDS if a.command == "sft" and task.sim_words is PROMPTED_WORDS else task.sim_words
 
 
@@ -116,7 +116,7 @@ def limits_of(a: argparse.Namespace) -> Limits:
 
 
 def give_adapters(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]]) -> None:
-    """Read the adapters that are named; make new ones for the roles that are to be trained."""
+    """Read the adapters that are named; make new ones for the other roles that will be trained."""
     trained = {POLICY: a.command == "train", SIMULATOR: a.command == "sft" or getattr(a, "sft_steps", 0)}
     for role, flag in ((POLICY, "adapter"), (SIMULATOR, "sim_adapter")):
         if role in bodies and getattr(a, flag, ""):
@@ -128,7 +128,7 @@ def give_adapters(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenize
 
 
 def open_engine(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]]) -> Engine | None:
-    """The engine, with seats that hold a whole episode; None where no policy acts."""
+    """The engine, with seats that hold a whole episode; None without a policy."""
     if POLICY not in bodies:
         return None
     if a.command == "train":
@@ -140,7 +140,7 @@ def open_engine(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]
 
 
 def check_prompts(questions: Iterable[Question], tok: Tokenizer, words: Words, limit: int) -> None:
-    """Raise ValueError for a question whose prompt is too long: at the start, not when it is drawn."""
+    """Raise ValueError for a question whose prompt is too long: at the start, not when it is asked."""
     frame = len(prompt(Question("", ()), tok, words, documents=""))
     for q in questions:
         if (
@@ -156,9 +156,9 @@ def check_prompts(questions: Iterable[Question], tok: Tokenizer, words: Words, l
 
 
 def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
-    """Settle the flags that memory decides; the budget as text. Raises ValueError where nothing fits.
+    """Settle the flags that depend on memory -> the budget as text. Raises ValueError if nothing fits.
 
-    A run that goes on keeps what was settled at its start, whatever is free today, unless told otherwise.
+    A resumed run keeps the plan of its start, whatever memory is free today, unless flags change it.
     """
     shapes = [plan.shape(str(home)) for home in homes]
     memory = a.memory * 2**30 or free_memory(a.device)
@@ -178,11 +178,11 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
 
 
 def rank_of(a: argparse.Namespace, adapter: str) -> int:
-    """The rank of an adapter on disk, or of the one that is to be made."""
+    """The rank of an adapter on disk, or (adapter "") of the one that will be made."""
     file = Path(adapter) / "adapter_config.json"
     return read_json(file, "a PEFT adapter directory", r=int)["r"] if adapter else a.rank
 
 
 def free_memory(device: str) -> float:
-    """Bytes to plan for: what a GPU has free; half of it on a CPU, where other programs live too."""
+    """Bytes to plan for: the free memory of a GPU; half of it on a CPU, which other programs share."""
     return torch.cuda.mem_get_info()[0] if device != "cpu" else 0.5 * model.memory(free=True)

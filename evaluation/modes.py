@@ -6,12 +6,12 @@ cot      chain of thought: reason first, then answer
 rag      one search, whose query is the question itself, then the answer
 
 Each is a generator with the parameters of `episode`: the engine runs and the metric scores them alike. A
-baseline's answer is the first non-blank line that it samples after an `<answer>` that we open for it, up to
-the closing tag. So a baseline loses nothing by its form; only the agent must find the tags.
+baseline's answer is the first non-blank line that it samples after an `<answer>` that we write for it, up to
+the closing tag. So a baseline cannot lose points for its format; only the agent must produce the tags.
 
-Not another kind of agent (Search-o1), no search for the best words.
+Not other agents (Search-o1), and no prompt tuning.
 
-Source: the baselines of ZeroSearch, arXiv 2505.04588; it does not state their prompts, these words are ours.
+Source: the baselines of ZeroSearch, arXiv 2505.04588, which does not give their prompts: these are ours.
 """
 
 from collections.abc import Callable, Generator
@@ -36,11 +36,11 @@ class Baseline:
     address: tuple[int, ...]  # seed, step, question, sibling
 
     def direct(self) -> Episode:
-        """Answer at once; nothing is searched."""
+        """Answer at once, without a search."""
         return (yield from self.answer(self.begin(), "<answer>", 0))
 
     def cot(self) -> Episode:
-        """Reason in an opened think block, for at most a turn; then answer, unless the turn has done so."""
+        """Reason in a think block opened for it, for at most a turn; answer, unless that turn has done so."""
         t = self.begin()
         most = max(1, min(self.limits.turn, self.limits.episode - len(t.ids) - 2 * self.room))
         text = yield from self.turn(t, "<think>", ("</think>", "</answer>"), most, 0)
@@ -51,7 +51,7 @@ class Baseline:
         return (yield from self.answer(t, "\n<answer>" if "</think>" in text else "</think>\n<answer>", 1))
 
     def rag(self) -> Episode:
-        """Search once, with the question; answer from the documents, which the prompt has at {documents}."""
+        """Search once, with the question; answer from the documents, in the prompt at {documents}."""
         query = Query(self.question.text, self.question, (*self.address, 0))
         documents = yield from self.search(query)
         t = self.begin(documents.text)
@@ -60,13 +60,13 @@ class Baseline:
 
     @property
     def room(self) -> int:
-        """Tokens that are kept for an answer, as in `episode`, whose last turn gets no less."""
+        """Tokens reserved for an answer, the same as for the last turn of `episode`."""
         return min(self.limits.turn, 64)
 
     def begin(self, documents: str = "") -> Trajectory:
         """A trajectory that holds the prompt. Documents are cut to leave room for question and answer.
 
-        Raises ValueError where the prompt is too long without any document.
+        Raises ValueError if the prompt is too long even without documents.
         """
         empty = opened(self.question, self.tok, self.words, self.limits, documents="")
         kept, spare = self.tok.encode(documents), self.limits.episode - len(empty.ids) - 2 * self.room
@@ -77,7 +77,7 @@ class Baseline:
         return t
 
     def turn(self, t: Trajectory, given: str, stops: tuple[str, ...], most: int, call: int) -> Generator:
-        """Add `given`, let the policy sample up to a stop or `most` tokens, add that, return its text."""
+        """Add `given`, sample up to a stop or `most` tokens, add them, and return their text."""
         fed = 0 if 1 not in t.mask else len(t.ids)
         t.add(self.tok.encode(given))
         address = (*self.address, call, TOKENS)
@@ -86,7 +86,7 @@ class Baseline:
         return self.tok.decode([i for i in sampled.ids if i not in self.tok.eos])
 
     def answer(self, t: Trajectory, given: str, call: int) -> Episode:
-        """The last turn: what is sampled after `given`, which opens the answer, is the answer. Returns t."""
+        """The last turn: what is sampled after `given`, which opens the answer block, is the answer. -> t."""
         most = min(self.room, self.limits.episode - len(t.ids) - len(self.tok.encode(given)))
         text = yield from self.turn(t, given, ("</answer>",), most, call)
         lines = text.partition("</answer>")[0].strip().splitlines()

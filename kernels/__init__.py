@@ -1,9 +1,9 @@
-"""The kernels: pure tensor functions, each with its torch reference. They know nothing of the project.
+"""The kernels: pure tensor functions, each with its torch reference. Nothing in them is specific to RL.
 
-One file a kernel, in this order: derivation, torch reference, Triton kernel, wrapper, benchmark cases. The
-signature is the same on every device. On a CPU the reference is what runs, so it is written to be fast as
-well as plain. Triton runs for tensors on a GPU (CUDA or ROCm), else the reference; KERNELS=torch or triton
-overrides (triton on a CPU needs TRITON_INTERPRET=1). launch.py says how a kernel file plugs in.
+One file per kernel, in this order: derivation, torch reference, Triton kernel, wrapper, benchmark cases. The
+signature is the same on every device. Tensors on a GPU (CUDA or ROCm) go to Triton, all others to the
+reference, which is therefore written to be fast as well as plain; KERNELS=torch or triton overrides (triton
+on a CPU needs TRITON_INTERPRET=1). launch.py says how to write a kernel file.
 
     python -m kernels                      # list, test and measure them
     python -m kernels --files attention    # one of them

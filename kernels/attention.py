@@ -2,14 +2,14 @@
 
     o[b, t, h] = sum_{s <= t} softmax_s(q[b, t, h] . k[b, s, h / G] / sqrt(D)) v[b, s, h / G]
 
-with G = H / KV query heads to a key head. Rows are right-padded, so causality already hides the padding from
+with G = H / KV query heads per key head. Rows are right-padded, so causality already hides the padding from
 every real token; `lengths` only says which outputs are padding (they are zero, and so are their gradients).
 
-Forward: a program has BM queries of one head. First it visits the keys that all of them see, in whole blocks
-without a mask, then those on the diagonal. It saves o and lse (online_softmax.py), from which the backward
-pass (attention_backward.py) computes the weights again. The grid covers every block of every row, whatever
-the lengths, so that a launch needs no value from the device; a block of padding loads nothing and writes
-zeros. The last blocks of a row see the most keys, so they go first.
+Forward: a program handles BM queries of one head. It first visits the keys that all of them see, in whole
+blocks without a mask, then those on the diagonal. It saves o and lse (online_softmax.py), from which the
+backward pass (attention_backward.py) recomputes the weights. The grid covers every block of every row,
+whatever the lengths, so that a launch needs no value from the device; a block of padding loads nothing and
+writes zeros. The last blocks of a row see the most keys, so they go first.
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def _attention(
 ):  # fmt: skip
     """Grid (H, B, T / BM): o (B, T, H, D) and lse (B, H, T), base 2, of BM queries. BN divides BM."""
     h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    m = (tl.num_programs(2) - 1 - tl.program_id(2)) * BM  # the first of them
+    m = (tl.num_programs(2) - 1 - tl.program_id(2)) * BM  # its first query
     i_t = m + tl.arange(0, BM)
     length = tl.load(p_lengths + b).to(tl.int32)
     m_real = i_t < length
@@ -71,7 +71,7 @@ def config(D: int, fp32: bool, t: Target) -> dict:
         return {"BM": BM, "BN": BN, "num_warps": 4, "num_stages": 2}
     if t.hip:
         return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 1}
-    warps = 4 if D <= 64 and t.arch in (90, 100) else 8  # D = 64 there: two programs a processor
+    warps = 4 if D <= 64 and t.arch in (90, 100) else 8  # at D = 64 two programs fit on a processor
     return {"BM": 128, "BN": 64, "num_warps": warps, "num_stages": 3}
 
 
@@ -97,7 +97,7 @@ class _Attention(torch.autograd.Function):
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, KV: int) -> None:
-    """What both attentions ask of q, k and v: one type, whole groups, a contiguous head_dim of 16 to 128."""
+    """ValueError unless q, k, v have one type, whole groups, and a contiguous head_dim of 16 to 128."""
     (H, D), dtypes = q.shape[2:], {x.dtype for x in (q, k, v)}
     check(H % KV == 0, f"{H} query heads are not a multiple of {KV} key heads")
     known = dtypes <= {torch.bfloat16, torch.float16, torch.float32}
@@ -120,13 +120,13 @@ attention = choose(attention_torch, attention_triton)
 
 
 def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-    """A rival: SDPA with one backend. It ignores lengths, so does more work."""
+    """A rival: SDPA with one backend. It ignores lengths, so it does more work."""
     with sdpa_kernel(backend):
         return attention_torch(q, k, v)
 
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
-    """Forward and backward of full rows, then of rows of which a third is padding."""
+    """Forward and backward: of full rows, then of rows with a third of padding."""
     B, T, D, KV = m.batch, m.length, m.head_dim, m.kv_heads
     for padded, back in ((False, False), (False, True), (True, False), (True, True)):
         like = {"dtype": m.dtype, "device": device, "requires_grad": back}

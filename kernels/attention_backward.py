@@ -6,11 +6,11 @@ With p[t, s] = 2^(x[t, s] - lse[t]), x in base 2 as in online_softmax.py, and do
     dq[t] = sum_s ds[t, s] k[s] / sqrt(D)           dk[s] = sum_t ds[t, s] q[t] / sqrt(D)
                                                     dv[s] = sum_t p[t, s] do[t]
 
-dq (and delta): a program has BM queries of one head and visits the keys as the forward pass does.
-dk, dv: a program has BN keys of one *key* head and visits the queries from there on, of every query head of
-the group, in one loop: the sum over the group stays in registers. Scores are transposed there, (BN, BM), so
-that keys are the rows of every product. Queries past the length load as zeros (q = do = lse = delta = 0) and
-add nothing.
+dq (and delta): a program handles BM queries of one head and visits the keys as the forward pass does.
+dk, dv: a program handles BN keys of one *key* head and loops over the queries from there on, of every query
+head in its group, so that the sum over the group stays in registers. Scores are transposed there, (BN, BM),
+so that keys are the rows of every product. Queries past the length load as zeros (q = do = lse = delta = 0)
+and add nothing.
 """
 
 import torch
@@ -77,7 +77,7 @@ def _dk_dv(
 ):  # fmt: skip
     """Grid (KV, B, T / BN): dk and dv (B, T, KV, D) of BN keys. BM divides BN. s_e: do, s_g: dk and dv."""
     kv, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n = tl.program_id(2) * BN  # the first of them; the first blocks have the most queries, and go first
+    n = tl.program_id(2) * BN  # its first key; the first blocks have the most queries, and go first
     i_s, i_m = n + tl.arange(0, BN), tl.arange(0, BM)
     length = tl.load(p_lengths + b).to(tl.int32)
     m_key = i_s < length
@@ -122,7 +122,7 @@ def config_dq(D: int, fp32: bool, t: Target) -> dict:
     if t.hip:
         return {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 1}
     if t.arch in (90, 100):
-        small = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}  # three programs a processor
+        small = {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}  # three programs per processor
         return small if D <= 64 else {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
     return {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 3}
 

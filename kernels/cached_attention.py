@@ -3,12 +3,12 @@
     o[b, t, h] = sum_{s <= start[b] + t} softmax_s(q[b, t, h] . k[b, h / G, s] / sqrt(D)) v[b, h / G, s]
 
 k and v are views of the cache, (B, KV, L, D), whose rows hold any number of tokens. Beyond a row's last token
-lies what an earlier use of the seat left there: any finite numbers; their weight is 0.
+are stale but finite numbers from an earlier use of the seat; their weight is 0.
 
-The same kernel decodes, extends and prefills. The rows of a tile are the (token, query head) pairs of one key
-head, so that a key is read once for its whole group; decoding is T = 1, G rows. Where rows and heads alone
-would leave processors idle, the keys are cut into chunks with programs of their own, whose results a second
-kernel merges:
+One kernel decodes, extends and prefills. The rows of a tile are the (token, query head) pairs of one key
+head, so that a key is read once for its whole group; decoding is T = 1, G rows. If rows and heads alone would
+leave processors idle, the keys are split into chunks with programs of their own, whose results a second
+kernel merges (flash decoding):
 
     o = sum_c 2^(lse_c - lse) o_c        lse = log2 sum_c 2^lse_c
 
@@ -53,7 +53,7 @@ def _cached(
     i_t, i_h = i_row // G, kv * G + i_row % G
     start = tl.load(p_start + b).to(tl.int32)
     last_t = (tl.minimum(m + BM, T * G) - 1) // G  # of the tile's queries
-    n_keys = tl.minimum(start + last_t + 1, L)  # that some of them see
+    n_keys = tl.minimum(start + last_t + 1, L)  # that any of them sees
     first = c * chunk
     last = tl.minimum(first + chunk, n_keys)
     whole = tl.minimum(start + m // G + 1, n_keys) // BN * BN  # that all of them see, in whole blocks
@@ -114,7 +114,7 @@ def config(rows: int, D: int, fp32: bool, t: Target) -> dict:
 def chunks(programs: int, decoding: bool, L: int, t: Target) -> int:
     """Number of chunks of L keys, given the number of programs without chunks; at least 256 keys each.
 
-    Decoding is bound by memory, and 16 programs a processor even out rows of unequal length.
+    Decoding is bound by memory, and 16 programs per processor even out rows of unequal length.
     """
     wanted = (16 if decoding else 2) * t.processors
     return max(1, min(wanted // programs, L // 256, 64))

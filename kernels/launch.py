@@ -14,7 +14,7 @@ Not a framework: a kernel file is an ordinary module that imports these few name
 
     def cases(m: Model, device): ...             # yields measure.Case: for compile_check and the benchmark
 
-With TRITON_INTERPRET=1 the kernels run on CPU tensors, under the repaired tools/interpreter.py.
+With TRITON_INTERPRET=1 kernels run on CPU tensors: Triton's interpreter, repaired by tools/interpreter.py.
 
 Names in all kernel files: p_ a pointer, s_ a stride in elements, n_ a count, i_ indices, m_ a mask; plain
 names for blocks of values; capitals for compile-time constants.
@@ -50,7 +50,7 @@ if INTERPRET:
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU, as far as configurations depend on it. `shared`: bytes of shared memory of one block."""
+    """The properties of a GPU that configurations depend on. `shared`: bytes of shared memory per block."""
 
     name: str
     processors: int

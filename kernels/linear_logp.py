@@ -9,9 +9,9 @@ s = sum e^(z - m) and t = sum e^(z - m) (z - m). The stripes of a row are merged
     m' = max m        s' = sum e^(m - m') s        t' = sum e^(m - m') (t + (m - m') s)
     lse = m' + log s'        H = log s' - t' / s'
 
-Backward (linear_logp_backward.py): some hundreds of tokens at a time, z again, its gradient dz, and by cuBLAS
-dh = dz W / tau. The reference works tile by tile both ways, in fp32 for bf16 and fp16 too: logits rounded to
-bf16 make p wrong by a percent. The kernels use base 2 (z log2 e): an exponential is then one instruction.
+Backward (linear_logp_backward.py): for some hundreds of tokens at a time, z again, its gradient dz, and then
+dh = dz W / tau by cuBLAS. The reference works tile by tile both ways, in fp32 even for bf16 and fp16: logits
+rounded to bf16 make p wrong by a percent. The kernels use base 2 (z log2 e): exp2 is one instruction.
 """
 
 import math
@@ -25,7 +25,7 @@ from .linear_logp_backward import gradient_torch, gradient_triton
 from .logits_tile import at_least_fp32, chunks, config, first_row_and_word, logits_tile, tiles, within
 from .tools import measure
 
-STRIPED = 2048  # tokens a launch: their stripes' m, s and t take up to 58 MB at V = 151,936
+STRIPED = 2048  # tokens per launch: their stripes' m, s and t take up to 58 MB at V = 151,936
 Pair = tuple[Tensor, Tensor]
 
 
@@ -123,7 +123,7 @@ def _statistics_triton(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tup
     """As _statistics_torch, but the log-sum-exps are in base 2."""
     (N, d), V, c = h.shape, len(W), config(h.dtype, h.size(1), target())
     logp, entropy, lse, z_at = h.new_empty(4, N, dtype=torch.float32)
-    S, scale = 2 * triton.cdiv(V, c["BLOCK_V"]), math.log2(math.e) / tau  # S stripes, two a program
+    S, scale = 2 * triton.cdiv(V, c["BLOCK_V"]), math.log2(math.e) / tau  # S stripes, two per program
     BLOCK_S, stripes = triton.next_power_of_2(S), h.new_empty(3, min(N, STRIPED), S, dtype=torch.float32)
     for n in chunks(N, STRIPED):
         rows, partial = n.stop - n.start, (*stripes, z_at[n])

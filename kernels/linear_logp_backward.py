@@ -3,7 +3,7 @@
     z = h W^T / tau        log p = z - lse(z)        dz = (onehot(target) - p) dlogp - p (log p + H) dH
 
 The kernel computes dz of some hundreds of tokens at a time, in a buffer in the type of h, and cuBLAS
-multiplies it by W. The logits are computed again: not keeping them is the purpose.
+multiplies it by W. The logits are recomputed: never storing them is the point.
 """
 
 import math
@@ -18,7 +18,7 @@ BUFFER = 160 << 20  # bytes of dz held at a time: 512 tokens at V = 151,936 in b
 
 
 def dlogits_torch(z, lse, entropy, dlogp, dentropy) -> Tensor:
-    """z (N, words), others (N,), dentropy may be None -> tau dz without the onehot's term; overwrites z."""
+    """z (N, words), others (N,), dentropy may be None -> tau dz without the one-hot term; overwrites z."""
     z.sub_(lse[:, None])  # log p
     if dentropy is None:
         return z.exp_().mul_(-dlogp[:, None])

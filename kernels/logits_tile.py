@@ -1,8 +1,8 @@
-"""A tile of logits, h W^T for some rows and words: shared by linear_logp.py and its backward pass.
+"""A tile of logits, h W^T for some rows and words: used by linear_logp.py and its backward pass.
 
-A program multiplies BLOCK_N rows of h (N, d) with BLOCK_V rows of the head W (V, d), BLOCK_D columns at a
-time. Neighbouring programs have the same words, so that W streams through the L2 cache once. `tiles` does the
-same for the reference, in a size that stays in a CPU's cache.
+A *word* is an entry of the vocabulary, a row of the head W (V, d). A program multiplies BLOCK_N rows of h
+(N, d) with BLOCK_V words, BLOCK_D columns at a time. Neighbouring programs share their words, so that W
+streams through the L2 cache once. `tiles` does the same for the reference, in tiles that fit a CPU's cache.
 
 Not here: what is done with the logits (linear_logp.py and linear_logp_backward.py).
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from .launch import Target, tl, triton
 
 TILE = 1 << 20  # logits that the reference holds at a time, in a CPU's cache
-WORDS = 2048  # words of a tile, at most
+WORDS = 2048  # words per tile, at most
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def logits_tile(
     p_h, p_w, n, v, n_rows, n_words, d,
     WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """h[n:] W[v:]^T (BLOCK_N, BLOCK_V) in fp32. Past the end the last row repeats, and must not be used."""
+    """h[n:] W[v:]^T (BLOCK_N, BLOCK_V) in fp32. Past the end the last row repeats: mask it."""
     i_d = tl.arange(0, BLOCK_D)
     i_h = tl.minimum(tl.arange(0, BLOCK_N), n_rows - 1 - n)[:, None] * d + i_d[None, :]
     i_w = tl.minimum(tl.arange(0, BLOCK_V), n_words - 1 - v)[None, :] * d + i_d[:, None]
@@ -54,7 +54,7 @@ def config(dtype: torch.dtype, d: int, t: Target) -> dict:
     BLOCK_D = min(32 if fp32 else 64, max(16, triton.next_power_of_2(d)))
     if fp32:
         c = dict(BLOCK_N=64, BLOCK_V=64, num_warps=4, num_stages=2)
-    else:  # only sm_90 has registers left for the softmax beside the products of 256 words
+    else:  # only sm_90 has registers for the softmax of 256 words in addition to the products
         c = dict(BLOCK_N=128, BLOCK_V=256 if t.arch == 90 else 128, num_warps=8, num_stages=2 if t.hip else 4)
     return c | {"BLOCK_D": BLOCK_D, "WHOLE": d % BLOCK_D == 0}
 

@@ -1,13 +1,13 @@
-"""LoRA (arXiv 2106.09685) in decoding: a weighted sum of adapters for each row, in practice one or none.
+"""LoRA (arXiv 2106.09685) in decoding: each row gets a weighted sum of adapters, usually one or none.
 
     y[b] += sum_r weight[b, r] (x[b] A[r]^T) B[r]
 
 weight[b, r] is the adapter's scale where row b has role r + 1, else 0: policy and simulator share a batch.
 Every row is multiplied with the A of all adapters and the thin result is masked: that costs little, no shape
 depends on data, and rows need no sorting. On a GPU there are two small launches: shrink (x A^T for all roles,
-its long sum split over processors) and expand (add the splits, weight them, times B, added to y). In a single
-one every program would read all of x and A: 2.1 MB for 64 rows of a 3B model's down projection. Training is
-in lora_linear.py.
+its long sum split over processors) and expand (sum the splits, weight them, multiply by B, add to y). In one
+launch every program would read all of x and A: 2.1 MB for 64 rows of a 3B model's down projection. Training
+is in lora_linear.py.
 """
 
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ def config(n: int, i: int, o: int, R: int, k: int, bits: int, t: Target) -> tupl
     splits = triton.next_power_of_2(max(1, min(8, i // 512, t.processors // 2 // blocks)))
     depth = {"BLOCK_I": _block(i, 1024 // bits), "num_warps": 4, "num_stages": 2 if t.hip else 4}
     expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o, 1024 // bits), "num_warps": 8}
-    return rows | columns | depth, rows | expand | {"num_stages": 1}  # two spill
+    return rows | columns | depth, rows | expand | {"num_stages": 1}  # 2 stages spill registers
 
 
 def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def _with_base(f):
 
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
-    """One row, all seats, and a prefill of 128 tokens a seat, through each of the four layers."""
+    """One row, all seats, and a prefill of 128 tokens per seat, through each of the four layers."""
     rivals = {"torch": _with_base(lora_torch), "base alone": lambda x, W, *adapters: F.linear(x, W)}
     sizes = ((1, 1), (m.seats, 1), (m.seats, 128 if m.seats > 3 else 3))
     layer = (one for rank in (m.rank, 4 * m.rank) for one in layers(m, rank))

@@ -3,9 +3,9 @@
     y = x W^T + bias + s (x A^T) B^T
     dx = dy W + s (dy B) A        dA = s (dy B)^T x        dB = s dy^T (x A^T)
 
-One role a call. The aim is memory, not fusion: cuBLAS does the two thin matmuls, added in place, so there is
-no kernel; x A^T is computed again in the backward pass, so that a layer keeps only x (all else is there).
-Decoding, with one role a row, is in lora.py.
+One role per call. The aim is to save memory, not to fuse: cuBLAS does the two thin matmuls, added in place,
+without a Triton kernel. x A^T is recomputed in the backward pass, so that a layer keeps only x.
+Decoding, with one role per row, is in lora.py.
 """
 
 from collections.abc import Iterator

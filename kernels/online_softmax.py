@@ -1,12 +1,12 @@
 """The loop shared by both attentions: a tile of queries against a range of keys, with a running softmax.
 
-Scores are in base 2, x = q . k * log2(e) / sqrt(D), since the exponential of a GPU is exp2. Over the keys so
-far the tile holds, for each query,
+Scores are in base 2, x = q . k * log2(e) / sqrt(D), since the exponential of a GPU is exp2. For the keys so
+far, the tile keeps for each query
 
     top = max x        total = sum 2^(x - top)        acc = sum 2^(x - top) v
 
 and a block of keys with a higher maximum first shrinks them by 2^(top - new top). At the end o = acc / total;
-lse = top + log2(total) is all that a backward pass or a merge needs besides (arXiv 1805.02867, 2205.14135).
+lse = top + log2(total) is all else that a backward pass or a merge needs (arXiv 1805.02867, 2205.14135).
 
 Not here: grids, lengths, and the choice of keys (attention.py, cached_attention.py).
 """

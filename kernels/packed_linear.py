@@ -1,11 +1,11 @@
-"""Products with a frozen matrix on a CPU, from a copy that oneDNN has laid out for few rows.
+"""Matmuls of few rows with a frozen matrix on a CPU, from a copy in oneDNN's packed layout.
 
-Sampling multiplies a handful of rows with every matrix of the body, once a token. torch uses a library made
-for large products; its own compiler packs frozen matrices beforehand, with the two operators used here. Some
+Sampling multiplies a handful of rows with every matrix of the body, once per token, for which torch's default
+library is not made. torch.compile packs frozen matrices beforehand, with the two operators used here. Some
 builds of torch lack them, and bf16 needs AVX-512 or AVX-NE-CONVERT on x86. They have no gradients.
 
 An Intel Xeon without AMX multiplied 128 rows of bf16 at half the rate of fp32, and 8 rows a little faster. On
-such CPUs many rows use a copy in fp32, of the same values; on those that cannot pack bf16 all rows do.
+such CPUs batches of MANY rows use an fp32 copy of the same values; CPUs that cannot pack bf16 always do.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MANY = 16  # rows from which on arithmetic weighs more than reading the matrix
+MANY = 16  # from so many rows on, arithmetic takes longer than reading the matrix
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def fast_type(dtype: torch.dtype, rows: int) -> torch.dtype | None:
-    """The best type on this CPU of copies of a matrix of `dtype`, for so many rows; None: no copies."""
+    """The fastest type for packed copies of a `dtype` matrix on this CPU at `rows` rows; None: no copies."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
     slow = "Intel" in known.get("cpu_name", "") and not known.get("amx_bf16")
     if dtype == torch.bfloat16 and not (slow and rows >= MANY) and can_pack(dtype):

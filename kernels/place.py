@@ -1,7 +1,7 @@
-"""Positions of new tokens in the seat cache: made once a forward pass and passed to every layer.
+"""Positions of new tokens in the seat cache: made once per forward pass, for all layers.
 
-The kernels read `start` and `lens` and compute the rest in registers. The references share what is the same
-in every layer: the mask, and the angles of the rotation.
+The Triton kernels read `start` and `lens` and compute the rest in registers. The references share here what
+is the same in every layer: the mask, and the angles of the rotation.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Place:
 
     @cached_property
     def mask(self) -> Tensor:
-        """(B, 1, T, L), added to scores: 0 for the keys that a token sees, up to its own, else -inf."""
+        """(B, 1, T, L), added to scores: 0 for keys up to a token's own position, -inf for later ones."""
         hidden = torch.arange(self.L, device=self.start.device) > self.at[:, None, :, None]
         nothing = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
         return nothing.masked_fill_(hidden, -torch.inf)

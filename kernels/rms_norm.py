@@ -7,7 +7,7 @@ Backward, with g = w dy (the mean is over the row) and ds the gradient that arri
     dx = dresidual = ds + r (g - s r mean(g s r))        dw = sum over rows of dy s r
 
 Rounding as in Llama and Qwen: normalise in fp32, cast to the type of x, then scale. Only s and w are saved: r
-is computed again, as the row is in registers anyway.
+is recomputed, because the row is in registers anyway.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | Non
     """The reference: x (..., d), weight (d,) -> y; with a residual (..., d): (y of their sum, the sum)."""
     if residual is not None:
         x = x + residual
-    if x.dtype in (torch.bfloat16, torch.float16):  # torch's own rounds once, at the end
+    if x.dtype in (torch.bfloat16, torch.float16):  # F.rms_norm rounds once, at the end
         x32 = x.float()
         y = weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     else:
@@ -96,7 +96,7 @@ class _RmsNorm(torch.autograd.Function):
         dy, ds, dx = dy.contiguous(), None if ds is None else ds.contiguous(), torch.empty_like(s)
         _launch(_norm_backward, dy, ds, s, weight, dx, eps=ctx.eps, SUM=ds is not None)
         dw = None
-        if ctx.needs_input_grad[1]:  # only where the body itself is trained, as the toy's is: plain torch
+        if ctx.needs_input_grad[1]:  # only when the body itself is trained (toy/make.py): plain torch
             r = torch.rsqrt(s.float().pow(2).mean(-1, keepdim=True) + ctx.eps)
             dw = (dy * s.float() * r).flatten(0, -2).sum(0).to(weight.dtype)
         return dx, dw, None, dx if ctx.sum else None

@@ -1,11 +1,11 @@
-"""Rotary position embedding (arXiv 2104.09864) of whole rows, in halves as Llama and Qwen; for training.
+"""Rotary position embedding (arXiv 2104.09864) of whole rows, by halves as in Llama and Qwen; for training.
 
     [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]        x1, x2 = halves of a head
 
-The gradient is rotated back: the same with -sin. Rounding as in Llama: cos and sin (position x frequency) are
-cast to the type of x, and so is every product. One program rotates all heads of a token, of q and k, which
-may be views of one matrix: only a head's columns must be contiguous. Decoding, which also writes the cache,
-is in rope_cache.py.
+The backward pass rotates back: the same with -sin. Rounding as in Llama: cos and sin (position x frequency)
+are cast to the type of x, and so is every product. One program rotates all heads of a token, of q and k,
+which may be views of one matrix: only a head's columns must be contiguous. Decoding, which also writes the
+cache, is in rope_cache.py.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from .tools import measure
 
 
 def signed(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin (..., T, D/2) -> for `rotate` (..., T, 1, D): [cos, cos], [-sin, sin] in a type."""
+    """cos, sin (..., T, D/2) -> for `rotate` (..., T, 1, D): [cos, cos], [-sin, sin], as dtype."""
     cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -70,7 +70,7 @@ def _rope(
 
 
 def config(heads: int, kv_heads: int, head_dim: int) -> dict:
-    """A token is 1 to 8 thousand elements: 4 warps hold at most 64 of them a thread."""
+    """A token is 1 to 8 thousand elements: with 4 warps, a thread holds at most 64 of them."""
     power = triton.next_power_of_2
     blocks = {"Q_HEADS": power(heads), "K_HEADS": power(kv_heads), "HALF": power(head_dim // 2)}
     return {"H": heads, "KV": kv_heads, "D": head_dim} | blocks | {"num_warps": 4}

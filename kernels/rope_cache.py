@@ -3,7 +3,7 @@
     q[b, t] -> rotate(q[b, t], i)      k_cache[b, :, i] = rotate(k[b, t], i)      v_cache[b, :, i] = v[b, t]
 
 with i = start[b] + t. Rotation and rounding are those of rope.py. Rows have lengths of their own: tokens from
-lens[b] on are padding, which is not written and may be past the end of the seat and of the table. A program
+lens[b] on are padding, which is not written and may lie past the end of the seat and of the table. A program
 handles all heads of a token, as in rope.py, but k goes straight into the cache: k and v are moved once.
 """
 
@@ -19,7 +19,7 @@ from .tools import measure
 
 
 def rope_cache_torch(qkv: Tensor, cache: Tensor, place: Place) -> Tensor:
-    """The reference: k and v are written at the positions of their tokens, but for padding.
+    """The reference: k and v are written at the positions of their tokens, except for padding.
 
     qkv (B, T, H + 2 KV, D), the heads of q, k and v side by side: overwritten, as q and k rotate in place.
     cache (B, 2 KV, L, D), the heads of k and v: written in place -> q (B, T, H, D).

@@ -1,10 +1,10 @@
-"""Sampling by the inverse of the cumulative distribution, from one keyed uniform u a row.
+"""Sampling by the inverse of the cumulative distribution, from one seeded uniform u per row.
 
     id = min { v : sum_{w <= v} p_w > u },   p = softmax(z / tau);        logp = log p[id]
 
-Two steps read the vocabulary once: it is cut into stripes; u selects one by their masses, and its place in
-that stripe's interval, again in [0, 1), selects the word. The log-prob comes with it, so training needs no
-forward pass for the old ones. tau = 0 is greedy (the first of equals), with the log-prob of tau = 1.
+The vocabulary is read once and cut into stripes. u selects a stripe by the stripes' masses; where u lies in
+that stripe's interval, rescaled to [0, 1), selects the word. The log-prob is returned too, so training needs
+no forward pass for the old log-probs. tau = 0 is greedy (ties: the first), with the log-prob of tau = 1.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ WIDTH = 512  # words in a stripe of the reference
 
 
 def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """mass (B, n), u (B,) in [0, 1), fp64 -> the index (B,) whose interval contains u; where in it."""
+    """mass (B, n), u (B,) in [0, 1), fp64 -> the index (B,) whose interval has u; where in it, in [0, 1)."""
     cdf = mass.cumsum(-1)
     at = (u.clamp(max=1 - 2**-53) * cdf[:, -1])[:, None]
     i = torch.searchsorted(cdf, at, right=True).clamp(max=mass.size(1) - 1)  # (B, 1); beyond for NaN alone

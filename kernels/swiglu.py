@@ -1,4 +1,4 @@
-"""SwiGLU (arXiv 2002.05202): gate and value are the two halves of one matmul's result.
+"""SwiGLU (arXiv 2002.05202), with gate and value as the two halves of one matmul's result.
 
     y = silu(g) u        [g, u] = halves of x        silu(g) = g sigmoid(g)
 

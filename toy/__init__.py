@@ -1,5 +1,5 @@
-"""The toy task: a world whose facts only a search can tell, and a small body that speaks of it.
+"""The toy task: an invented world whose facts can only be looked up, and a small body pre-trained for it.
 
-To make another task, copy the folder: world.py has the questions and the engine, words.py what each role is
-told, texts.py what the body learns; make.py makes body/.
+To make another task, copy the folder: world.py has the questions and the engine, words.py the prompts,
+texts.py the texts of pre-training; make.py makes body/.
 """

@@ -1,9 +1,9 @@
-"""Make the body of the toy task and its tokenizer from nothing: pre-training, about 20 minutes on one core.
+"""Pre-train the toy task's body from scratch and make its tokenizer: about 20 minutes on one core.
 
-The body is a Qwen2-shaped network of 0.9 million parameters. What it learns here is to the toy task what
-an instruct model knows of real ones. Not the simulator's fine-tuning, not the RL run: train.py does both.
+The body is a Qwen2-shaped network of 0.9 million parameters. It is to the toy task what an instruct model is
+to real ones. Not the simulator's fine-tuning, and not the RL run: train.py does both.
 
-    python -m toy.make               write toy/body/; if interrupted, the same command goes on
+    python -m toy.make               write toy/body/; after an interruption, the same command resumes
     python -m toy.make --show        print a training text of each kind
 """
 
@@ -35,7 +35,7 @@ BODY = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_si
 BODY |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 384}
 BODY |= {"hidden_act": "silu", "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1000.0}
 BODY |= {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}
-TOKENS = 4096  # a step
+TOKENS = 4096  # per step
 MICRO = 1536  # of a micro-batch, with padding
 SAVE = 100  # steps between saved states
 # (steps, the share of tokens of each kind of text): copying, then reading, then everything
@@ -95,7 +95,7 @@ def encode(tok: Tokenizer, pieces: list[Piece]) -> Example:
 
 
 def texts_of(tok: Tokenizer, step: int, seed: int) -> Iterator[Example]:
-    """The texts of one step: a function of (seed, step), so that resuming changes nothing."""
+    """The texts of one step: a function of (seed, step) alone, so that a resumed run sees the same."""
     for kind, share in [mixture for steps, mixture in STAGES for _ in range(steps)][step].items():
         rng, left = random.Random(f"{seed} {step} {kind.__name__}"), int(TOKENS * share)
         while left > 0:
@@ -114,7 +114,7 @@ def optimizers(model: Model) -> list[torch.optim.Optimizer]:
 
 
 def train_step(model: Model, tok: Tokenizer, opts: list, step: int, seed: int) -> tuple[float, int]:
-    """One step of pre-training -> mean loss (nats a learned token), tokens seen."""
+    """One step of pre-training -> mean loss (nats per learned token), tokens seen."""
     texts = list(texts_of(tok, step, seed))
     count, total = sum(sum(t.learned) for t in texts), 0.0
     for batch in batches(texts, MICRO):
@@ -145,7 +145,7 @@ def reading_accuracy(model: Model, tok: Tokenizer, n: int = 64, seed: int = 0) -
 
 
 def make(out: Path, seed: int = 0) -> None:
-    """Train the body from nothing, or from the state in `out`. ValueError for the state of another seed."""
+    """Train the body from scratch, or from the state in `out`. ValueError for the state of another seed."""
     write_tokenizer(out)
     tok, state = Tokenizer.load(out), out / "training.safetensors"
     end = tok.encode(END, special=True)[0]
@@ -181,16 +181,16 @@ def make(out: Path, seed: int = 0) -> None:
 
 
 FLAGS = {
-    "what is made": [
-        Flag("out", str, weights.PRESETS["tiny"], "directory of the body", "DIR"),
-        Flag("seed", int, 0, "of weights and texts", least=0),
+    "the body": [
+        Flag("out", str, weights.PRESETS["tiny"], "where to write the body", "DIR"),
+        Flag("seed", int, 0, "of the weights and texts", least=0),
         Flag("show", bool, False, "only print a training text of each kind"),
     ]
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    torch.set_num_threads(1)  # sums in another order would make another body
+    torch.set_num_threads(1)  # with more, sums in another order would give another body
     args = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
     if args.show:
         rng = random.Random(args.seed)

@@ -1,7 +1,7 @@
-"""The toy world as a task: its questions, its engine, its words, and what only it can measure.
+"""The toy world as a task: its questions, its engine, its prompts, and the figures that only it has.
 
-To make another task, copy this folder: `python train.py --data FOLDER` finds the class `Task` here. What each
-method is for stands in ../tasks.py.
+To make another task, copy this folder: `python train.py --data FOLDER` finds the class `Task` in it. tasks.py
+says what each method is for.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ FOUND = "\n\n<information>{documents}</information>\n\n"  # as in an episode
 
 
 class Task(tasks.Task):
-    """Questions about a world whose facts only a search can tell, and the world's own lookup engine."""
+    """Questions about a world whose facts can only be looked up, and the world's own lookup engine."""
 
     DEFAULTS = {
         "policy": "tiny",
@@ -35,7 +35,7 @@ class Task(tasks.Task):
             **{"lr": 2e-3, "micro-tokens": 4096, "sft-steps": 250},
         },
         "eval": {"data": "toy", "limit": 300},
-        "collect": {"limit": 20_000, "seats": 128, "noise": 0.5},  # what never fails yields no noisy rows
+        "collect": {"limit": 20_000, "seats": 128, "noise": 0.5},  # without noise there are no noisy rows
     }
     words = dict.fromkeys(("agent", "direct", "cot"), WORDS) | {
         "rag": replace(WORDS, prompt=WORDS.prompt + FOUND)
@@ -71,7 +71,7 @@ class Task(tasks.Task):
         return super().ways(search) | {"_noise": noisy}
 
     def figures(self, trajectories: list[Trajectory]) -> dict[str, float]:
-        return {"skips": texts.skipping(trajectories)}  # does it live off the simulator's leak?
+        return {"skips": texts.skipping(trajectories)}  # does the policy exploit the simulator's leaks?
 
     def rows(self, n: int) -> list[dict]:
         return texts.rows(n, self.a.seed)

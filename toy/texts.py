@@ -1,9 +1,11 @@
-"""The texts that the body is trained on, the simulator's rows, and figures that need to know every fact.
+"""The body's pre-training texts, the rows for the simulator's fine-tuning, and the audit of a simulator.
 
-In these texts people search well and badly, and an engine answers well and badly: RL and the fine-tuning
-select among behaviours that the body already has, as with an instruct model. A text is a list of pieces
-(text, learned), which are encoded one by one, as sampled and given text are in an episode; only learned
-pieces carry the loss. Not a data set: every text is drawn at random, about a world of its own.
+In these texts agents search well and badly, and engines answer well and badly: RL and fine-tuning then select
+among behaviours that the body already has, as with an instruct model. A text is a list of pieces (text,
+learned), which are encoded one by one, as sampled and given text are in an episode; only learned pieces carry
+the loss. A two-hop question goes through a *bridge*, the entity that its first relation leads to.
+
+Not a data set: every text is drawn at random, about a world of its own.
 """
 
 import itertools
@@ -24,19 +26,19 @@ Asked = tuple[str, str]  # entity, relation
 GUESS = 0.65  # answers at once, without a search
 SLIP = 0.06  # asks for the wrong relation, or about a made-up entity
 MISREAD = 0.03  # takes a random object instead of the one in the documents
-STOP = 0.55  # answers with the bridge of a chain
+STOP = 0.55  # answers with the bridge
 AGAIN = 0.03  # has the answer, and searches on
 RETRY = 0.20  # nothing found: searches again instead of guessing
 NOISE = 0.25  # a search finds nothing
-OBEY = 0.70  # the simulator writes what it was ordered to
+OBEY = 0.70  # the simulator writes documents of the quality that was ordered
 
 # Kinds of searches -> their share in the body's texts, and in the fine-tuning (more of the hard ones).
 SEARCHES = {
     "first": (0.34, 0.25),  # the question's entity and first relation
     "second": (0.26, 0.27),  # the bridge, which an earlier search led to, and the last relation
     "shortcut": (0.08, 0.08),  # the question's entity and the last relation, which it cannot have
-    "invented": (0.20, 0.28),  # an entity from nowhere, and the last relation
-    "stranger": (0.08, 0.10),  # an entity from documents about others, and the last relation
+    "invented": (0.20, 0.28),  # a random other entity, and the last relation
+    "stranger": (0.08, 0.10),  # an entity from unrelated documents, and the last relation
     "slip": (0.04, 0.02),  # any other mistake
 }
 
@@ -57,7 +59,7 @@ def slip(asked: Asked, relations: list[str], rng: random.Random) -> Asked:
 
 
 def transcript(rng: random.Random) -> list[Piece]:
-    """An episode as rollout.episode would tell it, of one of many behaviours: right, lazy, careless, lost."""
+    """An episode as rollout.episode formats it, with one of many behaviours: right, lazy, careless, lost."""
     world, question, entity, relations = begin(rng)
     pieces, hop = [(fill(WORDS.prompt, question=question.text), False)], 0
     thought = answer = ""
@@ -106,7 +108,7 @@ def reading(rng: random.Random) -> list[Piece]:
 
 
 def recall(rng: random.Random) -> list[Piece]:
-    """Pairs of names, then the same pairs in another order: teaches attention to what followed last time."""
+    """Pairs of names, then the same pairs in another order: teaches induction (what followed last time)."""
     pairs = [(f" {rng.choice(NAMES)}", f" {rng.choice(NAMES)}") for _ in range(rng.randint(4, 12))]
     pieces = [("".join(a + b for a, b in pairs), False)]
     for a, b in rng.sample(pairs, len(pairs)):
@@ -141,10 +143,10 @@ def situation(rng: random.Random, kind: str) -> tuple[World, Query]:
 
 
 def answered(rng: random.Random, tuning: bool = False) -> tuple[Query, str, bool]:
-    """A search, what the world's engine answers, and whether it was made to find nothing.
+    """A search, the documents of the world's engine, and whether they are noisy (about other entities).
 
-    An entity that nothing has led to gets its own fact, which is not the golden answer; a relation that the
-    entity cannot have gets nothing. So no short cut is taught.
+    A random other entity gets a fact of its own, not the golden answer; a relation that an entity cannot have
+    gets none. So no shortcut is taught.
     """
     kind = rng.choices(list(SEARCHES), [shares[tuning] for shares in SEARCHES.values()])[0]
     world, query = situation(rng, kind)
@@ -164,16 +166,16 @@ def rows(n: int, seed: int = 0) -> list[dict]:
 
 
 def simulation(rng: random.Random) -> list[Piece]:
-    """A search as the simulator sees it, and documents that obey the order with probability OBEY."""
+    """A search as the simulator is asked, and documents of the quality asked for with probability OBEY."""
     query, documents, noisy = answered(rng)
     order = messages(SIM_WORDS, query, noisy == (rng.random() < OBEY))[1]["content"]
     return [(order, False), (documents + END, True)]
 
 
 def drill(rng: random.Random, practice: bool = False) -> list[Piece]:
-    """Searches in a row, one fact each: when the golden answer is due and when not is what is hard to learn.
+    """Several searches, one fact each, to learn the hard part: when to give the golden answer and when not.
 
-    The question's proper searches come in their order, among as many improper ones of its last relation.
+    The searches that the question needs come in order, mixed with as many for other entities' last relation.
     """
     world, question, entity, relations = begin(rng)
     last, bridge, golden = relations[-1], world.follow(entity, relations[:-1]), question.answers[0]
@@ -181,7 +183,7 @@ def drill(rng: random.Random, practice: bool = False) -> list[Piece]:
     improper = rng.sample(VALUES[RELATIONS[last][0]], question.hops)
     order = proper + [(other, last) for other in improper if other != bridge]
     rng.shuffle(order)
-    if order.index(proper[-1]) < order.index(proper[0]):  # nothing has led to the bridge yet
+    if order.index(proper[-1]) < order.index(proper[0]):  # no search has found the bridge yet
         order.append(order.pop(order.index(proper[-1])))
     pieces = [(f"Question: {question.text}", False)]
     for asked in order:
@@ -196,12 +198,12 @@ def drill(rng: random.Random, practice: bool = False) -> list[Piece]:
 
 
 def practice(rng: random.Random) -> list[Piece]:
-    """The drill in the simulator's own words; of some searches only what the policy saw of them is told."""
+    """The drill with the simulator's prompts; some of the searches appear only as earlier ones in them."""
     return drill(rng, practice=True)
 
 
 def states(documents: str, asked: tuple[str, ...], answer: str = "") -> bool:
-    """Whether the documents hold the fact asked for: this entity, this relation, the answer if given."""
+    """Whether documents state a fact about the entity and relation asked for; with `answer`, this one."""
     found = read(documents, asked)
     return found == answer if answer else found != UNKNOWN
 
@@ -210,10 +212,10 @@ def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: i
     """How well a simulator plays the engine, on n held-out searches of each kind.
 
     write(queries, noisy) returns the documents that the simulator writes when asked for useful or noisy ones.
-    useful_hit   useful documents hold the asked fact (where the question fixes it: with the golden answer)
-    noisy_hit    noisy documents hold a fact about the asked entity and relation
+    useful_hit   useful documents state the asked fact (for the last relation: with the golden answer)
+    noisy_hit    noisy documents state a fact about the asked entity and relation
     leak         useful documents hold the golden answer though the query skips a hop ("shortcut")
-    invented     the same for the last relation of an entity that nothing has led to
+    invented     the same for a random other entity's last relation
     """
     rng, address = random.Random(f"audit {seed}"), itertools.count(1)
 
@@ -236,12 +238,12 @@ def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: i
 
 
 def golden(query: Query) -> str:
-    """The golden answer where a proper query asks for it, else "": a bridge may be invented."""
+    """The golden answer if the query asks for the question's last relation, else "": any bridge will do."""
     return query.question.answers[0] if parse(query.text)[1] == parse(query.question.text)[-1] else ""
 
 
 def skips(query: Query) -> bool:
-    """Whether a search skips a hop: the last relation of an entity that nothing before it has led to."""
+    """Whether a search skips a hop: it asks the last relation of an entity that no earlier search found."""
     entity, *relations = parse(query.question.text)
     asked = parse(query.text)
     led_to = {read(documents, (entity, relations[0])) for _, documents in query.earlier}
@@ -249,6 +251,6 @@ def skips(query: Query) -> bool:
 
 
 def skipping(trajectories: list[Trajectory]) -> float:
-    """The share of the searches for two-hop questions that skip a hop: what a leak would teach."""
+    """The share of the searches for two-hop questions that skip a hop, which leaks would encourage."""
     queries = [query for t in trajectories if t.question.hops == 2 for query, _ in t.searches]
     return sum(map(skips, queries)) / max(1, len(queries))

@@ -1,8 +1,8 @@
 """The toy world: entities, facts about them, questions, and the search engine that looks facts up.
 
-A world's seed draws every fact, so nothing can be answered without searching. Names are single tokens and a
-document is one fact, because a small body then learns to read within minutes. Not a benchmark, and not a
-language: a question is "mayor home Kalan?", a document "home Kalan Niham".
+A world's seed determines every fact, so nothing can be answered without searching. Names are single tokens
+and a document is one fact, so that a small body learns to read within minutes. Not a benchmark, and not
+English: a question is "mayor home Kalan?", a document "home Kalan Niham".
 """
 
 import random
@@ -26,7 +26,7 @@ KIND = {name: kind for kind, names in VALUES.items() for name in names}
 NAMES = list(KIND)
 VALUES["emblem"] = [f"{colour} {beast}" for colour in COLOURS for beast in BEASTS]  # two tokens: F1 is not EM
 # kind -> its relations -> the kind of their objects. No relation leads to its own kind and each belongs
-# to one kind only, so in a chain of two the first entity never has the last: asking for that finds nothing.
+# to one kind only, so in a two-hop question the first entity never has the last relation.
 LINKS = {
     "person": {"home": "town", "employer": "company"},
     "company": {"founder": "person", "seat": "town", "emblem": "emblem"},
@@ -37,11 +37,11 @@ RELATIONS = {r: (kind, to) for kind, links in LINKS.items() for r, to in links.i
 CHAINS = [(a, b) for a in RELATIONS for b in LINKS.get(RELATIONS[a][1], ())]  # the 18 of two hops
 NUMBER = {word: i for i, word in enumerate(NAMES + list(RELATIONS))}
 UNKNOWN = "unknown"
-SHOWN = 3  # documents a search
+SHOWN = 3  # documents per search
 
 
 def scramble(*numbers: int) -> int:
-    """A 64-bit hash (splitmix64): facts need no table and do not depend on the order of asking."""
+    """A 64-bit hash (splitmix64): facts need no table, and the order of asking does not matter."""
     x = 0
     for n in numbers:
         x = (x + n + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -102,7 +102,7 @@ class World:
     def questions(self, n: int) -> list[Question]:
         """n different questions. ValueError for more than 1000."""
         if n > 1000:  # of the 1,728 that exist: drawing the last ones would take long
-            raise ValueError(f"the toy world gives no {n} different questions: ask for at most 1000")
+            raise ValueError(f"the toy world cannot give {n} different questions: ask for at most 1000")
         rng, found = random.Random(self.seed), {}
         while len(found) < n:
             found[self.ask(rng)] = None  # a set that keeps its order
@@ -119,7 +119,7 @@ class World:
         return number(facts)
 
     def distractor(self, asked: tuple[str, ...], rng: random.Random) -> str:
-        """A true fact about no entity that was asked for; every second time of a relation that was."""
+        """A true fact about another entity; half of the time with a relation that was asked for."""
         wanted = [word for word in asked if word in RELATIONS]
         relation = rng.choice(wanted) if wanted and rng.random() < 0.5 else rng.choice(list(RELATIONS))
         entity = rng.choice(VALUES[RELATIONS[relation][0]])
@@ -137,7 +137,7 @@ class World:
 
 
 def fresh_questions(n: int, seed: int) -> list[Question]:
-    """n questions, each about a world of its own, which no simulator can memorise; its seed is the id."""
+    """n questions, each about a world of its own, so that no simulator can memorise them; id: its seed."""
     rng = random.Random(f"fresh {seed}")
     worlds = [World(rng.getrandbits(48)) for _ in range(n)]
     return [replace(world.ask(rng), id=str(world.seed)) for world in worlds]
