@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ import simulator as simulators
 from cli import disk, flags, screen
 from cli.disk import Rows
 from cli.setting import Setting, find_bodies, load
+from evaluation.kept import Kept
 from model import POLICY, SIMULATOR
 from prepare.sft import sft
 from questions import exact_match, f1
@@ -48,11 +50,13 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     facts = restore(a, s, optimizer)  # {} at the start of a run
     began = time.monotonic() - facts.get("seconds", 0.0)
     log = Rows(Path(a.out) / "log.jsonl", resume=True)
+    kept = Kept(a.out, a.steps, s.tok)
 
     if not facts:
-        facts = prepare(a, s, world) | {"step": 0, "updates": 0, "seconds": time.monotonic() - began}
+        facts = prepare(a, s, world, kept) | {"step": 0, "updates": 0, "seconds": time.monotonic() - began}
         save(a, s, optimizer, facts)
     log.keep(facts["step"])  # steps after the last save are taken again
+    kept.rows.keep(facts["step"] + 1)
 
     with pausing() as pause, saving_on_failure(a, s, optimizer, facts):
         for step in range(facts["step"], a.steps):
@@ -68,6 +72,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             row |= {"tokens_per_second": s.engine.stats.decoded / (t1 - t0)}
             row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)} | s.task.figures(trajectories)
             tell(a, s, step, row, trajectories, log)
+            keep(a, s, step, trajectories, rewards, kept)
             add_audit(facts["documents"], row["simulator"])
             facts |= {"step": step + 1, "updates": updates_of(s, optimizer)}
             facts |= {"seconds": time.monotonic() - began}
@@ -76,7 +81,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             if pause.asked:
                 print(f"saved; go on with: python train.py --out {a.out} --resume")
                 sys.exit(130)
-    finish(a, s, world, facts, began)
+    finish(a, s, world, facts, began, kept)
 
 
 # --------------------------------------------------------------------------------------------- the five verbs
@@ -127,8 +132,7 @@ def learn(
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, float]:
     """`updates` optimiser steps on the groups that teach something. Returns mean figures."""
-    if a.shuffle_rewards:
-        rewards = grpo.shuffle_siblings(rewards, hash((a.seed, step)))
+    rewards = credited(a, step, rewards)
     adv = grpo.advantages(rewards, a.algorithm)
     kept = grpo.informative(rewards).nonzero()[:, 0].tolist()
     optimizer.param_groups[0]["lr"] = a.lr * (1 - step / a.steps)
@@ -143,6 +147,11 @@ def learn(
             updates.append(grpo.learn(s.body, batches, optimizer, objective, a.recompute))
     means = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]} if updates else {}
     return means | {"skipped_groups": len(rewards) - len(kept)}
+
+
+def credited(a: argparse.Namespace, step: int, rewards: torch.Tensor) -> torch.Tensor:
+    """The rewards (Q, G) that are learnt from: shuffled among siblings in the control."""
+    return grpo.shuffle_siblings(rewards, hash((a.seed, step))) if a.shuffle_rewards else rewards
 
 
 def tell(
@@ -164,6 +173,36 @@ def tell(
         best = max(trajectories, key=lambda t: (len(t.searches), t.answer is not None))
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print("\n" + show(best, s.tok, colour) + f"\n  -> golden: {best.question.answers}\n")
+
+
+def keep(
+    a: argparse.Namespace,
+    s: Setting,
+    step: int,
+    trajectories: list[Trajectory],
+    rewards: torch.Tensor,
+    kept: Kept,
+) -> None:
+    """Some of the step's episodes for look.py, with advantages and what the update did to each token."""
+    few = kept.few(step + 1, trajectories, a.group)
+    adv = grpo.advantages(credited(a, step, rewards), a.algorithm).flatten().tolist()
+    new = ratios(a, s, [trajectories[i] for i in few])
+    more = {
+        i: {"reward": rewards.flatten()[i].item(), "advantage": round(adv[i], 3), "ratios": ratio}
+        for i, ratio in zip(few, new)
+    }
+    kept.add(step + 1, trajectories, [judge_of.answered(t) for t in trajectories], a.group, more=more)
+
+
+@torch.no_grad()
+def ratios(a: argparse.Namespace, s: Setting, trajectories: list[Trajectory]) -> list[list[float]]:
+    """Probability of each sampled token now, over that when it was sampled."""
+    batches = grpo.make_batches(trajectories, [0.0] * len(trajectories), a.micro_tokens, a.device)
+    logps = [grpo.token_logps(s.body, b, POLICY)[0] - b.old for b in batches]
+    flat = iter(torch.cat(logps).exp().tolist() if logps else ())
+    order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))  # that of the batches
+    by_number = {i: [round(r, 3) for r in islice(flat, sum(trajectories[i].mask))] for i in order}
+    return [by_number[i] for i in range(len(trajectories))]
 
 
 # ------------------------------------------------------------------------------------------------ the figures
@@ -210,9 +249,12 @@ class World:
     engine: Search | None
 
 
-def measure(a: argparse.Namespace, s: Setting, world: World) -> dict[str, dict]:
-    """Held-out questions through the real engine, in each of the task's ways (sampled, greedy, ...)."""
-    out = {}
+def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: int) -> dict[str, dict]:
+    """Held-out questions through the real engine, in each of the task's ways (sampled, greedy, ...).
+
+    step: what the page is to call it, 0 before training and steps + 1 after it.
+    """
+    out, held, shown = {}, {}, []
     for suffix, (label, search, temperature) in s.task.ways(world.engine).items():
         address = (a.seed, 1_000_000)  # no step is called that
         with screen.bar(f"held-out, {label}", len(world.held)) as bar:
@@ -222,6 +264,9 @@ def measure(a: argparse.Namespace, s: Setting, world: World) -> dict[str, dict]:
             )
         out[suffix] = {k: summary[k] for k in ("f1", "em", "cover_em", "searches", "n", "by_hop")}
         out[suffix] |= s.task.figures(trajectories)
+        held[label] = [judge_of.answered(t) for t in trajectories]
+        shown = shown or trajectories
+    kept.add(step, shown, next(iter(held.values()), []), held=held)
     return out
 
 
@@ -236,11 +281,12 @@ def table_of(s: Setting, world: World, **times: dict[str, dict]) -> str:
     return screen.table(rows)
 
 
-def prepare(a: argparse.Namespace, s: Setting, world: World) -> dict:
+def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict:
     """What comes before the first step: held-out questions, and a task's simulator tuned and audited."""
     facts: dict = {"before": {}, "documents": {}}
+    kept.rows.keep(0)
     if world.held:
-        facts["before"] = measure(a, s, world)
+        facts["before"] = measure(a, s, world, kept, 0)
         print(table_of(s, world, before=facts["before"]), flush=True)
     if a.sft_steps:
         tune_simulator(a, s)
@@ -254,10 +300,10 @@ def prepare(a: argparse.Namespace, s: Setting, world: World) -> dict:
     return facts
 
 
-def finish(a: argparse.Namespace, s: Setting, world: World, facts: dict, began: float) -> None:
+def finish(a: argparse.Namespace, s: Setting, world: World, facts: dict, began: float, kept: Kept) -> None:
     """What comes after the last step: the held-out questions again, result.json and the table."""
     models.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
-    after = measure(a, s, world) if facts["before"] else {}
+    after = measure(a, s, world, kept, a.steps + 1) if facts["before"] else {}
     result: dict = {f"before{k}": v for k, v in facts["before"].items()}
     result |= {f"after{k}": v for k, v in after.items()}
     # The documents of all steps; where a task knows more of its simulator, that.
@@ -268,7 +314,7 @@ def finish(a: argparse.Namespace, s: Setting, world: World, facts: dict, began: 
     disk.write_json(Path(a.out) / "result.json", result)
     if after:
         print("\n" + table_of(s, world, before=facts["before"], after=after))
-    print(f"{result['seconds']:.0f} s; everything is in {a.out}")
+    print(f"{result['seconds']:.0f} s; everything is in {a.out}; see it with: python look.py {a.out}")
 
 
 def write(s: Setting, queries: list[Query], noisy: bool) -> list[str]:
