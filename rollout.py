@@ -269,19 +269,6 @@ def harmless(text: str) -> str:
     return CONTROL.sub("\ufffd", text)
 
 
-def show(t: Trajectory, tok, colour: bool = True) -> str:
-    """The picture of the mask: sampled text in green, given text in grey (or in brackets, without colour)."""
-    green, grey, reset = ("\033[32m", "\033[90m", "\033[0m") if colour else ("", "[", "]")
-    out, start = [], 0
-    for i in range(1, len(t.ids) + 1):
-        if i == len(t.ids) or t.mask[i] != t.mask[start]:
-            text = harmless(tok.decode(t.ids[start:i]))
-            sampled = t.mask[start] == 1
-            out.append(green + text + (reset if colour else "") if sampled else grey + text + reset)
-            start = i
-    return "".join(out)
-
-
 # ------------------------------------------------------------------------------------------------- the engine
 
 

@@ -10,8 +10,8 @@ policy's adapter), tell (a line, a log, now and then a trajectory). `train` is t
 Not a framework: there are no callbacks and no configuration files; fork the loop.
 """
 
+import cli  # noqa: F401, I001 (first: it says that torch is being loaded)
 import argparse
-import os
 import random
 import shutil
 import signal
@@ -34,11 +34,13 @@ import simulator as simulators
 from cli import disk, flags, screen
 from cli.disk import Rows
 from cli.setting import Setting, find_bodies, load
+from cli.track import tracker
 from evaluation.kept import Kept
+from evaluation.live import shown
 from model import POLICY, SIMULATOR
 from prepare.sft import sft
 from questions import exact_match, f1
-from rollout import Query, Question, Search, Trajectory, episode, show
+from rollout import Query, Question, Search, Trajectory, episode
 from simulator import audit_figures, p_noise
 from tasks import kind
 from words import WORDS_FILE, save_words
@@ -58,7 +60,10 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     log.keep(facts["step"])  # steps after the last save are taken again
     kept.rows.keep(facts["step"] + 1)
 
-    with pausing() as pause, saving_on_failure(a, s, optimizer, facts):
+    track = tracker(getattr(a, "track", ""), a.out, vars(a), facts["step"])
+    line = screen.bar("training", a.steps, "steps", facts["step"])
+
+    with pausing() as pause, saving_on_failure(a, s, optimizer, facts), line:
         for step in range(facts["step"], a.steps):
             t0 = time.monotonic()
             asked = ask(a, world.questions, step)
@@ -73,13 +78,16 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)} | s.task.figures(trajectories)
             tell(a, s, step, row, trajectories, log)
             keep(a, s, step, trajectories, rewards, kept)
+            track(step + 1, row)
+            past = screen.trend([r["reward"] for r in log.rows.values()])
+            screen.move(line, step + 1, f"reward {past} {row['reward']:.2f}, searches {row['searches']:.2f}")
             add_audit(facts["documents"], row["simulator"])
             facts |= {"step": step + 1, "updates": updates_of(s, optimizer)}
             facts |= {"seconds": time.monotonic() - began}
             if pause.asked or (step + 1) % a.save_every == 0 or step + 1 == a.steps:
                 save(a, s, optimizer, facts)
             if pause.asked:
-                print(f"saved; go on with: python train.py --out {a.out} --resume")
+                screen.say(f"saved; go on with: python train.py --out {a.out} --resume")
                 sys.exit(130)
     finish(a, s, world, facts, began, kept)
 
@@ -113,7 +121,7 @@ def act(a: argparse.Namespace, s: Setting, step: int, asked: list[tuple[int, Que
         for number, question in asked
         for sibling in range(a.group)
     ]
-    with screen.bar(f"step {step + 1}", len(episodes)) as bar:
+    with screen.bar(f"step {step + 1}", len(episodes), delay=2) as bar:
         return s.engine.run(episodes, lambda done, of, stats: screen.move(bar, done))
 
 
@@ -157,22 +165,22 @@ def credited(a: argparse.Namespace, step: int, rewards: torch.Tensor) -> torch.T
 def tell(
     a: argparse.Namespace, s: Setting, step: int, row: dict, trajectories: list[Trajectory], log: Rows
 ) -> None:
-    """One line a step on the terminal and in log.jsonl; now and then a trajectory in colour."""
-    ends = " ".join(f"{k} {v}" for k, v in row["ends"].items())
-    print(
-        f"step {step + 1:3d}/{a.steps}  reward {row['reward']:.3f}  em {row['em']:.3f}  "
-        f"searches {row['searches']:.2f}  length {row['length']:.0f}  noise {row['noise']:.2f}  "
-        f"kl {row.get('kl', 0):.4f}  ratio {row.get('ratio', 1):.3f}  gap {row.get('gap', 0):.1e}  "
-        f"grad {row.get('grad_norm', 0):.2f}  "
-        f"act {row['seconds_act']:.1f}s  learn {row['seconds_learn']:.1f}s  "
-        f"{row['tokens_per_second']:,.0f} tok/s  left {row['seconds_left'] / 60:.1f}m  [{ends}]",
-        flush=True,
-    )
+    """A row of log.jsonl, and a line where no bar shows the same; now and then an episode in two colours."""
     log.add({"step": step + 1, **row})
-    if step == 0 or (step + 1) % a.show_every == 0:
+    full = step == 0 or (step + 1) % a.show_every == 0
+    ends = " ".join(f"{k} {v}" for k, v in row["ends"].items())
+    if full or not screen.watched():
+        screen.say(
+            f"step {step + 1:3d}/{a.steps}  reward {row['reward']:.3f}  em {row['em']:.3f}  "
+            f"searches {row['searches']:.2f}  length {row['length']:.0f}  noise {row['noise']:.2f}  "
+            f"kl {row.get('kl', 0):.4f}  ratio {row.get('ratio', 1):.3f}  gap {row.get('gap', 0):.1e}  "
+            f"grad {row.get('grad_norm', 0):.2f}  "
+            f"act {row['seconds_act']:.1f}s  learn {row['seconds_learn']:.1f}s  "
+            f"{row['tokens_per_second']:,.0f} tok/s  left {row['seconds_left'] / 60:.1f}m  [{ends}]"
+        )
+    if full:
         best = max(trajectories, key=lambda t: (len(t.searches), t.answer is not None))
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print("\n" + show(best, s.tok, colour) + f"\n  -> golden: {best.question.answers}\n")
+        screen.say(f"\n{shown(best, s.tok, screen.coloured())}\n  -> golden: {best.question.answers}\n")
 
 
 def keep(
@@ -294,7 +302,8 @@ def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict
         models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
         save_words(s.simulator.words, home / WORDS_FILE)
     preview(s, world.questions[0])
-    facts["simulator"] = {} if s.simulator.server else s.task.audit(partial(write, s))
+    with screen.waiting("auditing the simulator"):
+        facts["simulator"] = {} if s.simulator.server else s.task.audit(partial(write, s))
     if facts["simulator"]:
         print("simulator: ", *(f"{k} {v:.3f} " for k, v in facts["simulator"].items()), flush=True)
     return facts
@@ -338,11 +347,12 @@ def tune_simulator(a: argparse.Namespace, s: Setting) -> None:
     rows = random.Random(a.seed).sample(rows, len(rows))
     held = min(64, len(rows) // 10)
     exam, rows = rows[:held], rows[held:]
-    for p in sft(
+    tuning = sft(
         body, tok, s.simulator.words, rows, a.sft_steps, a.sft_lr, every=a.sft_steps, seed=a.seed, exam=exam
-    ):
+    )
+    for p in screen.bar("fine-tuning the simulator", a.sft_steps, "steps", over=tuning):
         if p.step % 25 == 0 or p.held is not None:
-            print(p, flush=True)
+            screen.say(str(p))
 
 
 # ------------------------------------------------------------------------------------------- saving, resuming
@@ -435,7 +445,7 @@ def pausing() -> Iterator[Pause]:
 # What a run that goes on may do otherwise than it was begun: it changes neither data nor algorithm, but for
 # --lr, which whoever resumes a diverging run wants to lower.
 MAY_CHANGE = (
-    "out resume lr dtype device seats micro-tokens recompute memory save-every show-every".split()  # noqa: SIM905
+    "out resume lr dtype device seats micro-tokens recompute memory save-every show-every track".split()  # noqa: SIM905
 )
 
 

@@ -10,6 +10,7 @@ FLOORS = {
     "cli.parser": 0,
     "cli.disk": 0,
     "cli.screen": 0,
+    "cli.track": 0,
     "kernels": 1,
     "tokenizer": 1,
     "words": 1,
@@ -33,6 +34,7 @@ FLOORS = {
     "prepare.command": 10,
     "eval": 10,
     "train": 11,
+    "look": 7,
     "bench": 12,
 }
 # toy.make pre-trains the body: it borrows the batches of fine-tuning.
