@@ -203,44 +203,21 @@ def bands(run: Run, width: int = 640, height: int = 170) -> Markup:
     return Markup(head).format(width, height, height, Markup("").join(out))
 
 
-def picture(runs: Sequence[Run], columns: int = 46) -> Markup:
+def picture(runs: Sequence[Run], columns: int = 46) -> str:
     """README's picture: rewards, and the mask of one episode that searched and answered right."""
     episode = max(
         (e for _, row in sorted(runs[0].kept.items()) for g in row["groups"] for e in g["episodes"]),
         key=lambda e: (e["outcome"] == OUTCOMES[0], len(e["searches"]), len(e["pieces"])),
     )
     kinds = [part % 2 for part, length in enumerate(episode["runs"]) for _ in range(length)]
-    spans, x, y = [], 0, 0
+    words, x, y = [], 0, 0  # (sampled?, column, row, text)
     for piece, sampled in zip(episode["pieces"], kinds):
         for k, text in enumerate(piece.split("\n")):
             x, y = (0, y + 1) if k or x + len(text) > columns else (x, y)
-            at = {
-                "k": sampled,
-                "x": 462 + 7.8 * x,
-                "y": 56 + 19 * y,
-                "w": 7.8 * len(text),
-                "down": 69 + 19 * y,
-            }
-            box = '<rect class="k{k}" x="{x}" y="{y}" width="{w}" height="17"/>'
-            spans.append(
-                Markup(box + '<text class="k{k}" x="{x}" y="{down}">{text}</text>').format(**at, text=text)
-            )
+            words += [(sampled, x, y, text)] if text else []
             x += len(text)
-    names = Markup("").join(
-        Markup('<path class="line c{}" d="M{} 44h22"/><text x="{}" y="48">{}</text>').format(
-            i, at, at + 28, run.name
-        )
-        for i, run in enumerate(runs)
-        for at in [44 + 150 * i]
-    )
-    tall = max(320, 70 + 19 * (y + 1))
-    env = environment()
-    return env.get_template("look.svg.jinja").render(
-        chart=chart(lines(runs, "reward"), 420, 250),
-        names=Markup("").join(names),
-        spans=Markup("").join(spans),
-        tall=tall,
-    )
+    drawn = chart(lines(runs, "reward"), 420, 250)
+    return environment().get_template("look.svg.jinja").render(chart=drawn, runs=runs, words=words)
 
 
 # --------------------------------------------------------------------------------------------- what happened
@@ -272,8 +249,8 @@ def story(run: Run) -> list[str]:
     """What happened in a run, where it fails, and what to look out for, in sentences."""
     f, n, part = run.flags, len(run.log), max(1, len(run.log) // 8)
     told = [
-        f"{n} of {run.steps} steps of {f['questions']} questions and {f['group']} episodes a question; policy "
-        f"{f['policy']}, simulator {f['sim']}, {f['algorithm']}, seed {f['seed']}, on {f['device']}; "
+        f"{n} of {run.steps} steps of {f['questions']} questions and {f['group']} episodes a question; "
+        f"policy {f['policy']}, simulator {f['sim']}, {f['algorithm']}, seed {f['seed']}, on {f['device']}; "
         + (f"{run.result['seconds']:,.0f} s in all." if run.result else "not finished.")
     ]
     if f["shuffle_rewards"]:
@@ -328,7 +305,7 @@ def story(run: Run) -> list[str]:
     return told + [f"Look out, at the end: {what}." for bad, what in checks if bad]
 
 
-# ---------------------------------------------------------------------------------------------------- episodes
+# --------------------------------------------------------------------------------------------------- episodes
 
 
 def episodes(runs: Sequence[Run], evals: dict[str, dict]) -> tuple[dict, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # A folder stands for its files; a file of it that stands on another floor is named.
 FLOORS = {
+    "cli": 0,
     "cli.parser": 0,
     "cli.disk": 0,
     "cli.screen": 0,
