@@ -205,10 +205,9 @@ def bands(run: Run, width: int = 640, height: int = 170) -> Markup:
 
 def picture(runs: Sequence[Run], columns: int = 46) -> str:
     """README's picture: rewards, and the mask of one episode that searched and answered right."""
-    episode = max(
-        (e for _, row in sorted(runs[0].kept.items()) for g in row["groups"] for e in g["episodes"]),
-        key=lambda e: (e["outcome"] == OUTCOMES[0], len(e["searches"]) == 2, e.get("advantage") or 0),
-    )
+    told = [(g, e) for _, row in sorted(runs[0].kept.items()) for g in row["groups"] for e in g["episodes"]]
+    right = [(g["hops"], e) for g, e in told if e["outcome"] == OUTCOMES[0] and len(e["searches"]) == 2]
+    _, episode = max(right or [(0, e) for _, e in told], key=lambda pair: pair[0])
     kinds = [part % 2 for part, length in enumerate(episode["runs"]) for _ in range(length)]
     words, x, y = [], 0, 0  # (sampled?, column, row, text)
     for piece, sampled in zip(episode["pieces"], kinds):

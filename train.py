@@ -53,6 +53,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     began = time.monotonic() - facts.get("seconds", 0.0)
     log = Rows(Path(a.out) / "log.jsonl", resume=True)
     kept = Kept(a.out, a.steps, s.tok)
+    track = tracker(getattr(a, "track", ""), a.out, vars(a), facts.get("step", 0))
 
     if not facts:
         facts = prepare(a, s, world, kept) | {"step": 0, "updates": 0, "seconds": time.monotonic() - began}
@@ -60,7 +61,6 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     log.keep(facts["step"])  # steps after the last save are taken again
     kept.rows.keep(facts["step"] + 1)
 
-    track = tracker(getattr(a, "track", ""), a.out, vars(a), facts["step"])
     line = screen.bar("training", a.steps, "steps", facts["step"])
 
     with pausing() as pause, saving_on_failure(a, s, optimizer, facts), line:
