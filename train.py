@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -62,7 +61,6 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     kept.rows.keep(facts["step"] + 1)
 
     line = screen.bar("training", a.steps, "steps", facts["step"])
-
     with pausing() as pause, saving_on_failure(a, s, optimizer, facts), line:
         for step in range(facts["step"], a.steps):
             t0 = time.monotonic()
@@ -191,26 +189,16 @@ def keep(
     rewards: torch.Tensor,
     kept: Kept,
 ) -> None:
-    """Some of the step's episodes for look.py, with advantages and what the update did to each token."""
-    few = kept.few(step + 1, trajectories, a.group)
-    adv = grpo.advantages(credited(a, step, rewards), a.algorithm).flatten().tolist()
-    new = ratios(a, s, [trajectories[i] for i in few])
-    more = {
-        i: {"reward": rewards.flatten()[i].item(), "advantage": round(adv[i], 3), "ratios": ratio}
-        for i, ratio in zip(few, new)
-    }
+    """Some of the step's episodes for look.py; ratios: a token's probability now, over that when sampled."""
+    adv, more = grpo.advantages(credited(a, step, rewards), a.algorithm).flatten().tolist(), {}
+    for i in kept.few(step + 1, trajectories, a.group):
+        batches = grpo.make_batches([trajectories[i]], [adv[i]], a.micro_tokens, a.device)
+        with torch.no_grad():
+            now = [
+                r for b in batches for r in (grpo.token_logps(s.body, b, POLICY)[0] - b.old).exp().tolist()
+            ]
+        more[i] = {"reward": rewards.flatten()[i].item(), "advantage": adv[i], "ratios": now}
     kept.add(step + 1, trajectories, [judge_of.answered(t) for t in trajectories], a.group, more=more)
-
-
-@torch.no_grad()
-def ratios(a: argparse.Namespace, s: Setting, trajectories: list[Trajectory]) -> list[list[float]]:
-    """Probability of each sampled token now, over that when it was sampled."""
-    batches = grpo.make_batches(trajectories, [0.0] * len(trajectories), a.micro_tokens, a.device)
-    logps = [grpo.token_logps(s.body, b, POLICY)[0] - b.old for b in batches]
-    flat = iter(torch.cat(logps).exp().tolist() if logps else ())
-    order = sorted(range(len(trajectories)), key=lambda i: len(trajectories[i].ids))  # that of the batches
-    by_number = {i: [round(r, 3) for r in islice(flat, sum(trajectories[i].mask))] for i in order}
-    return [by_number[i] for i in range(len(trajectories))]
 
 
 # ------------------------------------------------------------------------------------------------ the figures
@@ -262,7 +250,7 @@ def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: i
 
     step: what the page is to call it, 0 before training and steps + 1 after it.
     """
-    out, held, shown = {}, {}, []
+    out, held, first = {}, {}, []
     for suffix, (label, search, temperature) in s.task.ways(world.engine).items():
         address = (a.seed, 1_000_000)  # no step is called that
         with screen.bar(f"held-out, {label}", len(world.held)) as bar:
@@ -273,8 +261,8 @@ def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: i
         out[suffix] = {k: summary[k] for k in ("f1", "em", "cover_em", "searches", "n", "by_hop")}
         out[suffix] |= s.task.figures(trajectories)
         held[label] = [judge_of.answered(t) for t in trajectories]
-        shown = shown or trajectories
-    kept.add(step, shown, next(iter(held.values()), []), held=held)
+        first = first or trajectories
+    kept.add(step, first, next(iter(held.values()), []), held=held)
     return out
 
 

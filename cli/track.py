@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-TRL = {  # our name in the log -> TRL's, as its GRPOTrainer reports it
+TRL = {  # our name in the log -> that of TRL's GRPOTrainer
     "sampled": "completions/mean_length",
     "searches": "tools/call_frequency",
     "clipped": "clip_ratio/region_mean",
@@ -21,7 +21,7 @@ TRL = {  # our name in the log -> TRL's, as its GRPOTrainer reports it
 def named(row: dict, questions: int) -> dict[str, float]:
     """The numbers of a step's row, under the names that a dashboard shows."""
     out = {TRL.get(k, k): v for k, v in row.items() if isinstance(v, (int, float))}
-    out["frac_reward_zero_std"] = out.pop("skipped_groups") / questions
+    out["frac_reward_zero_std"] = row["skipped_groups"] / questions
     out["step_time"] = row["seconds_act"] + row["seconds_learn"]
     out["completions/clipped_ratio"] = 1 - row["ends"].get("answer", 0) / sum(row["ends"].values())
     return {f"train/{name}": value for name, value in out.items()}
@@ -32,24 +32,15 @@ def tracker(library: str, out: str, flags: dict, begun: int) -> Callable[[int, d
 
     Raises ValueError where the library is not installed.
     """
-    try:
-        if library == "tensorboard":
-            place = importlib.import_module("torch.utils.tensorboard")
-        elif library:
-            place = importlib.import_module(library)
-    except ImportError as e:
-        raise ValueError(f"--track {library}: {e} (pip install {library})") from None
     if not library:
         return lambda step, row: None
+    try:
+        place = importlib.import_module("torch.utils.tensorboard" if library == "tensorboard" else library)
+    except ImportError as e:
+        raise ValueError(f"--track {library}: {e} (pip install {library})") from None
     if library == "tensorboard":
-        writer = place.SummaryWriter(f"{out}/tensorboard", purge_step=begun + 1)
-
-        def tell(step: int, row: dict) -> None:
-            for name, value in named(row, flags["questions"]).items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-
-        return tell
+        send = place.SummaryWriter(f"{out}/tensorboard", purge_step=begun + 1, flush_secs=1).add_scalar
+        return lambda step, row: [send(k, v, step) for k, v in named(row, flags["questions"]).items()]
     name = Path(out).resolve().name
     more = {"id": name, "dir": out} if library == "wandb" else {}
     place.init(project="zerosearch", name=name, config=flags, resume="allow", **more)

@@ -1,10 +1,10 @@
 """What a run keeps for its page (look.py): episodes token by token, held-out scores, how episodes went.
 
 `episodes.jsonl` has one row a step: {"step", "outcomes": {outcome: episodes}, "tokens", "groups": [group]}.
-Step 0 and the step behind the last are the held-out questions before and after; these two rows also have
-"held": {way: [scores of a question]}. At most about TOKENS tokens of episodes are kept, see `Kept.room`.
+Step 0 and the step behind the last are the held-out questions before and after, with their scores as well:
+"held": {way: [[a score for each of SCORES]]}. At most about TOKENS tokens are kept of a run, see `Kept.room`.
 
-Not the log, and not a dump of all episodes: those of a run on real questions are gigabytes.
+Not a dump of all episodes: on real questions those of one run are gigabytes.
 """
 
 import codecs
@@ -48,16 +48,17 @@ def pieces(tok: Tokenizer, ids: Iterable[int]) -> list[str]:
     return [decoder.decode(tok.token_bytes(i)) for i in ids]
 
 
-def told(t: Trajectory, row: dict, tok: Tokenizer, **more: object) -> dict:
+def told(t: Trajectory, row: dict, tok: Tokenizer, ratios: Sequence[float] = (), **more) -> dict:
     """One episode: its pieces, lengths of given and sampled stretches in turn (the first is given), log-probs
-    of the sampled ones, searches with their coins, and how it went. more: reward, advantage, ratios."""
+    and ratios of the sampled tokens, searches with their coins, and how it went. more: reward, advantage."""
     runs = [len(list(run)) for _, run in groupby([0, *t.mask])]
     return {
         "pieces": pieces(tok, t.ids),
         "runs": [runs[0] - 1, *runs[1:]],
         "logps": [round(logp, 2) for logp, m in zip(t.logps, t.mask) if m],
+        "ratios": [round(r, 3) for r in ratios],
         "searches": [[query.text, documents.noisy] for query, documents in t.searches],
-        **{"answer": t.answer, "end": t.end, "outcome": outcome(row), "f1": round(row["f1"], 3), **more},
+        **{"answer": t.answer, "end": t.end, "outcome": outcome(row), "f1": row["f1"], **more},
     }
 
 
@@ -96,21 +97,15 @@ class Kept:
         held: dict[str, list[dict]] | None = None,
         more: dict[int, dict] | None = None,
     ) -> None:
-        """Keep a step. rows: `answered` of each episode; more: number of an episode -> what is known of it
-        beside; held: the same rows of held-out questions, by way, of which the scores are kept."""
-        few, more = self.few(step, trajectories, group), more or {}
-        groups = []
+        """Keep a step. rows: `answered` of each episode; held: of all held-out ones, by way; more: number of
+        an episode -> its reward, advantage, ratios."""
+        few, groups = self.few(step, trajectories, group), []
         for start in few[::group]:
             q, siblings = trajectories[start].question, range(start, start + group)
-            episodes = [told(trajectories[i], rows[i], self.tok, **more.get(i, {})) for i in siblings]
-            groups.append(
-                {"question": q.text, "golds": list(q.answers), "hops": q.hops, "episodes": episodes}
-            )
-        row = {"step": step, "outcomes": Counter(map(outcome, rows))}
-        row |= {"tokens": sum(len(trajectories[i].ids) for i in few), "groups": groups}
+            eps = [told(trajectories[i], rows[i], self.tok, **(more or {}).get(i, {})) for i in siblings]
+            groups.append({"question": q.text, "golds": list(q.answers), "hops": q.hops, "episodes": eps})
+        row = {"step": step, "outcomes": Counter(map(outcome, rows)), "groups": groups}
+        row |= {"tokens": sum(len(trajectories[i].ids) for i in few)}
         if held is not None:
-            row["held"] = {
-                way: [[round(v, 4) if isinstance(v, float) else v for v in map(r.get, SCORES)] for r in part]
-                for way, part in held.items()
-            }
+            row["held"] = {way: [[r[s] for s in SCORES] for r in part] for way, part in held.items()}
         self.rows.add(row)

@@ -169,7 +169,7 @@ def test_ticks_are_round_and_hold_the_values():
         ticks = look.ticks(low, high)
         assert ticks[0] <= low + 1e-12 and ticks[-1] >= high - 1e-12 and 2 <= len(ticks) <= 6
         assert all(len(f"{t:.3g}") <= 8 for t in ticks)
-    svg = look.chart([("a", [1, 2, 3], [0.0, 1.0, 0.5], 0, False)])
+    svg = look.chart([("a", [(1, 0.0), (2, 1.0), (3, 0.5)], 0, False)])
     ys = [
         float(y)
         for pair in re.search(r' d="M([^"]*)" data-name', svg)[1].split("L")
