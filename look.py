@@ -210,8 +210,8 @@ def story(run: Run) -> list[str]:
     """What happened in a run, where it fails, and what to look out for, in sentences."""
     f, n, part = run.flags, len(run.log), max(1, len(run.log) // 8)
     told = [
-        f"{n} of {f['steps']} steps of {f['questions']} questions and {f['group']} episodes a question; policy "
-        f"{f['policy']}, simulator {f['sim']}, {f['algorithm']}, seed {f['seed']}, on {f['device']}; "
+        f"{n} of {f['steps']} steps of {f['questions']} questions and {f['group']} episodes a question; "
+        f"policy {f['policy']}, simulator {f['sim']}, {f['algorithm']}, seed {f['seed']}, on {f['device']}; "
         + ("not finished." if run.seconds is None else f"{run.seconds:,.0f} s in all.")
     ]
     if f["shuffle_rewards"]:
@@ -219,11 +219,11 @@ def story(run: Run) -> list[str]:
     for line in (line for line in compared(run)[:1] if "p" in line):
         (x, y), (d, ends) = line["means"], line["change"]
         told.append(
-            f"Held-out F1 ({line['way']}, {line['n']} questions) went from {x['f1'][0]:.3f} to "
-            f"{y['f1'][0]:.3f}: {d:+.3f}" + (f" (95 % interval {ends[0]:+.3f} to {ends[1]:+.3f})" if ends else "")
+            f"Held-out F1 ({line['way']}, n = {line['n']}): {x['f1'][0]:.3f} to {y['f1'][0]:.3f}, {d:+.3f}"
+            + (f" (95 % interval {ends[0]:+.3f} to {ends[1]:+.3f})" if ends else "")
             + (", more than luck" if line["p"] < 0.05 else ", no more than luck may do")
-            + f"; searches from {x['searches'][0]:.2f} to {y['searches'][0]:.2f}."
-        )  # fmt: skip
+            + f"; searches {x['searches'][0]:.2f} to {y['searches'][0]:.2f}."
+        )
     if not run.log:
         return [*told, "No step has ended yet."]
     first, last = (
