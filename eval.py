@@ -85,21 +85,10 @@ def episodes(
 
 
 def evaluate(
-    engine: Engine,
-    tok: Tokenizer,
-    questions: list[Question],
-    search: Search,
-    limits: Limits = LIMITS,
-    words: Words = WORDS,
-    temperature: float = 0.0,
-    address: tuple[int, int] = (0, 0),
-    tell: Callable[[int, int, Stats], None] | None = None,
+    engine: Engine, runs: list[Episode], tell: Callable[[int, int, Stats], None] | None = None
 ) -> tuple[dict, list[Trajectory]]:
-    """One search-agent episode a question -> (`summarise` of them, the episodes in the questions' order).
-
-    tell(done, of, stats) is called as episodes end; for the rest see `episodes`.
-    """
-    trajectories = engine.run(episodes(tok, questions, search, limits, words, temperature, address), tell)
+    """Run `episodes` -> (`summarise` of them, the episodes in their order). tell: see `Engine.run`."""
+    trajectories = engine.run(runs, tell)
     return summarise(trajectories), trajectories
 
 
@@ -128,10 +117,10 @@ def retrieval(index: BM25, questions: list[Question], depths: tuple[int, ...] = 
 FREE = ("json", "resume", "seats", "device", "compare", "ask")
 
 
-def setting_of(a: argparse.Namespace, task: Task) -> tuple[Setting, Search]:
-    """The setting, and the search that its policy is given."""
+def setting_of(a: argparse.Namespace, task: Task, questions: list[Question]) -> tuple[Setting, Search]:
+    """The setting, and the search that its policy is given; questions: what it will be asked."""
     search = None if a.search == "sim" else task.engine(a.search)  # first: a broken corpus shows at once
-    s = load(a, task)
+    s = load(a, task, questions)
     return s, task.shown(s.simulator) if search is None else search
 
 
@@ -140,7 +129,7 @@ def measure(a: argparse.Namespace, task: Task, sets: dict[str, list[Question]]) 
     settings = {k: v for k, v in vars(a).items() if k not in FREE}
     log = Rows(a.json and f"{a.json}.part", settings, a.resume, key=lambda row: (row["set"], row["number"]))
     done = {name: answered_before(log, name, questions) for name, questions in sets.items()}
-    s, search = setting_of(a, task)
+    s, search = setting_of(a, task, [q for questions in sets.values() for q in questions])
     clock = [time.perf_counter()]
     for name, questions in sets.items():
         address = (a.seed, 0)
@@ -178,7 +167,7 @@ def show_progress(bar, done: int, of: int, stats: Stats, before: int = 0) -> Non
 def ask(a: argparse.Namespace, task: Task) -> None:
     """One episode on the screen, and its answer on the last line."""
     question = Question(a.ask, (a.answer,) if a.answer else ())
-    s, search = setting_of(a, task)
+    s, search = setting_of(a, task, [question])
     (run,) = episodes(s.tok, [question], search, s.limits, s.words, a.temperature, (a.seed, 0), a.mode)
     shown = Screen(s.tok, partial(print, end="", flush=True), screen.coloured())
     try:

@@ -4,16 +4,15 @@ One frozen body plays three roles. A role is an index: 0 is the reference (no ad
 2 the simulator. A forward pass takes one role for all rows (training) or one per row (decoding), so that a
 single copy of the weights is policy, simulator and KL reference at once.
 
-What this is not: a general model library. It reads ordinary Hugging Face directories of `llama`, `qwen2` and
-`qwen3` models, and says so plainly when a checkpoint asks for anything it does not know.
+Not a general model library: it reads ordinary Hugging Face directories of `llama`, `qwen2` and `qwen3` models
+and refuses, in one line, a checkpoint that asks for anything else.
 
-    model = load("Qwen/Qwen2.5-3B-Instruct")           # a preset, a directory or a hub id
+    model = weights.load("Qwen/Qwen2.5-3B-Instruct")   # a preset, a directory or a hub id
     model.add_role(POLICY, rank=16, alpha=32)
     h = model(ids, POLICY)                              # (B, T, d) hidden states after the final norm
     logits = model.logits(h)                            # (B, T, V)
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -24,34 +23,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from cli.disk import read_json, save_tensors, whole, write_json
 
 REFERENCE, POLICY, SIMULATOR = 0, 1, 2
 ROLES = 2  # roles that have an adapter
 
-HERE = Path(__file__).resolve().parent
-PRESETS = {
-    "tiny": str(HERE / "toy" / "body"),
-    "0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
-    "1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
-    "3b": "Qwen/Qwen2.5-3B-Instruct",
-    "7b": "Qwen/Qwen2.5-7B-Instruct",
-    "14b": "Qwen/Qwen2.5-14B-Instruct",
-    "0.5b-base": "Qwen/Qwen2.5-0.5B",
-    "1.5b-base": "Qwen/Qwen2.5-1.5B",
-    "3b-base": "Qwen/Qwen2.5-3B",
-    "7b-base": "Qwen/Qwen2.5-7B",
-    "14b-base": "Qwen/Qwen2.5-14B",
-    "llama-1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama-3b": "meta-llama/Llama-3.2-3B-Instruct",
-    "llama-1b-base": "meta-llama/Llama-3.2-1B",
-    "llama-3b-base": "meta-llama/Llama-3.2-3B",
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -75,7 +54,7 @@ KNOWN = set((INERT + READ).split())
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a body. `from_hf` reads a config.json, `hf` is what is written back."""
+    """The shape of a body. `from_hf` reads a config.json; `hf` keeps that to be written back."""
 
     family: str  # llama | qwen2 | qwen3
     vocab: int
@@ -129,18 +108,15 @@ class Config:
                 hf=c,
             )
         except KeyError as e:
-            raise ValueError(
-                f"config.json has no {e.args[0]!r}: is it the config of a whole {family} model?"
-            ) from None
+            missing = e.args[0]
+            raise ValueError(f"config.json has no {missing!r}: is this a whole {family} model?") from None
 
 
 def _refuse_unknown(c: dict) -> None:
-    off = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "rope_interleaved": False}
-    for key, value in off.items():
+    off = dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window", "rope_interleaved"), False)
+    for key, value in (off | {"hidden_act": "silu"}).items():
         if c.get(key, value) != value:
-            raise ValueError(f"config.json sets {key} = {c[key]!r}, which this network does not implement")
-    if c.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json sets hidden_act = {c['hidden_act']!r}: only silu is implemented")
+            raise ValueError(f"config.json sets {key} = {c[key]!r}: only {value!r} is implemented")
     if set(c.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError("config.json asks for sliding-window layers, which this network does not implement")
     unknown = [k for k, v in c.items() if v and k not in KNOWN and not k.startswith("_")]
@@ -184,7 +160,7 @@ def frequencies(c: Config) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A frozen matrix, perhaps several of the checkpoint's side by side (q, k and v; gate and up)."""
+    """A frozen matrix: one of the checkpoint's, or several side by side (q, k and v; gate and up)."""
 
     def __init__(self, d_in: int, parts: dict[str, int], bias: bool = False):
         super().__init__()
@@ -197,15 +173,14 @@ class Linear(nn.Module):
         """x (B, T, d_in) -> (B, T, sum of the parts), with the role's update."""
         if lora is not None and lora.weight is None and torch.is_grad_enabled():
             return kernels.lora_linear(x, self.weight, self.bias, lora.A, lora.B, lora.scale)
-        kind, x = x.dtype, fast(x, self.packed)
         y = product(x, self.weight, self.packed, self.bias)
         if lora is not None:
-            adapt(y, x, lora)
-        return y.to(kind)
+            adapt(y, x.to(y.dtype), lora)
+        return y.to(x.dtype)
 
 
 def memory(free: bool = False) -> int:
-    """Bytes of this machine's memory, or of what programs may still take (4 GiB where nothing tells)."""
+    """Bytes of this machine's memory, or of what is available (4 GiB where the system does not say)."""
     info = Path("/proc/meminfo")
     if info.exists():
         name = "MemAvailable" if free else "MemTotal"
@@ -215,22 +190,16 @@ def memory(free: bool = False) -> int:
 
 
 def packs(size: int) -> bool:
-    """Whether weights of so many bytes get copies for sampling on a CPU: not tiny, and there is memory."""
+    """Whether weights of so many bytes get packed copies on a CPU: not tiny, and memory suffices."""
     return 2**26 < size < memory() / 8
 
 
-def fast(x: Tensor, packed: "kernels.Packed | None") -> Tensor:
-    """x in the type of the packed copy, where `product` will use it."""
-    return x.to(packed.weight.dtype) if packed is not None and torch.is_inference_mode_enabled() else x
-
-
 def product(x: Tensor, weight: Tensor, packed: "kernels.Packed | None", bias: Tensor | None = None) -> Tensor:
-    """x (..., d_in) -> x W^T + bias, from the packed copy in inference mode, in which the engine samples.
-
-    Not wherever gradients are off: policy and KL reference must round alike.
+    """x (..., d_in) -> x W^T + bias. In inference mode, in which the engine samples: from the packed copy, in
+    its type. Not wherever gradients are off: policy and KL reference must round alike.
     """
     if packed is not None and torch.is_inference_mode_enabled():
-        return kernels.packed_linear(x, weight, packed)
+        return kernels.packed_linear(x.to(packed.weight.dtype), weight, packed)
     return F.linear(x, weight, bias)
 
 
@@ -245,17 +214,17 @@ def adapt(y: Tensor, x: Tensor, lora: "Update") -> None:
 
 @dataclass(frozen=True)
 class Update:
-    """What LoRA adds to one Linear: scale (x A^T) B^T for all rows, or for each a mixture of all roles'."""
+    """What LoRA adds to one Linear: scale (x A^T) B^T for all rows, or each row's weighted sum over roles."""
 
-    A: Tensor  # (k, d_in), or (R, k, d_in) for a mixture
+    A: Tensor  # (k, d_in), or (R, k, d_in) with weights
     B: Tensor  # (d_out, k), or (R, k, d_out)
     scale: Tensor | float = 1.0
-    weight: Tensor | None = None  # (B, R) of a mixture: the scale of each row's role, 0 for the others
+    weight: Tensor | None = None  # (B, R): the scale of each row's role, 0 for the others
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some neighbouring rows of the cache, and what a forward pass is to do with them."""
+    """A view of adjacent rows of the cache, with their lengths before and in this forward pass."""
 
     layers: tuple[Tensor, ...]  # of each layer: the heads of k, then those of v (B, 2 KV, L, D)
     start: Tensor  # (B,) tokens that each row already holds
@@ -263,7 +232,7 @@ class Window:
 
 
 class Cache:
-    """Keys and values of a fixed number of seats. A seat is a row; whoever holds one knows how long it is."""
+    """Keys and values of a fixed number of seats, which are rows. Their lengths are kept by the caller."""
 
     def __init__(self, c: Config, seats: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
         self.seats, self.capacity = seats, capacity
@@ -271,7 +240,7 @@ class Cache:
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
 
     def window(self, rows: slice, upto: int, start: Tensor, lens: Tensor | None = None) -> Window:
-        """A view of neighbouring rows, cut after `upto` positions."""
+        """A view of adjacent rows, cut after `upto` positions."""
         return Window(self.kv[:, rows, :, :upto].unbind(), start, lens)
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -279,14 +248,14 @@ class Cache:
         self.kv[:, target, :, :length] = self.kv[:, source, :, :length]
 
     def swap(self, a: int, b: int, length: int) -> None:
-        """Exchange two seats, of which the longer holds `length` tokens."""
+        """Exchange two seats; the longer one holds `length` tokens."""
         kept = self.kv[:, a, :, :length].clone()
         self.copy(b, a, length)
         self.kv[:, b, :, :length] = kept
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and SwiGLU. The sum of the residual stream is done inside the next norm."""
+    """Pre-norm attention and SwiGLU. Each residual addition happens inside the norm that follows it."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -306,7 +275,7 @@ class Layer(nn.Module):
         return self.qkv, self.out, self.gate_up, self.down
 
     def forward(self, x, delta, attend, updates):
-        """x (B, T, d) the residual stream, delta what the layer before adds to it -> both, one layer on."""
+        """x (B, T, d) the residual stream, delta the last layer's addition to it -> both after this layer."""
         c, eps = self.c, self.c.eps
         if delta is None:
             y = kernels.rms_norm(x, self.norm_1, eps)
@@ -327,7 +296,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """The body. Weights are frozen parameters; the adapters live beside them, in `roles`."""
+    """The body. Weights are frozen parameters; the roles' adapters are in `roles`."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -371,10 +340,9 @@ class Model(nn.Module):
     ) -> Tensor:
         """ids (B, T) -> hidden states (B, T, d) after the final norm.
 
-        role: one for all rows, or (B,) one a row (needs `lora` from a `Stack`).
-        lengths (B,): of right-padded rows.
-        window: where given, row b's tokens follow the window.start[b] tokens in the cache and join them
-        there. recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
+        role: one for all rows, or (B,) one a row (needs `lora` from a `Stack`). lengths (B,): of right-padded
+        rows. window: row b's tokens follow the window.start[b] tokens in the cache and are added there.
+        recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
         """
         updates = lora if lora is not None else self.updates(role)
         attends = self._alone(lengths) if window is None else self._cached(window, ids.size(1))
@@ -388,7 +356,7 @@ class Model(nn.Module):
         return kernels.rms_norm(delta, self.norm, self.config.eps, residual=x)[0]
 
     def _alone(self, lengths: Tensor | None) -> Iterator[Callable]:
-        """For every layer: attention among the rows' own tokens."""
+        """For every layer: attention within the rows."""
 
         def attend(layer, qkv):
             q, k, v = layer.parts(qkv)
@@ -412,10 +380,10 @@ class Model(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., d) -> (..., V)."""
-        return product(fast(h, self.packed_head), self.head, self.packed_head)
+        return product(h, self.head, self.packed_head)
 
     def pack(self, rows: int) -> None:
-        """On a CPU: lay copies of the matrices out for sampling so many rows, where that pays (`packs`).
+        """On a CPU: make packed copies of the matrices for sampling so many rows, where that pays (`packs`).
 
         In fp32 with 8 rows products are nearly 3 times as fast for a body of 135M; a tiny one gains nothing.
         """
@@ -436,11 +404,11 @@ class Model(nn.Module):
         return (linear for layer in self.layers for linear in layer.linears())
 
     def add_role(self, role: int, rank: int = 16, alpha: float = 32.0, seed: int = 0) -> None:
-        """Give a role a fresh adapter: A uniform as in PEFT, B = 0, so that it equals the base exactly."""
+        """Give a role a new adapter: A uniform as in PEFT, B = 0, so that it equals the base exactly."""
         self.roles[role] = Adapter.fresh(list(self.linears()), rank, alpha, seed, self.device)
 
     def adapter(self, role: int) -> nn.Parameter:
-        """The one flat fp32 vector that an optimiser sees. Raises KeyError where the role has none."""
+        """The role's parameters, one flat fp32 vector. Raises KeyError where the role has no adapter."""
         return self.roles[role].theta
 
     def updates(self, role: int) -> list[Update | None]:
@@ -454,25 +422,22 @@ class Model(nn.Module):
     def stacked(self, old: "Stack | None" = None) -> "Stack":
         """All roles' adapters in the type of the products, for decoding with one role a row.
 
-        A copy: take a new one after the adapters have changed; an old one of the same shape is overwritten in
-        place, so that CUDA graphs go on reading it. Roles of unlike rank are padded with zeros.
+        A copy: take a new one after the adapters have changed. An old one of the same scales, rank and type
+        is overwritten in place, so that CUDA graphs go on reading it. Lower ranks are padded with zeros.
         """
-        linears = list(self.linears())
-        pairs = {role: a.pairs(linears) for role, a in self.roles.items()}
-        scales = [self.roles[r].scale if r in pairs else 0.0 for r in range(1, ROLES + 1)]
-        k = [max((p[i][0].size(0) for p in pairs.values()), default=1) for i in range(len(linears))]
+        linears, roles = list(self.linears()), range(1, ROLES + 1)
+        scales = [self.roles[r].scale if r in self.roles else 0.0 for r in roles]
+        rank = max((a.rank for a in self.roles.values()), default=1)
         dtype = self.dtype if self.packed_head is None else self.packed_head.weight.dtype
-        if old is None or not old.fits(scales, k, dtype):
-            like = dict(dtype=dtype, device=self.device)
-            sizes = [(x.d_in, x.weight.size(0)) for x in linears]
-            empty = [
-                (torch.zeros(ROLES, n, i, **like), torch.zeros(ROLES, n, o, **like))
-                for n, (i, o) in zip(k, sizes)
-            ]
-            roles = torch.arange(1, ROLES + 1, device=self.device)
-            old = Stack(empty, scales, torch.tensor(scales, device=self.device), roles)
-        for role, mine in pairs.items():
-            for (A, B), (a, b) in zip(old.pairs, mine):
+        sizes = [(len(x.parts) * rank, x.d_in, x.weight.size(0)) for x in linears]
+        A = None if old is None else old.pairs[0][0]
+        if A is None or (old.scales, A.size(1), A.dtype) != (scales, sizes[0][0], dtype):
+            zeros = partial(torch.zeros, dtype=dtype, device=self.device)
+            pairs = [(zeros(ROLES, k, i), zeros(ROLES, k, o)) for k, i, o in sizes]
+            scale = torch.tensor(scales, device=self.device)
+            old = Stack(pairs, scales, scale, torch.tensor(roles, device=self.device))
+        for role, adapter in self.roles.items():
+            for (A, B), (a, b) in zip(old.pairs, adapter.pairs(linears)):
                 A[role - 1, : len(a)], B[role - 1, : len(a)] = a, b.T
                 A[role - 1, len(a) :] = 0  # an adapter that was here may have had a higher rank
         return old
@@ -497,22 +462,14 @@ class Stack:
     scale: Tensor  # (R,), the same
     roles: Tensor  # (R,): 1, 2
 
-    def fits(self, scales: list[float], ranks: list[int], dtype: torch.dtype) -> bool:
-        """Whether adapters of these scales and this type, side by side of these ranks, can be put here."""
-        mine = [A.size(1) for A, _ in self.pairs]
-        return self.scales == scales and mine == ranks and self.pairs[0][0].dtype == dtype
-
     def rows(self, role: Tensor | int) -> list[Update | None]:
         """The updates for a batch: role (B,) one a row, or one for all rows (cheaper)."""
-        if not any(self.scales):
-            return [None] * len(self.pairs)
-        if isinstance(role, Tensor):
+        if isinstance(role, Tensor) and any(self.scales):
             weight = torch.where(role[:, None] == self.roles, self.scale, 0.0)  # (B, R)
             return [Update(A, B, weight=weight) for A, B in self.pairs]
-        scale = self.scales[role - 1] if role != REFERENCE else 0.0
-        if not scale:
+        if isinstance(role, Tensor) or role == REFERENCE or not self.scales[role - 1]:
             return [None] * len(self.pairs)
-        return [Update(A[role - 1], B[role - 1].T, scale) for A, B in self.pairs]
+        return [Update(A[role - 1], B[role - 1].T, self.scales[role - 1]) for A, B in self.pairs]
 
 
 # --------------------------------------------------------------------------------------------------- adapters
@@ -560,205 +517,3 @@ class Adapter:
     def pairs(self, linears: list[Linear]) -> list[tuple[Tensor, Tensor]]:
         """For each Linear: A (parts * rank, d_in) and the block-diagonal B (d_out, parts * rank)."""
         return [(A, Bs[0] if len(Bs) == 1 else torch.block_diag(*Bs)) for A, Bs in self.pieces(linears)]
-
-
-def _peft_tensors(model: Model, adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's names -> views of the adapter's vector."""
-    out, pieces = {}, iter(adapter.pieces(list(model.linears())))
-    for i, layer in enumerate(model.layers):
-        for linear in layer.linears():
-            A, Bs = next(pieces)
-            for (part, _), a, b in zip(linear.parts.items(), A.split(adapter.rank), Bs):
-                name = f"base_model.model.model.layers.{i}.{_home(part)}.{part}"
-                out[name + ".lora_A.weight"], out[name + ".lora_B.weight"] = a.detach(), b.detach()
-    return out
-
-
-def _home(part: str) -> str:
-    return "mlp" if part in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-
-
-def save_adapter(model: Model, role: int, path: str | Path, base: str = "") -> None:
-    """Write a role's adapter in PEFT's format: adapter_config.json and adapter_model.safetensors.
-
-    base: the name of its body, a preset, a directory or a hub id, for whoever loads it with PEFT.
-    """
-    path, adapter = Path(path), model.roles[role]
-    path.mkdir(parents=True, exist_ok=True)
-    parts = [part for linear in model.layers[0].linears() for part in linear.parts]
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name(base),
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": parts,
-        "inference_mode": True,
-    }
-    tensors = {k: v.cpu().contiguous() for k, v in _peft_tensors(model, adapter).items()}
-    with whole(path / "adapter_model.safetensors") as part:
-        save_tensors(part, tensors, {"format": "pt"})
-    write_json(path / "adapter_config.json", config)
-
-
-def base_name(name: str) -> str:
-    """What others can resolve of a body's name: the hub id, not our preset's; the whole path."""
-    name = PRESETS.get(name, name)
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
-def load_adapter(model: Model, role: int, path: str | Path) -> None:
-    """Read a PEFT LoRA adapter into a role. Modules that it does not adapt get B = 0.
-
-    Raises ValueError where the adapter uses what this network does not implement, or does not fit the body.
-    """
-    path = Path(path)
-    c = read_json(path / "adapter_config.json", "a PEFT adapter directory", r=int, lora_alpha=(int, float))
-    for key in (
-        "use_dora",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "fan_in_fan_out",
-    ):
-        if c.get(key):
-            raise ValueError(f"{path}: the adapter sets {key}, which is not supported")
-    if c.get("peft_type") != "LORA" or c.get("bias", "none") != "none":
-        raise ValueError(f"{path}: only plain LoRA adapters without trained biases are supported")
-    model.add_role(role, c["r"], c["lora_alpha"])
-    mine = _peft_tensors(model, model.roles[role])
-    for name, theirs in _read_safetensors(path / "adapter_model.safetensors"):
-        if name not in mine:
-            raise ValueError(f"{path}: {name} adapts a module that this body does not have")
-        if theirs.shape != mine[name].shape:
-            raise ValueError(
-                f"{path}: {name} is {tuple(theirs.shape)}, the body needs {tuple(mine[name].shape)}"
-            )
-        mine[name].copy_(theirs)
-
-
-# -------------------------------------------------------------------------------------------- weights on disk
-
-
-def resolve(name: str | Path) -> Path:
-    """A preset, a local directory or a hub id -> a local directory. Raises ValueError where there is none."""
-    name = str(name)
-    where = PRESETS.get(name, name)
-    if Path(where).is_dir():
-        return Path(where)
-    if where.count("/") != 1 or where.startswith((".", "/", "~")):
-        raise ValueError(
-            f"no checkpoint {name!r}: give a directory, a hub id, or a preset: {' '.join(PRESETS)}"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(where, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
-        )
-    except Exception as e:  # the hub client raises dozens of types, all of them "could not be had"
-        reason = str(e).strip().splitlines()[0]
-        raise ValueError(
-            f"could not download {where!r}: {reason}. A local directory works without a network"
-        ) from None
-
-
-def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
-    """Load a body from a Hugging Face directory, strictly: every tensor must be there, fit, and be expected.
-
-    Raises ValueError with one line that says what is wrong with the checkpoint.
-    """
-    path = resolve(name)
-    config = Config.from_hf(read_json(path / "config.json", "a checkpoint directory"))
-    with torch.device("meta"):
-        model = Model(config)
-    model = model.to(dtype).to_empty(device=device)
-    if model.device.type == "cpu":  # where small products with matrices laid out this way are a third faster
-        for linear in model.linears():
-            linear.weight.data = linear.weight.data.t().contiguous().t()
-    model.rotary()
-    mine = hf_tensors(model)
-    seen = set()
-    for file in _shards(path):
-        for tensor_name, theirs in _read_safetensors(file):
-            if tensor_name not in mine:
-                if _expected_extra(tensor_name, config):
-                    continue
-                raise ValueError(
-                    f"{file}: unexpected tensor {tensor_name}: not a plain {config.family} checkpoint"
-                )
-            if theirs.shape != mine[tensor_name].shape:
-                need = tuple(mine[tensor_name].shape)
-                raise ValueError(
-                    f"{file}: {tensor_name} is {tuple(theirs.shape)}, config.json implies {need}"
-                )
-            mine[tensor_name].copy_(theirs)
-            seen.add(tensor_name)
-    missing = sorted(set(mine) - seen)
-    if missing:
-        raise ValueError(
-            f"{path}: {len(missing)} of {len(mine)} tensors are missing, the first is {missing[0]}"
-        )
-    return model.eval()
-
-
-def _expected_extra(name: str, c: Config) -> bool:
-    return name.endswith("rotary_emb.inv_freq") or (c.tied and name == "lm_head.weight")
-
-
-def hf_tensors(model: Model) -> dict[str, Tensor]:
-    """Hugging Face's names -> views of this body's tensors (fused matrices are cut into their parts)."""
-    out = {"model.embed_tokens.weight": model.embed.data, "model.norm.weight": model.norm.data}
-    if model.untied is not None:
-        out["lm_head.weight"] = model.untied.data
-    for i, layer in enumerate(model.layers):
-        pre = f"model.layers.{i}."
-        out[pre + "input_layernorm.weight"] = layer.norm_1.data
-        out[pre + "post_attention_layernorm.weight"] = layer.norm_2.data
-        if model.config.qk_norm:
-            out[pre + "self_attn.q_norm.weight"] = layer.q_norm.data
-            out[pre + "self_attn.k_norm.weight"] = layer.k_norm.data
-        for linear in layer.linears():
-            widths = list(linear.parts.values())
-            for part, w in zip(linear.parts, linear.weight.data.split(widths)):
-                out[f"{pre}{_home(part)}.{part}.weight"] = w
-            if linear.bias is not None:
-                for part, b in zip(linear.parts, linear.bias.data.split(widths)):
-                    out[f"{pre}{_home(part)}.{part}.bias"] = b
-    return out
-
-
-def save_model(model: Model, path: str | Path) -> None:
-    """Write config.json and model.safetensors as a Hugging Face directory."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(model.config.hf, indent=2) + "\n")
-    tensors = {k: v.cpu().contiguous().clone() for k, v in hf_tensors(model).items()}
-    save_tensors(path / "model.safetensors", tensors, {"format": "pt"})
-
-
-def _shards(path: Path) -> list[Path]:
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
-    names = sorted(set(read_json(index, "a sharded checkpoint", weight_map=dict)["weight_map"].values()))
-    absent = [n for n in names if not (path / n).exists()]
-    if absent:
-        raise ValueError(f"{path}: the shard {absent[0]} is missing: download the checkpoint again")
-    return [path / n for n in names]
-
-
-def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    if not file.exists():
-        raise ValueError(f"{file} is missing")
-    try:
-        with safe_open(file, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118 (not a dict)
-                yield name, f.get_tensor(name)
-    except SafetensorError as e:
-        raise ValueError(f"{file} is corrupt ({e}): download it again") from None

@@ -1,10 +1,10 @@
 """Questions with golden answers, and the scores of an answer.
 
-"EM" here is strict: the normalised answer *is* a golden answer. The paper's code calls "EM" what is
+"EM" here is strict: the normalised answer *is* a golden answer. What the paper's code calls "EM" is
 `cover_em` here, a golden answer anywhere in the answer. The same functions are the reward of training, the
 labels of collected documents and the figures of evaluation.
 
-It deliberately is not: a judge of explanations, a filter. A broken line is an error with its number.
+Not a judge of explanations, not a filter: a broken line is an error with its number.
 
     load_questions("hotpotqa")            # by name from the hub, or a file: JSON lines or parquet
     f1("the Eiffel Tower", ("Eiffel Tower", "La tour Eiffel"))
@@ -29,8 +29,8 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 def normalise(text: str) -> str:
     """Lower case, no ASCII punctuation, no articles a / an / the, single spaces: as SQuAD and HotpotQA do.
 
-    Punctuation goes first and leaves no space: "U.S." -> us, "well-known" -> wellknown. The rest of unicode
-    stays as it is.
+    Punctuation goes first and leaves no space: "U.S." -> us, "well-known" -> wellknown. Other characters
+    stay.
     """
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
@@ -38,8 +38,8 @@ def normalise(text: str) -> str:
 def f1(answer: str | None, golds: Iterable[str]) -> float:
     """Token F1 within 0..1, 2 * common / (tokens of the answer + tokens of the gold): the best over golds.
 
-    Tokens are the words of the normalised texts, with multiplicity. yes, no and noanswer are words like any
-    other: "yes, it is" gets .5 against "yes", as in the paper's reward, and not 0, as in HotpotQA's script.
+    Tokens are the words of the normalised texts, with multiplicity. yes and no are words like any other:
+    "yes, it is" scores .5 against "yes", as in the paper's reward, not 0, as in HotpotQA's script.
     """
     return _best(_f1, answer, golds)
 
@@ -52,8 +52,8 @@ def exact_match(answer: str | None, golds: Iterable[str]) -> float:
 def cover_em(answer: str | None, golds: Iterable[str]) -> float:
     """1.0 where a normalised golden answer is a substring of the normalised answer, else 0.0.
 
-    Characters, not whole words, so that figures compare with the paper's "EM" column, whose code does so.
-    Hence "no" is found in "nothing", and a long enough answer is always right: read it beside the other two.
+    Characters, not whole words, as in the code behind the paper's "EM" column. So "no" is found in "nothing",
+    and a long enough answer is always right: read it beside the other two.
     """
     return _best(lambda answer, gold: gold != "" and gold in answer, answer, golds)
 
@@ -65,7 +65,7 @@ def holds_answer(documents: str, golds: Iterable[str]) -> bool | None:
 
 
 def _best(measure: Callable[[str, str], float], answer: str | None, golds: Iterable[str]) -> float:
-    """The best over golds, all normalised. No answer (None, or nothing left of it) is 0 in every score."""
+    """The best over golds, all normalised. No answer (None, or nothing left of it) scores 0."""
     said = normalise(answer or "")
     return max((float(measure(said, normalise(gold))) for gold in golds), default=0.0) if said else 0.0
 
@@ -81,7 +81,7 @@ def _f1(answer: str, gold: str) -> float:
 def parse_question(row: dict) -> Question:
     """A row {"question", "golden_answers" | "answers" | "answer", and optionally "id", "hops"} -> Question.
 
-    The answers are one text or a list of them. Raises ValueError where a row has no question or no answer.
+    The answers are one text or a list of texts. Raises ValueError for a row without a question or an answer.
     """
     text, hops = row.get("question"), row.get("hops", 0)
     if not isinstance(text, str) or not text.strip():
@@ -113,14 +113,15 @@ SETS = {  # name -> its split to train on, its split to evaluate on
 def load_questions(source: str | Path, limit: int | None = None, train: bool = False) -> list[Question]:
     """The questions of a set of `SETS`, or of a file: JSON lines, plain or gzip, or parquet.
 
-    limit: how many (None: all), drawn by a seed of its own, whatever the run's, and kept in the file's order;
-    a smaller draw is a part of a larger one. The first so many would be as good only where the order of a
-    file means nothing. Raises ValueError, with the row's number where one is broken or has no answer;
-    FileNotFoundError where there is neither a file nor a set of that name.
+    limit: how many (None: all), drawn by a fixed seed and kept in the file's order; a smaller draw is part of
+    a larger one. (The first `limit` would do only if a file's order meant nothing.) Raises ValueError with
+    the number of a row that is broken or has no answer; FileNotFoundError for neither a file nor a set.
     """
     name = str(source)
     if name in SETS and not Path(name).exists():
-        rows = map(parse_question, set_rows(name, train))
+        if (split := SETS[name][0 if train else 1]) is None:
+            raise ValueError(f"{name} has no questions to train on: it is a test set")
+        rows = map(parse_question, hub_rows(HUB, name, split=split, instead="a question file"))
     elif not Path(name).exists():
         sets = "" if is_path(name) else f", and no such set ({', '.join(SETS)})"
         raise FileNotFoundError(f"there is no file {name}{sets}")
@@ -131,36 +132,20 @@ def load_questions(source: str | Path, limit: int | None = None, train: bool = F
     questions = list(rows)
     if not questions:
         raise ValueError(f"{source} holds no questions")
-    return draw(questions, limit)
-
-
-def draw(questions: list[Question], limit: int | None) -> list[Question]:
-    """`limit` of the questions: which ones depends on how many there are, and on nothing else."""
     numbers = random.Random(0).sample(range(len(questions)), len(questions))  # shuffled
     return [questions[i] for i in sorted(numbers[:limit])]
-
-
-def set_rows(name: str, train: bool) -> Iterable[dict]:
-    """The rows of a set of `SETS`. Raises ValueError where it cannot be had."""
-    split = SETS[name][0 if train else 1]
-    if split is None:
-        raise ValueError(f"{name} has no questions to train on: it is a test set")
-    return hub_rows(HUB, name, split=split, instead="a question file")
 
 
 PATH = re.compile(r"[./~]|.*/.*/|.*\.[A-Za-z]\w*$")
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is meant as a file's, and is none on the hub: ./x, ../x, ~/x, /x, a/b/c, x.jsonl.
-
-    An ending begins with a letter: OWNER/SET_v1.5 may be a set.
-    """
+    """Whether a name means a file, not a set on the hub: ./x, ~/x, /x, a/b/c, x.jsonl; not OWNER/SET_v1.5."""
     return PATH.match(name) is not None
 
 
 def is_parquet(path: str | Path) -> bool:
-    """Told by the content, as gzip is: a parquet file begins with PAR1."""
+    """Whether a file begins with PAR1, as parquet does, whatever its name."""
     with open(path, "rb") as file:
         return file.read(4) == b"PAR1"
 
@@ -176,9 +161,9 @@ def parquet_rows(path: str | Path) -> list[dict]:
 
 
 def hub_rows(*where: str, split: str, instead: str) -> Iterable[dict]:
-    """The rows of a set on the hub, or in its cache; where: its repository, and its name in it if it has one.
+    """The rows of a set on the hub, or in its cache; where: its repository, and its name there if it has one.
 
-    Raises ValueError where it cannot be had, with the advice to give `instead`.
+    Raises ValueError where they cannot be had, with the advice to give `instead`.
     """
     from datasets import load_dataset  # not on every machine, and slow to import
 

@@ -1,12 +1,11 @@
-"""Time: tokens that appear one after another. Seats, sampling, the think / search / read / answer episode.
+"""The episode (think, search, read, answer) and the engine that decodes all episodes of a step together.
 
-An episode is a generator. It yields a `Turn` when it wants tokens and is sent back what was sampled; a search
-inside it may yield turns of its own (in the simulator's role) or a future (of a real engine). The engine
-keeps a fixed number of seats, rows of the key-value cache, and decodes every busy seat together, one token a
-step: policy rows and the rows that write documents for other policy rows sit in one batch, and a turn that
-ends makes room for the next.
+An episode is a generator. It yields a `Turn` when it wants tokens and is sent what was sampled; a search may
+yield turns of its own (in the simulator's role) or a future (of a real engine). The engine has a fixed number
+of seats, rows of the key-value cache, and decodes all busy ones in one batch, one token a step: the policy's
+rows and those that write documents for them. A turn that ends makes room for the next.
 
-What this is not: an inference server. There is no paging, no preemption and no batching across bodies.
+Not an inference server: no paging, no preemption, no batching across bodies.
 
     engine = Engine({POLICY: (model, tok), SIMULATOR: (model, tok)}, seats=64, capacity=4096)
     trajectories = engine.run([episode(q, search, tok) for q in questions])
@@ -19,6 +18,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
 from queue import SimpleQueue
 
 import numpy as np
@@ -43,7 +44,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Query:
-    """What the policy asked the engine. It carries its question: nothing is ever paired by position."""
+    """What the policy asks the engine. It carries its question, so nothing is paired by position."""
 
     text: str
     question: Question
@@ -53,7 +54,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Documents:
-    """What an engine returned. `noisy` is what a simulator was asked for, None of a real engine."""
+    """What an engine returned. `noisy`: what a simulator was asked for; None from a real engine."""
 
     text: str
     noisy: bool | None = None
@@ -61,11 +62,10 @@ class Documents:
 
 @dataclass(frozen=True)
 class Turn:
-    """A wish for tokens: feed `ids`, then sample until a stop, an end-of-turn token, or `limit` tokens.
+    """A request for tokens: feed `ids`, then sample until a stop, an end-of-turn token, or `limit` tokens.
 
-    Turns of one `context` share a seat, so what the cache holds is never fed again; a turn without a context
-    has a seat of its own, for as long as it lasts. before: the ids sampled so far, where this goes on with a
-    turn of the policy: a stop may begin in them.
+    Turns of one `context` share a seat, so nothing in the cache is fed twice; without one, a turn has a seat
+    to itself while it lasts. before: the ids that this turn continues, in which a stop may begin.
     """
 
     ids: list[int]
@@ -93,7 +93,7 @@ Episode = Generator[Turn | Future, object, object]
 
 @dataclass(frozen=True)
 class Limits:
-    """In tokens, but for `turns`: searches or invalid turns before the last generation, an answer."""
+    """In tokens, except `turns`: searches or invalid turns before the last turn, which can only answer."""
 
     prompt: int = 2048
     episode: int = 4096
@@ -108,10 +108,8 @@ TOKENS, DOCUMENTS, COIN = 1, 2, 3  # streams: the policy's tokens, the simulator
 
 
 def uniforms(address: tuple[int, ...], n: int) -> np.ndarray:
-    """n uniforms in [0, 1) that depend on the address alone: (seed, step, question, sibling, call, stream).
-
-    The first n of a longer request are the same. Non-negative integers; numpy's SeedSequence hashes them.
-    """
+    """n uniforms in [0, 1) that depend only on the address (seed, step, question, sibling, call, stream),
+    non-negative integers. A longer request begins with the same numbers."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(address))).random(n)
 
 
@@ -125,7 +123,7 @@ def coin(address: tuple[int, ...]) -> float:
 
 @dataclass
 class Trajectory:
-    """One episode. The ids are the truth; the mask is born with the token; both have one writer, `add`."""
+    """One episode. The ids are the truth, and each token gets its mask from the only writer, `add`."""
 
     question: Question
     ids: list[int] = field(default_factory=list)
@@ -158,7 +156,7 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def action(text: str) -> tuple[str, str] | None:
-    """Kind and text of the first whole search or answer block of one sampled turn, or None."""
+    """Kind and text of the first whole search or answer block of a sampled turn, or None."""
     found = next((block for block in blocks(text) if block[0] != "open"), None)
     return None if found == ("search", "") else found
 
@@ -166,13 +164,12 @@ def action(text: str) -> tuple[str, str] | None:
 def whole(turn: Turn, tok) -> Generator:
     """Sample a turn of the policy. A query may hold an answer block: only </search> ends it."""
     sampled = yield turn
-    while sampled.end == "stop" and len(sampled.ids) < turn.limit:
+    while sampled.end == "stop" and (n := len(sampled.ids)) < turn.limit:
         if next(blocks(tok.decode(sampled.ids)), ("",))[0] != "open":
             break
-        n = len(sampled.ids)
-        address = (*turn.address, n)
-        more = yield replace(turn, ids=[], limit=turn.limit - n, address=address, before=sampled.ids)
-        sampled = Sampled(sampled.ids + more.ids, sampled.logps + more.logps, more.end)
+        address, said = (*turn.address, n), sampled.ids
+        more = yield replace(turn, ids=[], limit=turn.limit - n, address=address, before=said)
+        sampled = Sampled(said + more.ids, sampled.logps + more.logps, more.end)
     return sampled
 
 
@@ -190,54 +187,47 @@ def ask(text: str) -> str:
 
 
 def prompt(question: Question, tok, words: Words, **more: str) -> list[int]:
-    """The ids that an episode starts from. more: what goes to other {places} of the words' prompt."""
+    """The ids that an episode starts from. more: values of other {places} in the words' prompt."""
     messages = [{"role": "system", "content": words.system}] if words.system is not None else []
     content = fill(words.prompt, question=ask(question.text), **more)
     return tok.chat([*messages, {"role": "user", "content": content}])
 
 
+def opened(question: Question, tok, words: Words, limits: Limits, **more: str) -> Trajectory:
+    """A trajectory that holds its prompt. Raises ValueError for one over the limit: it is never cut."""
+    t = Trajectory(question)
+    t.add(prompt(question, tok, words, **more))
+    if (n := len(t.ids)) > limits.prompt:
+        shown = repr(question.text[:60])
+        raise ValueError(f"the prompt of question {shown} has {n} tokens, over {limits.prompt}")
+    return t
+
+
 def observation(tok, documents: str, limit: int) -> list[int]:
-    """The ids of an information block. Documents that are too long are cut; the tags always close."""
+    """The ids of an information block. Documents are cut to fit; the tags always close."""
     head, tail = tok.encode("\n\n<information>"), tok.encode("</information>\n\n")
     return head + tok.encode(documents)[: max(0, limit - len(head) - len(tail))] + tail
 
 
 def episode(
-    question: Question,
-    search: Search,
-    tok,
-    limits: Limits = Limits(),
-    words: Words = WORDS,
-    temperature: float = 1.0,
-    address: tuple[int, ...] = (0, 0, 0, 0),
-) -> Episode:
+    question: Question, search: Search, tok, limits: Limits = Limits(), words: Words = WORDS,
+    temperature: float = 1.0, address: tuple[int, ...] = (0, 0, 0, 0),
+) -> Episode:  # fmt: skip
     """One trajectory, told in the order in which it happens. address: (seed, step, question, sibling).
 
     Only what the policy sampled in the current turn is parsed: prompts and documents may hold any tag. Near
-    the length limit documents are cut, so that room for an answer always remains.
+    the length limit documents are cut, so that there is always room for an answer.
     """
-    t = Trajectory(question)
-    t.add(prompt(question, tok, words))
-    if len(t.ids) > limits.prompt:
-        raise ValueError(
-            f"the prompt of question {question.text[:60]!r} has {len(t.ids)} tokens, over {limits.prompt}"
-        )
+    t = opened(question, tok, words, limits)
     notice, frame = tok.encode(words.notice), len(observation(tok, "", 0))
     answer_room = min(limits.turn, 64)
     fed = 0
-    for call in range(limits.turns + 1):
+    for call in count():
         room = limits.episode - len(t.ids)
         spare = room - answer_room - max(frame, len(notice))  # for this turn, if another is to follow
         last = call == limits.turns or spare < answer_room
-        turn = Turn(
-            t.ids[fed:],
-            POLICY,
-            limit=min(limits.turn, room if last else spare),
-            temperature=temperature,
-            stops=STOPS,
-            address=(*address, call, TOKENS),
-            context=t,
-        )
+        limit = min(limits.turn, room if last else spare)
+        turn = Turn(t.ids[fed:], POLICY, limit, temperature, STOPS, (*address, call, TOKENS), context=t)
         sampled = yield from whole(turn, tok)
         t.add(sampled.ids, sampled.logps)
         fed = len(t.ids)
@@ -258,14 +248,13 @@ def episode(
             t.add(observation(tok, documents.text, min(limits.observation, room)))
         else:
             t.add(notice)
-    raise AssertionError("the last turn returns")
 
 
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def harmless(text: str) -> str:
-    """Text that cannot steer a terminal: control characters, but for tabs and newlines, are shown as �."""
+    """Text that cannot steer a terminal: control characters except tabs and newlines become �."""
     return CONTROL.sub("\ufffd", text)
 
 
@@ -307,7 +296,8 @@ class Stats:
     seconds: float = 0.0
 
 
-EARLY = 128  # episodes begun before there is a seat for them, at least: what a server is kept busy with
+Tell = Callable[[int, int, Stats], None]
+EARLY = 128  # episodes begun before they have a seat, at least: they keep a server busy
 NUMBERS = ("last id", "length", "count", "on", "limit", "kind of stops", "role")  # that a row has
 
 
@@ -322,12 +312,10 @@ class Pool:
     together, so that attention sees a view of the cache and idle seats cost nothing."""
 
     def __init__(self, model: Model, tok, seats: int, capacity: int, prefill: int, reserve: int):
-        if capacity > model.cos.size(0):
-            raise ValueError(
-                f"seats of {capacity} tokens are longer than the {model.cos.size(0)} this body can read"
-            )
+        if capacity > (most := model.cos.size(0)):
+            raise ValueError(f"seats of {capacity} tokens are longer than the {most} this body can read")
         model.pack(seats)
-        self.model, self.tok = model, tok
+        self.model, self.tok, self.tensor = model, tok, partial(torch.tensor, device=model.device)
         self.capacity, self.prefill, self.reserve = capacity, prefill, reserve
         self.cache = Cache(model.config, seats, capacity, model.dtype, model.device)
         self.stops: dict[tuple[str, ...], int] = {}
@@ -350,15 +338,13 @@ class Pool:
         self.rows: list[Seat | None] = [None] * self.cache.seats
         self.busy = 0
         self.on.zero_()
-        self.going_on, self.writing, self.new = deque(), deque(), deque()  # (task, turn) that wait, by rank
+        self.waiting = deque(), deque(), deque()  # (task, turn) by rank: see `take`
         self.seated: dict[int, Seat] = {}  # id of a context -> its seat
         self.prompts: dict[tuple, Seat] = {}  # (role, prompt) -> a seat that holds it
         stack = self.model.stacked(self.stack)
         if stack is not self.stack:
             self.graphs.clear()  # they read the old one
         self.stack = stack
-
-    # seats
 
     def move(self, seat: Seat, row: int) -> None:
         """Put a seat on another row; whoever sits there takes the seat's old row."""
@@ -380,57 +366,49 @@ class Pool:
             del self.prompts[seat.shared]
 
     def wait(self, task: Task, turn: Turn) -> None:
-        """Queue a turn: behind those that have a seat, that write documents, or that are to begin."""
-        documents = self.writing if turn.context is None else self.new
-        (self.going_on if id(turn.context) in self.seated else documents).append((task, turn))
+        """Queue a turn."""
+        rank = 0 if id(turn.context) in self.seated else 1 if turn.context is None else 2
+        self.waiting[rank].append((task, turn))
 
     def take(self) -> list[Seat]:
-        """Seat as many waiting turns as possible: those that have a seat, then those that documents wait for,
-        then new episodes, for which some seats are not to be had (else all could wait for documents for
-        ever). Only those that are seated are looked at."""
+        """Seat as many waiting turns as possible: first those that have a seat, then those that write
+        documents, then new episodes, but for some seats (else all could wait for documents for ever)."""
         free = [r for r in range(self.busy, len(self.rows)) if self.rows[r] is None]
         taken = []
-        while self.going_on:
-            task, turn = self.going_on.popleft()
-            taken.append(self.sit(self.seated[id(turn.context)], task, turn))
-        while self.writing and free:
-            task, turn = self.writing.popleft()
-            taken.append(self.sit(Seat(free.pop(), None, turn.role), task, turn))
-        while self.new and len(free) > self.reserve:
-            task, turn = self.new.popleft()
-            seat = self.seated[id(turn.context)] = Seat(free.pop(), turn.context, turn.role)
-            task.contexts.append(seat)
-            taken.append(self.sit(seat, task, turn))
+        for rank, reserve in enumerate((-1, 0, self.reserve)):
+            while self.waiting[rank] and len(free) > reserve:
+                task, turn = self.waiting[rank].popleft()
+                seat = self.seated.get(id(turn.context)) or Seat(free.pop(), turn.context, turn.role)
+                if rank == 2:
+                    self.seated[id(turn.context)] = seat
+                    task.contexts.append(seat)
+                self.rows[seat.row], seat.task, seat.turn = seat, task, turn
+                taken.append(seat)
         return taken
-
-    def sit(self, seat: Seat, task: Task, turn: Turn) -> Seat:
-        """Give a turn its seat."""
-        self.rows[seat.row], seat.task, seat.turn = seat, task, turn
-        return seat
-
-    # feeding
 
     def feed(self, seats: list[Seat], stats: Stats) -> None:
         """Bring the taken seats to where their last token is due: prompts once, siblings by copy."""
         leaders, followers = [], []
         for seat in seats:
-            seat.pending = seat.pending + seat.turn.ids
-            new = len(seat.pending)
-            if seat.fed + new >= self.capacity:
-                raise ValueError(f"{seat.fed + new} tokens do not fit in a seat of {self.capacity}")
-            key = (seat.role, tuple(seat.pending))
-            fresh = seat.fed == 0 and new > 1
-            if fresh and key in self.prompts:
-                followers.append((seat, self.prompts[key]))
-                continue
-            leaders.append(seat)
-            if fresh:
-                self.prompts[key], seat.shared = seat, key
+            seat.pending += seat.turn.ids
+            if (n := seat.fed + len(seat.pending)) >= self.capacity:
+                raise ValueError(f"{n} tokens do not fit in a seat of {self.capacity}")
+            key = (seat.role, tuple(seat.pending)) if seat.fed == 0 and n > 1 else None
+            lender = seat if key is None else self.prompts.setdefault(key, seat)
+            if lender is seat:
+                leaders.append(seat)
+                seat.shared = seat.shared or key
+            else:
+                followers.append((seat, lender))
         first = self.busy
         for seat in sorted(leaders, key=lambda s: len(s.pending)):
             self.join(seat)
-        for group in self.batches(first):
-            self.extend(group, stats)
+        while first < self.busy:  # in batches under the token budget
+            end = first + 1
+            while end < self.busy and (end + 1 - first) * (len(self.rows[end].pending) - 1) <= self.prefill:
+                end += 1
+            self.extend(slice(first, end), stats)
+            first = end
         for seat, leader in followers:
             seat.fed = len(seat.pending) - 1
             self.cache.copy(leader.row, seat.row, seat.fed)
@@ -443,16 +421,6 @@ class Pool:
         self.move(seat, self.busy)
         self.busy += 1
 
-    def batches(self, first: int) -> Iterable[slice]:
-        """Cut the busy rows from `first` on, sorted by length, into batches under the token budget."""
-        row = first
-        while row < self.busy:
-            end = row + 1
-            while end < self.busy and (end + 1 - row) * (len(self.rows[end].pending) - 1) <= self.prefill:
-                end += 1
-            yield slice(row, end)
-            row = end
-
     def extend(self, rows: slice, stats: Stats) -> None:
         """Feed all but the last pending token of neighbouring rows, in one padded batch."""
         seats = self.rows[rows]
@@ -460,12 +428,10 @@ class Pool:
         longest = max(map(len, feeds))
         if longest == 0:
             return
-        device = self.model.device
-        block = torch.tensor([f + [0] * (longest - len(f)) for f in feeds], device=device)  # (B, T)
-        start = torch.tensor([s.fed for s in seats], device=device)
-        lens = torch.tensor([len(f) for f in feeds], device=device)
+        block = self.tensor([f + [0] * (longest - len(f)) for f in feeds])  # (B, T)
+        start, lens = self.tensor([s.fed for s in seats]), self.tensor([len(f) for f in feeds])
         window = self.cache.window(rows, max(s.fed for s in seats) + longest, start, lens)
-        role = self.one_or_each(seats, torch.tensor([s.role for s in seats], device=device))
+        role = self.one_or_each(seats, self.tensor([s.role for s in seats]))
         self.model(block, role, window=window, lora=self.stack.rows(role))
         for s, f in zip(seats, feeds):
             s.fed += len(f)
@@ -478,8 +444,6 @@ class Pool:
 
     def begin(self, seats: list[Seat]) -> None:
         """Write turns into their rows' columns."""
-        if not seats:
-            return
         columns = []
         for seat in seats:
             turn, r = seat.turn, seat.row
@@ -489,8 +453,8 @@ class Pool:
             if turn.temperature > 0:
                 self.u[r, :limit] = torch.from_numpy(uniforms(turn.address, limit).astype(np.float32))
         rows = [seat.row for seat in seats]
-        self.numbers[:, rows] = torch.tensor(columns, device=self.model.device).T
-        self.temperature[rows] = torch.tensor([s.turn.temperature for s in seats], device=self.model.device)
+        self.numbers[:, rows] = self.tensor(columns).T
+        self.temperature[rows] = self.tensor([seat.turn.temperature for seat in seats])
 
     def kind_of(self, stops: tuple[str, ...]) -> int:
         """The index of a set of stops. A token may close one only if it holds the last character of one."""
@@ -498,13 +462,10 @@ class Pool:
             ends = {s[-1].encode()[-1] for s in stops}
             ids = range(self.model.config.vocab)  # may be more than the tokenizer knows
             flags = [i in self.tok.eos or not ends.isdisjoint(self.tok.token_bytes(i)) for i in ids]
-            row = torch.tensor(flags, device=self.closers.device)
-            self.closers = torch.cat((self.closers, row[None]))
+            self.closers = torch.cat((self.closers, self.tensor([flags])))
             self.graphs.clear()  # they know the old one
             self.stops[stops] = len(self.stops)
         return self.stops[stops]
-
-    # decoding
 
     def step(self, stats: Stats) -> list[tuple[Task, Sampled]]:
         """One token for every busy row. Returns the turns that ended."""
@@ -522,17 +483,15 @@ class Pool:
         return [(seat.task, self.finish(seat, end)) for seat, end in ended if end]
 
     def decode(self, n: int, upto: int, role: int | torch.Tensor, on: torch.Tensor | None = None) -> None:
-        """Sample a token for the first n rows, none of which holds more than `upto` tokens then.
-
-        From columns to columns, all on the device. on (n,): 0 for rows that shall be left as they are.
-        """
-        count = self.count[:n, None]
+        """Sample a token for the first n rows, all on the device; then none holds more than `upto` tokens.
+        on (n,): 0 for rows that are to be left as they are."""
+        at = self.count[:n, None]
         window = self.cache.window(slice(0, n), upto, self.length[:n], on)
         h = self.model(self.last[:n, None], role, window=window, lora=self.stack.rows(role))  # (n, 1, d)
-        u = self.u[:n].gather(1, count)[:, 0]
+        u = self.u[:n].gather(1, at)[:, 0]
         ids, logps = kernels.sample(self.model.logits(h[:, 0]), u, self.temperature[:n])
-        self.ids[:n].scatter_(1, count, ids[:, None])
-        self.logps[:n].scatter_(1, count, logps[:, None])
+        self.ids[:n].scatter_(1, at, ids[:, None])
+        self.logps[:n].scatter_(1, at, logps[:, None])
         self.last[:n] = ids
         self.numbers[1:3, :n] += 1 if on is None else on  # length and count
         full = self.count[:n] >= self.limit[:n]
@@ -577,7 +536,6 @@ class Pool:
             for column in (self.temperature, self.u, self.ids, self.logps):
                 column[r] = column[self.busy]
         self.on[self.busy] = 0
-        seat.task, seat.turn = None, None
         if seat.context is None:
             self.release(seat)
         return Sampled(ids, logps, end)
@@ -606,45 +564,50 @@ class Engine:
         self.early = max(seats, EARLY)
 
     @torch.inference_mode()
-    def run(
-        self, generators: Iterable[Episode], tell: Callable[[int, int, Stats], None] | None = None
-    ) -> list:
+    def run(self, generators: Iterable[Episode], tell: Tell | None = None) -> list:
         """Run every generator; returns their values in order. tell(done, of, stats) is called as they end.
 
-        A ValueError or OSError raised inside a generator (a prompt too long, an engine out of reach) comes
-        through.
+        What a generator raises comes through: ValueError (a prompt too long), OSError (an engine that fails).
         """
-        began = time.perf_counter()
-        self.stats = Stats()
-        pools = list({id(p): p for p in self.pools.values()}.values())
+        began, self.stats = time.perf_counter(), Stats()
+        pools = dict.fromkeys(self.pools.values())
         for pool in pools:
             pool.clear()
-        unbegun = deque(Task(i, g) for i, g in enumerate(generators))
-        results: list = [None] * len(unbegun)
-        ready, early, done = deque(), set(), 0  # early: begun, but never seated yet
+        tasks = deque(Task(i, g) for i, g in enumerate(generators))  # not begun yet
+        results: list = [None] * len(tasks)
+        ready, early, done = deque(), set(), 0  # early: begun, but never seated
         futures, answered = {}, SimpleQueue()
         try:
             while done < len(results):
-                while ready or (unbegun and len(early) < self.early):
+                while ready or (tasks and len(early) < self.early):
                     if not ready:
-                        ready.append(unbegun.popleft())
+                        ready.append(tasks.popleft())
                         early.add(ready[0])
                     task = ready.popleft()
-                    if self.advance(task, results, futures, answered):
-                        done += 1
+                    try:
+                        wish = task.generator.send(task.value)
+                    except StopIteration as end:
+                        results[task.index], done = end.value, done + 1
                         early.discard(task)
-                    if tell is not None and done:
+                        for seat in task.contexts:
+                            self.pools[seat.role].release(seat)
                         self.stats.seconds = time.perf_counter() - began
-                        tell(done, len(results), self.stats)
+                        if tell is not None:
+                            tell(done, len(results), self.stats)
+                        continue
+                    if isinstance(wish, Future):
+                        futures[wish] = task
+                        wish.add_done_callback(answered.put)
+                    else:
+                        self.pools[wish.role].wait(task, wish)
                 for pool in pools:
-                    taken = pool.take()
-                    early.difference_update(seat.task for seat in taken)
-                    pool.feed(taken, self.stats)
-                    if pool.busy:
-                        for task, sampled in pool.step(self.stats):
-                            task.value = sampled
-                            ready.append(task)
-                idle = not ready and not any(p.busy for p in pools)
+                    if taken := pool.take():
+                        early.difference_update(seat.task for seat in taken)
+                        pool.feed(taken, self.stats)
+                    for task, sampled in pool.step(self.stats) if pool.busy else ():
+                        task.value = sampled
+                        ready.append(task)
+                idle = not ready and not any(pool.busy for pool in pools)
                 while futures and (idle or not answered.empty()):
                     future, idle = answered.get(), False
                     task = futures.pop(future)
@@ -653,23 +616,4 @@ class Engine:
         finally:
             for future in futures:  # after a failure: what is not under way is not sent
                 future.cancel()
-        self.stats.seconds = time.perf_counter() - began
         return results
-
-    def advance(
-        self, task: Task, results: list, futures: dict[Future, Task], answered: SimpleQueue[Future]
-    ) -> bool:
-        """Send a generator what it waits for. True when that was its end."""
-        try:
-            wish = task.generator.send(task.value)
-        except StopIteration as end:
-            results[task.index] = end.value
-            for seat in task.contexts:
-                self.pools[seat.role].release(seat)
-            return True
-        if isinstance(wish, Future):
-            futures[wish] = task
-            wish.add_done_callback(answered.put)
-        else:
-            self.pools[wish.role].wait(task, wish)
-        return False

@@ -1,29 +1,26 @@
 """Real search engines behind the call that the simulator answers too: `search(query)` -> Documents.
 
-none                     nothing for every query: the honest baseline, an empty information block
-bm25:PATH                the passages of a JSON lines corpus {"id", "title", "contents"} (plain or gzip),
-                         ranked in memory, with numpy alone
-http://HOST:PORT[/PATH]  a retriever that runs elsewhere and speaks Search-R1's protocol, at /retrieve if no
-                         path is given
-serpapi                  the web, as Google ranks it, through serpapi.com: titles and snippets of the first
-                         page. The key stands in SERPAPI_API_KEY, another address in SERPAPI_BASE_URL
+none                     nothing for any query: an empty information block, the honest baseline
+bm25:PATH                BM25 in memory over a JSON lines corpus {"id", "title", "contents"}, plain or gzip
+http://HOST:PORT[/PATH]  a retriever that speaks Search-R1's protocol, at /retrieve if no path is given
+serpapi                  Google's first page through serpapi.com, titles and snippets. The key is in
+                         SERPAPI_API_KEY, another address in SERPAPI_BASE_URL
 
-What comes over the network is data: one line a document, whatever it holds. What fails there is an error (see
-servers.py), and never a document. Those queries are cut after 500 characters.
+A document from the network is data: one line, whatever it holds. A failure there is an error (servers.py),
+never a document. Queries to a server are cut after 500 characters.
 
-It deliberately is not: an engine for the whole of Wikipedia (for BM25, a million passages are the measure), a
-stemmer, a reranker, a cache on disk. Indexing again takes seconds.
+Not an engine for all of Wikipedia (BM25 suits up to a million passages); no stemmer, no reranker, no cache on
+disk: indexing takes seconds.
 
     python search.py bm25:corpus.jsonl.gz "who founded The Comics Journal"
-    python search.py http://127.0.0.1:8000 "who founded The Comics Journal"
 
-Words are lower-cased runs of letters and digits without their accents; title and text count once each. What
-else is usual was measured and left out. Share of questions with a golden answer in the top 10, 32,504
-Wikipedia passages, 466 and 454 questions (yes / no ones left out), standard error .02: HotpotQA .850,
-2WikiMultiHopQA .681 as it is; without Lucene's 33 stop words .863, .676; plurals stemmed .848, .672; the
-title counted twice .845, .676; k1 .9 with b .4 .809, .661. `python eval.py --search bm25:CORPUS --data FILE`,
-without a policy, prints that share for any corpus and questions. There the index took 3 to 4 s and a query
-1.4 and .8 ms (2-core Intel Xeon, no GPU, one thread, 2026-11-22).
+Words are lower-cased runs of letters and digits without accents; title and text count once each. Other usual
+steps were measured and left out. Share of questions with a golden answer in the top 10, 32,504 Wikipedia
+passages, 466 and 454 questions (yes/no excluded), standard error .02: HotpotQA .850, 2WikiMultiHopQA .681 as
+it is; without Lucene's 33 stop words .863, .676; plurals stemmed .848, .672; the title counted twice .845,
+.676; k1 .9 with b .4 .809, .661. `python eval.py --search bm25:CORPUS --data FILE`, without a policy, prints
+that share for any corpus and questions. Indexing took 3 to 4 s, a query 1.4 and .8 ms (2-core Intel Xeon, no
+GPU, one thread, 2026-11-22).
 """
 
 import gzip
@@ -56,16 +53,21 @@ WORD = re.compile(r"[^\W_]+")
 def read_lines(path: str | Path, parse: Callable[[dict], Row]) -> Iterator[Row]:
     """`parse` of each object of a JSON lines file, gzip or plain; blank lines are skipped.
 
-    Raises ValueError that names file and line where a line is not a JSON object or `parse` raises one;
-    OSError where the file cannot be opened.
+    Raises ValueError with file and line where a line is not a JSON object or `parse` raises one; OSError
+    where the file cannot be opened.
     """
     for number, line in enumerate(_unpacked(path), 1):
         if line.strip():
             try:
-                row = parse(_object(line))
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("is not a JSON object")
+                parsed = parse(row)
             except ValueError as e:
-                raise ValueError(f"{path}, line {number}: {e}") from None
-            yield row
+                broken = isinstance(e, json.JSONDecodeError)
+                what = f"is not JSON ({e.msg} at column {e.colno})" if broken else e
+                raise ValueError(f"{path}, line {number}: {what}") from None
+            yield parsed
 
 
 def _unpacked(path: str | Path) -> Iterator[bytes]:
@@ -78,22 +80,11 @@ def _unpacked(path: str | Path) -> Iterator[bytes]:
             raise ValueError(f"{path} is damaged ({e}): fetch or make it again") from None
 
 
-def _object(line: bytes) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"is not JSON ({e.msg} at column {e.colno})") from None
-    if not isinstance(row, dict):
-        raise ValueError("is not a JSON object")
-    return row
-
-
 def passage(row: dict) -> tuple[str, str]:
     """(title, text) of a corpus row, white space collapsed.
 
-    The contents of the usual Wikipedia dumps begin with the quoted title on a line of its own: it is no part
-    of the text, and it is the title where the row has none. Raises ValueError where there is no text or no
-    title.
+    In the usual Wikipedia dumps the contents begin with the quoted title on a line of its own: it is not part
+    of the text, and serves as title where the row has none. Raises ValueError without a text or a title.
     """
     contents, title = row.get("contents"), row.get("title")
     if not isinstance(contents, str):
@@ -123,10 +114,9 @@ class BM25:
     score(q, d) = sum over words t of q:  ln(1 + (N - n_t + .5) / (n_t + .5)) * f (k1 + 1) / (f + k1 norm_d)
     norm_d = 1 - b + b |d| / mean |d|
 
-    f is how often t stands in d, n_t how many of the N passages hold t. All but the sum is known once the
-    corpus is: each word has one ready slice of passages and weights, and a query adds up the slices of its
-    words. Robertson and Zaragoza 2009, The Probabilistic Relevance Framework. Raises ValueError for a corpus
-    without passages.
+    f: how often t is in d; n_t: how many of the N passages hold t. All but the sum is known in advance: each
+    word has a slice of passages and weights, and a query adds up the slices of its words. Robertson and
+    Zaragoza 2009, The Probabilistic Relevance Framework. Raises ValueError for a corpus without passages.
     """
 
     def __init__(self, passages: Iterable[tuple[str, str]], k1: float = 1.2, b: float = 0.75):
@@ -155,7 +145,7 @@ class BM25:
         self.weight = idf * f * (k1 + 1) / (f + k1 * norm[self.holder])  # (P,)
 
     def scores(self, query: str) -> np.ndarray:
-        """(N,) float64. Words are added in the order of their ids: word order cannot change a rounding."""
+        """(N,) float64. Words are added in the order of their ids, so their order changes no rounding."""
         total = np.zeros(len(self.passages))  # (N,)
         for term in sorted(self.vocabulary[w] for w in tokenise(query) if w in self.vocabulary):
             posting = slice(self.start[term], self.start[term + 1])
@@ -163,19 +153,19 @@ class BM25:
         return total
 
     def top(self, query: str, count: int) -> list[int]:
-        """The best `count` passages by index, best first, equals in corpus order; none that scores 0."""
+        """Indices of the best `count` passages, best first, ties in corpus order; none that scores 0."""
         total = self.scores(query)
         bar = np.partition(total, -count)[-count] if count < len(total) else 0.0
         among = np.flatnonzero((total >= bar) & (total > 0))  # all ties at the bar, until the stable sort
         return among[np.argsort(-total[among], kind="stable")][:count].tolist()
 
     def documents(self, query: str, count: int) -> str:
-        """The best `count` passages as lines "Doc 1: (Title: X) text"; "" where the corpus knows no word."""
+        """The best `count` passages as lines "Doc 1: (Title: X) text"; "" if the corpus knows no word."""
         return render(self.passages[i] for i in self.top(query, count))
 
 
 def render(passages: Iterable[tuple[str, str]]) -> str:
-    """(title, text) as lines "Doc 1: (Title: X) text": one a passage, whatever stands in it."""
+    """(title, text) as lines "Doc 1: (Title: X) text": one a passage, whatever it holds."""
     lines = (f"(Title: {one_line(title)}) {one_line(text)}" for title, text in passages)
     return "\n".join(f"Doc {n}: {line}".rstrip() for n, line in enumerate(lines, 1))
 
@@ -207,9 +197,9 @@ QUERY = 500  # characters; what is longer is no query, and too long for an addre
 
 
 def retrieved(answer: object) -> list[tuple[str, str]]:
-    """The passages that a /retrieve server returned for one query. Raises ValueError for another shape.
+    """(title, text) of each passage in {"result": [[passage, ...]]}, the answer to one query.
 
-    {"result": [[passage, ...]]}, each as it is or, if scores were asked for, {"document": passage, "score"}.
+    A passage may be wrapped as {"document": passage, "score"}. Raises ValueError for another shape.
     """
     match answer:
         case {"result": [[*items]]}:
@@ -219,34 +209,27 @@ def retrieved(answer: object) -> list[tuple[str, str]]:
 
 def _retrieved(item: object) -> tuple[str, str]:
     """(title, text). The first line of "contents" is the title, as in wiki-18, unless there is another."""
-    match item:
-        case {"document": passage} | passage:
-            match passage:
-                case {"title": str(title), "text": str(text)}:
-                    return title, text
-                case {"contents": str(contents), "title": str(title)}:
-                    first, _, rest = contents.partition("\n")
-                    return title, rest if first.strip('"') == title else contents
-                case {"contents": str(contents)} | str(contents):
-                    first, _, rest = contents.partition("\n")
-                    return first.strip('"'), rest
+    match item["document"] if isinstance(item, dict) and "document" in item else item:
+        case {"title": str(title), "text": str(text)}:
+            return title, text
+        case {"contents": str(contents), "title": str(title)}:
+            first, _, rest = contents.partition("\n")
+            return title, rest if first.strip('"') == title else contents
+        case {"contents": str(contents)} | str(contents):
+            first, _, rest = contents.partition("\n")
+            return first.strip('"'), rest
     raise ValueError('a passage without "contents"')
 
 
 def retriever(address: str, count: int, limit: float = 60.0) -> Search:
     """Search-R1's protocol: POST {"queries": [query], "topk": count, "return_scores": true}."""
     server = Server(address, "a /retrieve server", limit=limit)
-    path = "" if server.path else "/retrieve"
-
-    def find(text: str) -> str:
-        body = {"queries": [text], "topk": count, "return_scores": True}
-        return render(server.ask(retrieved, path, body)[:count])
-
-    return elsewhere(server, find)
+    path, fixed = "" if server.path else "/retrieve", {"topk": count, "return_scores": True}
+    return elsewhere(server, retrieved, count, lambda text: (path, {"queries": [text]} | fixed))
 
 
 def organic(answer: object) -> list[tuple[str, str]]:
-    """Title and snippet of SerpApi's results. Raises ValueError where it failed, or for another shape.
+    """(title, snippet) of SerpApi's results. Raises ValueError where it failed, or for another shape.
 
     A search that found nothing has the status Success, and no "organic_results".
     """
@@ -262,10 +245,8 @@ def organic(answer: object) -> list[tuple[str, str]]:
 
 def _organic(result: object) -> tuple[str, str]:
     match result:
-        case {"title": str(title), "snippet": str(snippet)}:
-            return title, snippet
         case {"title": str(title)}:
-            return title, ""
+            return title, snippet if isinstance(snippet := result.get("snippet"), str) else ""
     raise ValueError("a result without a title")
 
 
@@ -276,19 +257,22 @@ def serpapi(count: int, limit: float = 60.0) -> Search:
         raise ValueError("serpapi needs a key: put it into SERPAPI_API_KEY in the environment")
     server = Server(os.environ.get("SERPAPI_BASE_URL") or "https://serpapi.com", "SerpApi", key, limit=limit)
 
-    def find(text: str) -> str:
-        path = "/search.json?" + urlencode({"engine": "google", "q": text, "api_key": key})
-        return render(server.ask(organic, path)[:count])
+    fixed = {"engine": "google", "api_key": key}
+    return elsewhere(
+        server, organic, count, lambda text: ("/search.json?" + urlencode({"q": text} | fixed), None)
+    )
 
-    return elsewhere(server, find)
+
+Request = Callable[[str], tuple[str, dict | None]]
 
 
-def elsewhere(server: Server, find: Callable[[str], str]) -> Search:
-    """A search that waits for a server while other rows decode: `find` maps a query's text to documents."""
+def elsewhere(server: Server, read: Callable, count: int, request: Request) -> Search:
+    """A search that waits for a server while other rows decode. request: the query's text -> path, body."""
 
     def search(query: Query) -> Generator:
         text = one_line(query.text, QUERY)
-        return Documents((yield server.submit(find, text)) if text else "")
+        passages = (yield server.submit(server.ask, read, *request(text))) if text else []
+        return Documents(render(passages[:count]))
 
     return search
 
@@ -297,11 +281,11 @@ def elsewhere(server: Server, find: Callable[[str], str]) -> Search:
 
 
 def at_once(find: Callable[[str], str]) -> Search:
-    """A search that needs neither a turn of the model nor a wait: `find` maps a query's text to documents."""
+    """A search that returns at once: `find` maps a query's text to documents."""
 
     def search(query: Query) -> Generator:
         return Documents(find(query.text))
-        yield  # never reached: it makes this a generator, as every search is
+        yield  # never reached, but every search is a generator
 
     return search
 
@@ -313,10 +297,10 @@ def open_bm25(path: str | Path) -> BM25:
 
 
 def open_search(spec: str, count: int = 5, limit: float = 60.0) -> Search:
-    """The search that `spec` names (see above), with `count` documents a query, at most.
+    """The search that `spec` names (see above), with at most `count` documents a query.
 
-    limit: seconds of a query to a server, tries and all. Raises ValueError for any other spec, and for a file
-    that is not a corpus. A search of a server raises ServerError, an OSError, when it fails.
+    limit: seconds of a query to a server, retries included. Raises ValueError for another spec, and for a
+    file that is not a corpus. A search of a server raises ServerError, an OSError, when it fails.
     """
     kind, _, path = spec.partition(":")
     if count < 1:

@@ -1,10 +1,10 @@
-"""Text to ids and back: the same ids as transformers on every text, from tiktoken where that is possible.
+"""Text to ids and back: on every text the same ids as transformers, from tiktoken where that is possible.
 
-transformers reads the checkpoint (it knows every quirk of the files); we take apart what it has read and give
-byte-level BPE (Qwen, Llama 3, GPT-2, SmolLM2) to tiktoken, once it is proved that tiktoken's simpler rule
-finds the same ids (`_ranks`). The rest, a whole checkpoint or a single text, transformers encodes itself.
+transformers reads the checkpoint, whose files have many quirks; we take apart what it has read and give
+byte-level BPE (Qwen, Llama 3, GPT-2, SmolLM2) to tiktoken, if tiktoken's simpler rule provably finds the same
+ids (`_ranks`). Everything else, be it a checkpoint or a single text, transformers encodes itself.
 
-Not here: training a tokenizer, padding, truncation, tensors. No text is cleaned up, no id means padding.
+No training of a tokenizer, no padding, truncation or tensors, no cleaning of text; no id means padding.
 
     tok = Tokenizer.load("path/to/checkpoint")
     ids = tok.chat([{"role": "user", "content": "Who wrote Emma?"}])
@@ -20,35 +20,35 @@ from typing import NamedTuple
 import tiktoken
 from tokenizers import models, normalizers
 
-# How a text is cut into words before any merge: patterns on which Rust's regex (tiktoken) and Oniguruma
-# (transformers) agree, and which leave no character out: tiktoken drops in silence what its pattern skips.
+# How a text is cut into words before any merge. Rust's regex (tiktoken) and Oniguruma (transformers) agree on
+# these patterns, and they leave no character out: tiktoken silently drops what its pattern skips.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
-# GPT-2's words with each digit on its own: it takes no space along, and what precedes it ends as a text ends.
+# GPT-2's words, each digit on its own: it takes no space along, and a text before it is cut as at its end.
 GPT2_DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 
 # Special tokens that end a turn, or a text, in whatever checkpoint has them.
 ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
 
-# GPT-2's alphabet writes each byte as one printable character; the 68 that are not printable start at 256.
+# GPT-2's alphabet writes each byte as one printable character; the 68 unprintable ones start at 256.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _MOVED = [b for b in range(256) if b not in _PRINTABLE]
 BYTE = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_MOVED)}  # character -> byte
 
 
 class Added(NamedTuple):
-    """Tokens that are found in the text itself, before it is cut into words; the leftmost longest wins."""
+    """Tokens that are found in the text before it is cut into words; the leftmost longest wins."""
 
     pattern: re.Pattern
     ids: dict[str, int]
     special: frozenset[str]
 
     def split(self, text: str, special: bool) -> Iterator[str | int]:
-        """Ordinary text, maybe empty, and the ids between it; special tokens are found only if `special`."""
+        """Text, maybe empty, and ids between it; special tokens are found only if `special`."""
         start = 0
         for match in self.pattern.finditer(text):
             if special or match[0] not in self.special:
@@ -61,11 +61,9 @@ class Added(NamedTuple):
 class Tokenizer:
     """One checkpoint's tokenizer.
 
-    vocab_size: highest id + 1 (the embedding may have more rows).
-    eos: every id that ends a turn.
-    bos: the id that the checkpoint puts before every text (Llama 3), or None (Qwen, even if it names one).
-    has_template: whether it has a chat template.
-    fast: whether tiktoken does the work.
+    vocab_size: highest id + 1 (the embedding may have more rows). eos: every id that ends a turn. bos: the id
+    that the checkpoint puts before every text (Llama 3), or None (Qwen, even if it names one). has_template:
+    whether it has a chat template. fast: whether tiktoken does the work.
     """
 
     def __init__(self, hf, eos: frozenset[int]):
@@ -105,8 +103,7 @@ class Tokenizer:
         try:
             hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a broken file raises KeyError, TypeError, bare Exception, ... in there
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise ValueError(f"broken tokenizer in {path}, copy its files again: {reason}") from error
+            raise ValueError(f"broken tokenizer in {path}, copy its files again: {_reason(error)}") from error
         ends = [hf.eos_token_id, *(config.get("eos_token_id") for config in configs)]
         ids = [i for end in ends for i in (end if isinstance(end, list) else [end])]
         return cls(hf, frozenset(ids) - {None})
@@ -114,8 +111,8 @@ class Tokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text, as transformers gives them with add_special_tokens=False.
 
-        special: whether the text of a special token becomes that token. If not (as for all that a model, a
-        user or a document says) it stays text. Added tokens that are not special are found either way.
+        special: whether the text of a special token becomes that token; if not, as for all that a model, a
+        user or a document says, it stays text. Added tokens that are not special are found either way.
         """
         if not text.isascii():
             text = text.encode("utf-8", "replace").decode()  # half a surrogate pair (broken JSON) becomes "?"
@@ -132,18 +129,18 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the ids, special tokens shown; broken UTF-8 becomes U+FFFD, unknown ids nothing."""
+        """Text of the ids with special tokens; broken UTF-8 becomes U+FFFD, unknown ids nothing."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, i: int) -> bytes:
-        """Bytes of one id, maybe a part of a character; none for an id that the tokenizer does not know."""
+        """Bytes of one id, maybe part of a character; none for an unknown id."""
         return self._bytes[i] if 0 <= i < self.vocab_size else b""
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids of a conversation and of the assistant's opening, in the checkpoint's chat template.
 
-        Special tokens come from the template alone: their text within a content stays text.
-        Without a template: bos, where the checkpoint puts it, and the contents joined as they are.
+        Special tokens come from the template alone: their text within a content stays text. Without a
+        template: bos, where the checkpoint puts it, and the contents joined.
         """
         if not self.has_template:
             ids = self.encode("".join(m["content"] for m in messages))
@@ -164,12 +161,9 @@ class Tokenizer:
         try:
             text = self._hf.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True, **day)
         except Exception as error:  # a template is the checkpoint's own program, and may refuse or fail
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            roles = " ".join(m["role"] for m in messages)
-            raise ValueError(
-                f"the chat template of {self._hf.name_or_path} fails on {roles}: {reason}. "
-                "Mend it there, or use words without a system message"
-            ) from error
+            fails = f"fails on {' '.join(m['role'] for m in messages)}: {_reason(error)}"
+            advice = "Mend it there, or use words without a system message"
+            raise ValueError(f"the chat template of {self._hf.name_or_path} {fails}. {advice}") from error
         if mark not in text:  # whole: SentencePiece may treat the first stretch of a text in its own way
             return self.encode(text, special=True)
         pieces = self._special.split(text, special=True)
@@ -178,18 +172,20 @@ class Tokenizer:
     def _drops(self, text: str) -> bool:
         """Whether the text holds a byte that the vocabulary lacks (SmolLM2: 21 of them).
 
-        transformers drops such bytes after it has cut words and before it merges; tiktoken cannot.
+        transformers drops these after it has cut words and before it merges; tiktoken cannot.
         """
         data = text.encode()
         return len(data.translate(None, self._absent)) < len(data)
 
 
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def _json(path: Path) -> dict:
-    """A configuration file; an absent one says nothing. ValueError where it is not a JSON object."""
-    if not path.exists():
-        return {}
+    """A configuration file; {} where it is absent. ValueError where it is not a JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not readable JSON, copy it again: {error}") from error
     if not isinstance(value, dict):
@@ -216,7 +212,7 @@ def _added(tokens: dict, normalise=str) -> Added:
 
 
 def _greedy(token) -> bool:
-    """Whether an added token eats spaces around it or wants to stand alone."""
+    """Whether an added token takes the spaces around it or must stand alone."""
     return token.lstrip or token.rstrip or token.single_word
 
 
@@ -260,12 +256,12 @@ def _ranks(vocab: dict[str, int], merges: list[tuple[str, str]], whole: bool) ->
     whole: a word that is a token is that token, whatever the merges say (`ignore_merges`, tiktoken's way).
 
     tiktoken joins any neighbours whose bytes are a token, lowest id first; a list of merges joins its own
-    pairs, earliest first. They agree on all texts if (1) the list is in the order of the ids it makes and
-    (2) the list, applied to any token's own bytes, gives that token or leaves at least three pieces.
-    For take the first step at which they part, and any p, q that one of them could join there, into w. No
-    join so far crossed the ends of w, so the bytes of w alone come to p, q too: they are not left in three
-    pieces, w is reached, and by this very pair. So what one may join the other may, nothing but p, q makes w,
-    and by (1) both take the same pair next. (Tokens that are not reached are left out unless `whole`.)
+    pairs, earliest first. They agree on all texts if (1) the list is in the order of the ids it makes and (2)
+    the list, applied to any token's own bytes, gives that token or leaves at least three pieces. Proof: take
+    the first step at which they part, and any p, q that one of them could join there, into w. No join so far
+    crossed the ends of w, so the bytes of w alone come to p, q too: they are not left in three pieces, so w
+    is reached, and by this pair. So what one may join the other may, only p, q makes w, and by (1) both take
+    the same pair next. (Tokens that are not reached are left out unless `whole`.)
     """
     made = [vocab[a + b] for a, b in merges]
     if made != sorted(made):

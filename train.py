@@ -28,8 +28,8 @@ import torch
 
 import eval as judge_of
 import grpo
-import model as models
 import simulator as simulators
+import weights
 from cli import disk, flags, screen
 from cli.disk import Rows
 from cli.setting import Setting, find_bodies, load
@@ -253,11 +253,10 @@ def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: i
     out, held, first = {}, {}, []
     for suffix, (label, search, temperature) in s.task.ways(world.engine).items():
         address = (a.seed, 1_000_000)  # no step is called that
+        runs = judge_of.episodes(s.tok, world.held, search, s.limits, s.words, temperature, address)
         with screen.bar(f"held-out, {label}", len(world.held)) as bar:
             tell = partial(judge_of.show_progress, bar)
-            summary, trajectories = judge_of.evaluate(
-                s.engine, s.tok, world.held, search, s.limits, s.words, temperature, address, tell
-            )
+            summary, trajectories = judge_of.evaluate(s.engine, runs, tell)
         out[suffix] = {k: summary[k] for k in ("f1", "em", "cover_em", "searches", "n", "by_hop")}
         out[suffix] |= s.task.figures(trajectories)
         held[label] = [judge_of.answered(t) for t in trajectories]
@@ -287,7 +286,7 @@ def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict
     if a.sft_steps:
         tune_simulator(a, s)
         home = Path(a.out) / "simulator"
-        models.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
+        weights.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
         save_words(s.simulator.words, home / WORDS_FILE)
     preview(s, world.questions[0])
     with screen.waiting("auditing the simulator"):
@@ -299,7 +298,7 @@ def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict
 
 def finish(a: argparse.Namespace, s: Setting, world: World, facts: dict, began: float, kept: Kept) -> None:
     """What comes after the last step: the held-out questions again, result.json and the table."""
-    models.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
+    weights.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
     after = measure(a, s, world, kept, a.steps + 1) if facts["before"] else {}
     result: dict = {f"before{k}": v for k, v in facts["before"].items()}
     result |= {f"after{k}": v for k, v in after.items()}
@@ -349,7 +348,7 @@ def tune_simulator(a: argparse.Namespace, s: Setting) -> None:
 def save(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, facts: dict) -> None:
     """All that a run needs to go on, whole or not at all; the adapter for others first, so that it is never
     behind the state."""
-    models.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
+    weights.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
     tensors = {"policy": s.body.adapter(POLICY)} | disk.pack_optimizer(optimizer)
     if SIMULATOR in s.bodies and SIMULATOR in s.bodies[SIMULATOR][0].roles:
         tensors["simulator"] = s.bodies[SIMULATOR][0].adapter(SIMULATOR)

@@ -92,7 +92,9 @@ FLAGS = {
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked."""
     a = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
-    if not a.plan and (a.sim or a.memory is not None):
+    if a.plan:
+        return a
+    if a.sim or a.memory is not None:
         raise ValueError("--sim and --memory belong to --plan BODY: give that, or leave them out")
     a.only = [n for n in a.only.split(",") if n]
     unknown = [n for n in a.only if n not in SECTIONS]

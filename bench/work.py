@@ -15,6 +15,7 @@ import torch
 
 import grpo
 import model as models
+import weights
 from model import POLICY, SIMULATOR, Config, Model
 from rollout import DOCUMENTS, TOKENS, Engine, Episode, Question, Trajectory, Turn
 from tokenizer import Tokenizer
@@ -53,7 +54,7 @@ class Body:
     """A checkpoint, and the type and the number of threads that it is run with."""
 
     name: str = "toy"
-    home: str = models.PRESETS["tiny"]
+    home: str = weights.PRESETS["tiny"]
     dtype: torch.dtype = torch.float32
     threads: int = 1
 
@@ -62,7 +63,7 @@ class Body:
 
     def ours(self, context: int = 0) -> Model:
         """Our body, with room for `context` positions."""
-        body = models.load(self.home, self.dtype, DEVICE)
+        body = weights.load(self.home, self.dtype, DEVICE)
         body.config = replace(body.config, context=max(context, body.config.context))
         body.rotary()
         return body

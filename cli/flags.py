@@ -17,9 +17,10 @@ import torch
 import tasks
 from cli.parser import NEEDED, Flag, Groups, parse, parse_verb
 from evaluation.modes import MODES
-from model import DTYPES, PRESETS
+from model import DTYPES
 from questions import SETS
 from servers import is_address
+from weights import PRESETS
 
 BODY = f"{', '.join(PRESETS)}; a directory in Hugging Face format, or a hub id"
 ENGINE = "none, bm25:CORPUS, http://HOST:PORT or serpapi"

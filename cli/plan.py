@@ -1,15 +1,16 @@
-"""Space, before any is taken: what a run needs in bytes, and the largest settings that fit a memory.
+"""Memory of a run, computed before anything is loaded: bytes by name, and the largest settings that fit.
 
-All of it is arithmetic on a body's shape: weights, adapters, optimiser and cache are exact, activations are
-counted tensor by tensor as the network keeps them for its backward pass; tests/test_plan.py holds the sums
-against what is really allocated. `train.py` asks `fit` for the settings that were not given.
+All of it is arithmetic on a body's shape. Weights, adapters, optimiser and cache are exact; activations are
+counted tensor by tensor as the network keeps them for its backward pass; tests/test_plan.py compares the sums
+with what is really allocated. `train.py` asks `fit` for the settings that were not given.
+
+Not a measurement, and no promise about fragmentation or the driver: `fit` leaves SPARE for those.
 
     python -m bench --plan 3b --memory 24
-
-What this is not: a measurement, or a promise about fragments and the driver; `fit` leaves SPARE for those.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,45 +18,27 @@ import torch
 
 import kernels
 from cli.disk import read_json
-from model import NAMES, PRESETS, ROLES, Config, packs, resolve
+from model import NAMES, ROLES, Config, packs
+from weights import PRESETS, resolve
 
-SPARE = 0.08  # share of the memory that is left to the driver, fragments and libraries
-ENOUGH = 128  # seats: rows to share one reading of the weights; more of them are worth less and less
+SPARE = 0.08  # share of the memory that is left to the driver, fragmentation and libraries
+ENOUGH = 128  # seats: they share one reading of the weights, so that each further one gains less
+Bodies = Sequence[Config]  # the policy's, and the simulator's where it is another
 
-_QWEN = {"family": "qwen2", "theta": 1e6, "context": 32768}
-_LLAMA3 = {
-    "kind": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_LLAMA = {"family": "llama", "theta": 5e5, "context": 131072, "eps": 1e-5, "scaling": _LLAMA3}
-
-
-def _config(vocab, d, layers, heads, kv_heads, head_dim, ffn, tied=True, **more) -> Config:
-    return Config(
-        vocab=vocab,
-        d=d,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn=ffn,
-        tied=tied,
-        **more,
-    )
-
-
-# The presets' shapes, from their config.json, so that planning needs no download.
+_QWEN = {"theta": 1e6, "context": 32768}
+_ROPE = {"kind": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_ROPE |= {"original_max_position_embeddings": 8192}
+_LLAMA = {"theta": 5e5, "context": 131072, "eps": 1e-5, "scaling": _ROPE}
+# The presets' shapes, from their config.json, so that planning needs no download: family, vocabulary, width,
+# layers, heads, key heads, head_dim, width of the MLP.
 SHAPES = {
-    "0.5b": _config(151936, 896, 24, 14, 2, 64, 4864, **_QWEN),
-    "1.5b": _config(151936, 1536, 28, 12, 2, 128, 8960, **_QWEN),
-    "3b": _config(151936, 2048, 36, 16, 2, 128, 11008, **_QWEN),
-    "7b": _config(152064, 3584, 28, 28, 4, 128, 18944, tied=False, **_QWEN),
-    "14b": _config(152064, 5120, 48, 40, 8, 128, 13824, tied=False, **_QWEN),
-    "llama-1b": _config(128256, 2048, 16, 32, 8, 64, 8192, **_LLAMA),
-    "llama-3b": _config(128256, 3072, 28, 24, 8, 128, 8192, **_LLAMA),
+    "0.5b": Config("qwen2", 151936, 896, 24, 14, 2, 64, 4864, **_QWEN),
+    "1.5b": Config("qwen2", 151936, 1536, 28, 12, 2, 128, 8960, **_QWEN),
+    "3b": Config("qwen2", 151936, 2048, 36, 16, 2, 128, 11008, **_QWEN),
+    "7b": Config("qwen2", 152064, 3584, 28, 28, 4, 128, 18944, tied=False, **_QWEN),
+    "14b": Config("qwen2", 152064, 5120, 48, 40, 8, 128, 13824, tied=False, **_QWEN),
+    "llama-1b": Config("llama", 128256, 2048, 16, 32, 8, 64, 8192, **_LLAMA),
+    "llama-3b": Config("llama", 128256, 3072, 28, 24, 8, 128, 8192, **_LLAMA),
 }
 
 
@@ -67,7 +50,7 @@ def shape(name: str) -> Config:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the bytes depend on, beside the bodies. `fit` chooses what is 0 or None."""
+    """What the bytes depend on, apart from the bodies. `fit` chooses what is 0 or None."""
 
     seats: int = 0
     seat_tokens: int = 4096
@@ -80,28 +63,29 @@ class Settings:
 
     def __str__(self) -> str:
         flags = f"--seats {self.seats} --seat-tokens {self.seat_tokens} --micro-tokens {self.micro_tokens}"
-        return (
-            flags
-            + f" --rank {self.rank} --dtype {NAMES[self.dtype]}"
-            + (" --recompute" if self.recompute else "")
-        )
+        flags += f" --rank {self.rank} --dtype {NAMES[self.dtype]}"
+        return flags + " --recompute" * bool(self.recompute)
 
 
-# ------------------------------------------------------------------------------------------ what things weigh
+# ----------------------------------------------------------------------------------------- bytes of each part
 
 
 def linears(c: Config) -> list[tuple[int, tuple[int, ...]]]:
-    """(d_in, widths of the parts) of the four matrices of a layer, as `model.Layer` has them."""
+    """(d_in, widths of the parts) of the four matrices of a layer, as in `model.Layer`."""
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     return [(c.d, (q, kv, kv)), (q, (c.d,)), (c.d, (c.ffn, c.ffn)), (c.ffn, (c.d,))]
 
 
+def matrices(c: Config) -> int:
+    """Numbers in these matrices of all layers."""
+    return c.layers * sum(d_in * sum(parts) for d_in, parts in linears(c))
+
+
 def parameters(c: Config) -> int:
     """Numbers in the frozen body."""
-    matrices = sum(d_in * sum(parts) for d_in, parts in linears(c))
     biases = (c.heads + 2 * c.kv_heads) * c.head_dim * c.qkv_bias
     norms = 2 * c.d + 2 * c.head_dim * c.qk_norm
-    return c.vocab * c.d * (1 if c.tied else 2) + c.layers * (matrices + biases + norms) + c.d
+    return c.vocab * c.d * (1 if c.tied else 2) + matrices(c) + c.layers * (biases + norms) + c.d
 
 
 def adapter(c: Config, rank: int) -> int:
@@ -117,9 +101,8 @@ def packed_type(c: Config, s: Settings) -> torch.dtype | None:
 
 def packed(c: Config, s: Settings) -> int:
     """Bytes of those copies."""
-    matrices = sum(d_in * sum(parts) for d_in, parts in linears(c)) * c.layers + c.vocab * c.d
     dtype = packed_type(c, s)
-    return matrices * dtype.itemsize if dtype else 0
+    return (matrices(c) + c.vocab * c.d) * dtype.itemsize if dtype else 0
 
 
 def blocks(c: Config, rank: int) -> tuple[int, int]:
@@ -137,34 +120,33 @@ def cache_token(c: Config, dtype: torch.dtype) -> int:
 def kept(c: Config, s: Settings) -> float:
     """Bytes that one layer keeps of one token until its backward pass.
 
-    Two norms keep their sum and their result (4 d); q, k and v are kept as projected and, but for v, rotated;
-    then the attention's output, gate and up, and their product. Where q and k are normalised (Qwen3), a copy
-    of them, as the norms read it.
+    Two norms keep their sum and their result (4 d); q, k and v as projected, q and k also rotated; the output
+    of attention; gate, up and their product. Where q and k are normalised (Qwen3), also the norms' input.
     """
     q, kv, size = c.heads * c.head_dim, c.kv_heads * c.head_dim, s.dtype.itemsize
     normed = (q + kv) * c.qk_norm
     numbers = 4 * c.d + (q + 2 * kv) + (q + kv) + q + 3 * c.ffn
     if s.kernels:
         return (numbers + normed) * size + 4 * c.heads  # and the log-sum-exp of each head
-    wide = 2 * (c.d + normed) if size < 4 else 0  # what the norms read, again in fp32
-    return (numbers + q + c.ffn + wide) * size + 4 * (c.heads + 2)  # masked output, silu(gate)
+    fp32 = 2 * (c.d + normed) if size < 4 else 0  # the norms' input, again in fp32
+    return (numbers + q + c.ffn + fp32) * size + 4 * (c.heads + 2)  # masked output, silu(gate)
 
 
 def head_chunk(c: Config, s: Settings, tokens: int) -> int:
-    """Bytes of the logits that `kernels.linear_logp` holds at a time, and of what it makes of them."""
+    """Bytes of the logits that `kernels.linear_logp` holds at a time, and of what it computes from them."""
     size = s.dtype.itemsize
     if s.kernels:
         some = max(128, (160 << 20) // (c.vocab * size) // 128 * 128)
-        partials = min(tokens, 2048) * 24 * math.ceil(c.vocab / 128)  # forward, of each stripe of words
+        partials = min(tokens, 2048) * 24 * math.ceil(c.vocab / 128)  # of the forward pass's stripes of words
         return max(min(tokens, some) * c.vocab * size, partials)
-    words = min(2048, c.vocab)  # three tiles in fp32, and those words' rows of the head, widened
+    words = min(2048, c.vocab)  # three tiles in fp32, and those words' rows of the head, in fp32
     return min(tokens, (1 << 20) // words) * words * 12 + (words * c.d * 4 if size < 4 else 0)
 
 
 def learning(c: Config, s: Settings) -> dict[str, float]:
-    """Bytes of one micro-batch at its height, beyond what is held all the time.
+    """Peak bytes of one micro-batch, beyond what is held all the time.
 
-    The height comes either at the log-probs, when all activations are there, or a layer further back.
+    The peak is either at the log-probs, when all activations are held, or in the last layer's backward pass.
     """
     tokens = max(s.micro_tokens, s.seat_tokens)  # a row alone may be as long as a seat
     layer, size = kept(c, s), s.dtype.itemsize
@@ -180,30 +162,31 @@ def learning(c: Config, s: Settings) -> dict[str, float]:
 
 
 def acting(c: Config, s: Settings) -> dict[str, float]:
-    """Bytes of one body at the height of a batch that is fed, or of a decode step."""
+    """Peak bytes of one body while prompts and documents are fed, and in a decode step."""
     size, tokens = s.dtype.itemsize, max(s.micro_tokens, s.seat_tokens)
     if s.kernels:
         feeding, logits = tokens * (4 * c.d + 3 * c.ffn) * size, s.seats * c.vocab * size
-    else:  # attention's mask; sampling has four tables in fp32, beside the logits if they are narrower
-        wide = (packed_type(c, s) or s.dtype).itemsize
-        feeding = tokens * ((4 * c.d + 4 * c.ffn) * wide + s.seat_tokens * size)
+    else:  # attention's mask; sampling has four tables in fp32, beside the logits if those are bf16 or fp16
+        fed = 4 * (c.d + c.ffn) * (packed_type(c, s) or s.dtype).itemsize
+        feeding = tokens * (fed + s.seat_tokens * size)
         logits = s.seats * c.vocab * (16 + (size if size < 4 else 0))
     return {"prompts and documents, fed": feeding, "logits of all seats": logits}
 
 
-def budget(bodies: Sequence[Config], s: Settings) -> dict[str, int]:
-    """Bytes by name. bodies: the policy's, and the simulator's where it is another.
+def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
+    """Bytes by name.
 
     What is held all the time adds up; of "acting: ..." and "learning: ..." only the greater sum counts, as
-    one follows the other. "total" is the height of a step.
+    one follows the other. "total" is the peak of a step.
     """
     n, n_sim = adapter(bodies[0], s.rank), adapter(bodies[-1], s.sim_rank)
-    widest = [max(s.rank, s.sim_rank)] if len(bodies) == 1 else [s.rank, s.sim_rank]
-    copies = [packed(c, s) for c in bodies]
+    ranks = [max(s.rank, s.sim_rank)] if len(bodies) == 1 else [s.rank, s.sim_rank]
     sizes = [(packed_type(c, s) or s.dtype).itemsize for c in bodies]
-    stacks = sum(ROLES * sum(blocks(c, k)) * size for c, k, size in zip(bodies, widest, sizes))
+    stacks = sum(ROLES * sum(blocks(c, k)) * size for c, k, size in zip(bodies, ranks, sizes))
+    tables = sum(8 * min(c.context, 32768) * (c.head_dim // 2) for c in bodies)  # cosines and sines
+    copies = sum(packed(c, s) for c in bodies)
     held = {
-        "weights": sum(parameters(c) * s.dtype.itemsize + _tables(c) for c in bodies),
+        "weights": sum(parameters(c) for c in bodies) * s.dtype.itemsize + tables,
         "adapters": 4 * (n + n_sim),
         "adapters again, for decoding": stacks,
         "gradient": 4 * n,
@@ -211,22 +194,17 @@ def budget(bodies: Sequence[Config], s: Settings) -> dict[str, int]:
         f"cache of {s.seats} seats x {s.seat_tokens:,} tokens": cache(bodies, s),
         "bookkeeping of the seats": len(bodies) * s.seats * (16 * s.seat_tokens + 64),
     }
-    held |= {"weights again, packed": sum(copies)} if any(copies) else {}
+    held |= {"weights again, packed": copies} if copies else {}
     feeding = max((acting(c, s) for c in bodies), key=lambda parts: sum(parts.values()))
     phases = {"learning": learning(bodies[0], s), "acting": feeding}
-    height = max(sum(parts.values()) for parts in phases.values())
+    peak = max(sum(parts.values()) for parts in phases.values())
     out = held | {f"{phase}: {name}": n for phase, parts in phases.items() for name, n in parts.items()}
-    return {name: math.ceil(n) for name, n in out.items()} | {"total": sum(held.values()) + math.ceil(height)}
+    return {name: math.ceil(n) for name, n in out.items()} | {"total": sum(held.values()) + math.ceil(peak)}
 
 
-def cache(bodies: Sequence[Config], s: Settings) -> int:
+def cache(bodies: Bodies, s: Settings) -> int:
     """Bytes of the keys and values of all seats of all bodies."""
     return sum(cache_token(c, s.dtype) for c in bodies) * s.seats * s.seat_tokens
-
-
-def _tables(c: Config) -> int:
-    """Cosines and sines."""
-    return 2 * min(c.context, 32768) * (c.head_dim // 2) * 4
 
 
 def table(b: dict[str, int]) -> str:
@@ -238,28 +216,24 @@ def table(b: dict[str, int]) -> str:
 # ------------------------------------------------------------------------------------------------ what fits
 
 
-def fit(
-    bodies: Sequence[Config], memory: float, s: Settings, useful: int = 640
-) -> tuple[Settings, dict[str, int]]:
+def fit(bodies: Bodies, memory: float, s: Settings, useful: int = 640) -> tuple[Settings, dict[str, int]]:
     """Choose what `s` leaves open (0 or None) so that a step fits into `memory` bytes, less SPARE.
 
-    useful: the most seats that a step can fill. The way down, as room gets scarce: micro-batches large and
-    activations kept; smaller ones; then recomputed. The first that leaves ENOUGH seats is taken, else the one
-    that leaves most. Raises ValueError with the arithmetic where not even 2 seats fit.
+    useful: the most seats that a step can fill. Tried in this order: large micro-batches with activations
+    kept; smaller ones; activations recomputed. The first that leaves ENOUGH seats is taken, else the one that
+    leaves most. Raises ValueError with the arithmetic where not even 2 seats fit.
     """
-    room, best = memory * (1 - SPARE), None
+    room, found = memory * (1 - SPARE), []
     for trial in _trials(s):
         trial = replace(trial, seats=s.seats or _seats(bodies, room, trial, useful))
         b = budget(bodies, trial)
-        if trial.seats < 2 or b["total"] > room:
-            continue
-        if trial.seats >= min(useful, ENOUGH):
-            return trial, b
-        if best is None or trial.seats > best[0].seats:
-            best = trial, b
-    if best is None:
+        if trial.seats >= 2 and b["total"] <= room:
+            found.append((trial, b))
+            if trial.seats >= min(useful, ENOUGH):
+                return trial, b
+    if not found:
         raise ValueError(_refusal(bodies, room, s))
-    return best
+    return max(found, key=lambda one: one[0].seats)
 
 
 def _trials(s: Settings) -> list[Settings]:
@@ -270,29 +244,27 @@ def _trials(s: Settings) -> list[Settings]:
     return [replace(s, micro_tokens=n, recompute=way) for way in ways for n in sizes]
 
 
-def _seats(bodies: Sequence[Config], room: float, s: Settings, useful: int) -> int:
+def _seats(bodies: Bodies, room: float, s: Settings, useful: int) -> int:
     """The most seats, up to `useful`, with which the step fits (0: not even one).
 
-    In two parts, as more may take less: copies for few rows and for many are of unlike types.
+    Two bisections, above and below MANY, as packed copies for many rows may take less than those for few.
     """
-    few = kernels.MANY - 1
-    for low, high in ((few, useful), (0, min(few, useful))):
-        least = low
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = budget(bodies, replace(s, seats=middle))["total"] <= room
-            low, high = (middle, high) if fits else (low, middle - 1)
-        if low > least:
-            return low
-    return 0
+
+    def over(seats: int) -> bool:
+        return budget(bodies, replace(s, seats=seats))["total"] > room
+
+    few = min(kernels.MANY - 1, useful)
+    more = bisect_left(range(few + 1, useful + 1), True, key=over)
+    return few + more if more else bisect_left(range(1, few + 1), True, key=over)
 
 
-def _refusal(bodies: Sequence[Config], room: float, s: Settings) -> str:
+def _refusal(bodies: Bodies, room: float, s: Settings) -> str:
     least = replace(_trials(s)[-1], seats=max(2, s.seats))
     b = budget(bodies, least)
-    parts = sorted(((size, name) for name, size in b.items() if name != "total"), reverse=True)[:4]
-    largest = ", ".join(f"{name} {size / 2**30:.2f}" for size, name in parts)
+    total = b.pop("total")
+    largest = sorted(((size, name) for name, size in b.items()), reverse=True)[:4]
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for size, name in largest)
     return (
-        f"a step needs {b['total'] / 2**30:.2f} GiB even with {least}, of {room / 2**30:.2f} GiB to be had "
-        f"({largest} GiB, ...): lower --seat-tokens and --episode-tokens, or take a smaller body"
+        f"a step needs {total / 2**30:.2f} GiB even with {least}, of {room / 2**30:.2f} GiB to be had "
+        f"({parts} GiB, ...): lower --seat-tokens and --episode-tokens, or take a smaller body"
     )

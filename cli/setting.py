@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-import model as models
+import model
+import weights
 from cli import plan, screen
 from cli.disk import read_json
 from model import POLICY, REFERENCE, SIMULATOR, Model
@@ -65,9 +66,9 @@ def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) 
         check_prompts(questions, toks[homes[POLICY]], words, limits.prompt)
     if a.command == "train":
         print(plan_memory(a, list(dict.fromkeys(homes.values()))), flush=True)
-    dtype = models.DTYPES[a.dtype]
+    dtype = model.DTYPES[a.dtype]
     with screen.waiting("reading weights"):
-        loaded = {home: (models.load(home, dtype, a.device), tok) for home, tok in toks.items()}
+        loaded = {home: (weights.load(home, dtype, a.device), tok) for home, tok in toks.items()}
     bodies = {role: loaded[home] for role, home in homes.items()}
     if bodies and max(body.config.d for body, _ in bodies.values()) < SMALL:
         torch.set_num_threads(1)
@@ -94,7 +95,7 @@ def find_bodies(a: argparse.Namespace) -> dict[int, Path]:
         names[REFERENCE] = a.policy  # judges what was found
     if simulated(a) and not is_address(a.sim):
         names[SIMULATOR] = a.sim or a.policy
-    return {role: models.resolve(name) for role, name in names.items()}
+    return {role: weights.resolve(name) for role, name in names.items()}
 
 
 def policy_words(a: argparse.Namespace, task: Task) -> Words:
@@ -120,7 +121,7 @@ def give_adapters(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenize
     trained = {POLICY: a.command == "train", SIMULATOR: a.command == "sft" or getattr(a, "sft_steps", 0)}
     for role, flag in ((POLICY, "adapter"), (SIMULATOR, "sim_adapter")):
         if role in bodies and getattr(a, flag, ""):
-            models.load_adapter(bodies[role][0], role, getattr(a, flag))
+            weights.load_adapter(bodies[role][0], role, getattr(a, flag))
         elif role in bodies and trained[role]:
             bodies[role][0].add_role(role, a.rank, a.alpha, a.seed)
 
@@ -139,11 +140,14 @@ def open_engine(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]
 
 def check_prompts(questions: Iterable[Question], tok: Tokenizer, words: Words, limit: int) -> None:
     """Raise ValueError for a question whose prompt is too long: at the start, not when it is drawn."""
-    frame = len(prompt(Question("", ()), tok, words))
+    frame = len(prompt(Question("", ()), tok, words, documents=""))
     for q in questions:
-        if frame + len(q.text.encode()) + 1 > limit and (n := len(prompt(q, tok, words))) > limit:
+        if (
+            frame + len(q.text.encode()) + 1 > limit
+            and (n := len(prompt(q, tok, words, documents=""))) > limit
+        ):
             raise ValueError(
-                f"the prompt of {q.text[:60]!r} has {n} tokens, over {limit}: raise --prompt-tokens"
+                f"the prompt of question {q.text[:60]!r} has {n} tokens, over {limit}: raise --prompt-tokens"
             )
 
 
@@ -160,7 +164,7 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
     rank, sim_rank = (rank_of(a, adapter) for adapter in (a.adapter, a.sim_adapter))
     settings = plan.Settings(
         a.seats, a.seat_tokens, a.micro_tokens, a.recompute or None, rank,
-        sim_rank if a.sim_adapter or a.sft_steps else 0, models.DTYPES[a.dtype], a.device != "cpu",
+        sim_rank if a.sim_adapter or a.sft_steps else 0, model.DTYPES[a.dtype], a.device != "cpu",
     )  # fmt: skip
     if a.planned:
         return f"as planned at the start: {settings}"
@@ -179,4 +183,4 @@ def rank_of(a: argparse.Namespace, adapter: str) -> int:
 
 def free_memory(device: str) -> float:
     """Bytes to plan for: what a GPU has free; half of it on a CPU, where other programs live too."""
-    return torch.cuda.mem_get_info()[0] if device != "cpu" else 0.5 * models.memory(free=True)
+    return torch.cuda.mem_get_info()[0] if device != "cpu" else 0.5 * model.memory(free=True)

@@ -23,8 +23,8 @@ import numpy as np
 
 from cli.disk import read_json
 from cli.screen import table
-from model import PRESETS
 from questions import SETS
+from weights import PRESETS
 
 SCORES = ("f1", "em", "cover_em")
 MEANS = (*SCORES, "searches", "found")

@@ -1,17 +1,17 @@
 """The kernels: pure tensor functions, each with its torch reference. They know nothing of the project.
 
-One file a kernel, each a ladder: derivation, torch reference, Triton kernel, wrapper, benchmark. The
-signature is the same on every device; on a CPU the reference is what runs, so it is written to be fast as
-well as plain. Which of the two runs is chosen once: Triton for tensors on a GPU (CUDA or ROCm), else the
-reference; KERNELS=torch or triton overrides (triton on a CPU needs TRITON_INTERPRET=1). How a kernel file
-plugs in stands at the top of launch.py. `python -m kernels` lists them, tests them and measures them.
+One file a kernel, in this order: derivation, torch reference, Triton kernel, wrapper, benchmark cases. The
+signature is the same on every device. On a CPU the reference is what runs, so it is written to be fast as
+well as plain. Triton runs for tensors on a GPU (CUDA or ROCm), else the reference; KERNELS=torch or triton
+overrides (triton on a CPU needs TRITON_INTERPRET=1). launch.py says how a kernel file plugs in.
 
-`kernels` is also the name of a Hugging Face library that transformers looks for. kernels-0.dist-info tells
-it that this is another, whether that library is installed or not; there is no `__version__` here, and nothing
-on import that takes long.
+    python -m kernels                      # list, test and measure them
+    python -m kernels --files attention    # one of them
+
+`kernels` is also the name of a Hugging Face library that transformers looks for. kernels-0.dist-info tells it
+that this is another package, whether or not that library is installed; there is no `__version__` here, and
+nothing that makes the import slow.
 """
-
-import warnings
 
 from .attention import attention
 from .cached_attention import cached_attention
@@ -26,9 +26,6 @@ from .rope import rope
 from .rope_cache import rope_cache
 from .sample import sample
 from .swiglu import swiglu
-
-# `python -m kernels.rope` runs a module that this file has imported already, which is meant.
-warnings.filterwarnings("ignore", "'kernels\\..* found in sys.modules", RuntimeWarning)
 
 __all__ = [
     "MANY",

@@ -9,7 +9,6 @@ Each call is timed against what torch has to offer, and its rate is given as a s
 the matmul rate measured on the same GPU. Exit code 1 if a test fails.
 """
 
-import argparse
 import inspect
 import os
 import subprocess
@@ -18,8 +17,11 @@ from pathlib import Path
 
 import torch
 
+from cli.parser import Flag, parse, with_defaults
+
 from .launch import HAVE_TRITON, INTERPRET
 from .tools import measure
+from .tools.choices import CHOICES
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,14 +32,19 @@ def python(*arguments: str, **env: str) -> int:
     return subprocess.run(command, cwd=ROOT, env=os.environ | env, check=False).returncode
 
 
+FLAGS = {
+    "what is measured": [
+        *CHOICES,
+        Flag("toy", bool, False, "toy shapes, interpreted where there is no GPU"),
+        Flag("no-tests", bool, False, "benchmarks alone"),
+        Flag("json", str, "", "write the measurements to this file", "FILE"),
+    ]
+}
+
+
 def main(argv: list[str]) -> int:
     """The command line; see the top of this file."""
-    p = argparse.ArgumentParser(prog="kernels", description=__doc__.split("\n")[0])
-    measure.add_choices(p)
-    p.add_argument("--toy", action="store_true", help="toy shapes, interpreted where there is no GPU")
-    p.add_argument("--no-tests", action="store_true", help="benchmarks alone")
-    p.add_argument("--json", help="write the measurements to this file")
-    a = p.parse_args(argv)
+    a = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
     gpu = torch.cuda.is_available()
     if a.toy and not gpu and not INTERPRET:  # which must be asked for before triton is imported
         if not HAVE_TRITON:

@@ -5,16 +5,15 @@
 with G = H / KV query heads to a key head. Rows are right-padded, so causality already hides the padding from
 every real token; `lengths` only says which outputs are padding (they are zero, and so are their gradients).
 
-Forward: a program owns BM queries of one head. First come the keys that all of them see, in whole blocks
-without a mask, then those on the diagonal. Saved are o and lse (online_softmax.py), from which the backward
-pass (attention_backward.py) builds the weights again. The grid covers every block of every row, whatever the
-lengths, so that launching needs nothing from the device; a block of padding loads nothing and writes zeros.
-The last blocks of a row see the most keys, so they go first.
-
-    python -m kernels.attention        the benchmark
+Forward: a program has BM queries of one head. First it visits the keys that all of them see, in whole blocks
+without a mask, then those on the diagonal. It saves o and lse (online_softmax.py), from which the backward
+pass (attention_backward.py) computes the weights again. The grid covers every block of every row, whatever
+the lengths, so that a launch needs no value from the device; a block of padding loads nothing and writes
+zeros. The last blocks of a row see the most keys, so they go first.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention_backward import attention_backward
-from .launch import Target, check, choose, target, tl, triton
+from .launch import Target, check, check_fit, choose, target, tl, triton
 from .online_softmax import LOG2E, attend, load_rows, store_rows
 from .tools import measure
 
@@ -65,9 +64,9 @@ def _attention(
     tl.store(p_lse + (b * tl.num_programs(0) + h) * T + i_t, top + tl.log2(total), mask=m_real)
 
 
-def config(D: int, wide: bool, t: Target) -> dict:
-    """Blocks of queries and keys; wide: fp32, whose products run on ordinary cores, so small blocks."""
-    if wide:
+def config(D: int, fp32: bool, t: Target) -> dict:
+    """Blocks of queries and keys. Products in fp32 do not run on tensor cores, so blocks are small."""
+    if fp32:
         BM, BN = (64 if t.arch != 100 else 32, 32) if D <= 32 else (16, 16)  # sm_100 spills 20 bytes at 64
         return {"BM": BM, "BN": BN, "num_warps": 4, "num_stages": 2}
     if t.hip:
@@ -97,76 +96,48 @@ class _Attention(torch.autograd.Function):
         return *attention_backward(q, k, v, o, do, lse, lengths), None
 
 
-def check_heads(*tensors: Tensor) -> None:
-    """What either attention asks of q, k and v: one type, and a head_dim of 16 to 128, contiguous."""
-    D, dtypes = tensors[0].size(-1), {x.dtype for x in tensors}
+def check_heads(q: Tensor, k: Tensor, v: Tensor, KV: int) -> None:
+    """What both attentions ask of q, k and v: one type, whole groups, a contiguous head_dim of 16 to 128."""
+    (H, D), dtypes = q.shape[2:], {x.dtype for x in (q, k, v)}
+    check(H % KV == 0, f"{H} query heads are not a multiple of {KV} key heads")
     known = dtypes <= {torch.bfloat16, torch.float16, torch.float32}
     check(len(dtypes) == 1 and known, f"q, k, v are {dtypes}: all bf16, fp16 or fp32")
     check(16 <= D <= 128 and D % 8 == 0, f"head_dim {D}: must be a multiple of 8 from 16 to 128")
-    check(all(x.stride(-1) == 1 for x in tensors), "the last dimension of q, k, v must be contiguous")
+    check(q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "head_dim of q, k, v must be contiguous")
 
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """The same on a GPU. ValueError if shapes or types disagree, or if head_dim does not suit."""
-    (B, T, H, D), KV = q.shape, k.size(2)
-    check(
-        k.shape == v.shape == (B, T, KV, D), f"q {(*q.shape,)}, k {(*k.shape,)}, v {(*v.shape,)} do not fit"
-    )
-    check(H % KV == 0, f"{H} query heads are not a multiple of {KV} key heads")
-    check(lengths is None or lengths.shape == (B,), f"lengths must be ({B},) or None")
-    check_heads(q, k, v)
-    if lengths is None:
-        lengths = torch.full((B,), T, device=q.device)
+    (B, T, _, D), KV = q.shape, k.size(2)
+    lengths = torch.full((B,), T, device=q.device) if lengths is None else lengths
+    fits = k.shape == v.shape == (B, T, KV, D) and lengths.shape == (B,)
+    check_fit(fits, q=q, k=k, v=v, lengths=lengths)
+    check_heads(q, k, v, KV)
     return _Attention.apply(q, k, v, lengths)
 
 
 attention = choose(attention_torch, attention_triton)
 
 
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    """A rival: SDPA with one backend. It ignores lengths, so does more work."""
+    with sdpa_kernel(backend):
+        return attention_torch(q, k, v)
+
+
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Forward and backward of full rows, then of rows of which a third is padding."""
-    for padded in (False, True):
-        yield _case(m, device, padded, False)
-        yield _case(m, device, padded, True)
-
-
-def _case(m: measure.Model, device: str, padded: bool, back: bool) -> measure.Case:
-    B, T, D = m.batch, m.length, m.head_dim
-    q, k, v, do = (
-        torch.randn(B, T, n, D, dtype=m.dtype, device=device, requires_grad=back)
-        for n in (m.heads, m.kv_heads, m.kv_heads, m.heads)
-    )
-    lengths = torch.linspace(T // 3, T, B, device=device).long() if padded else None  # (B,) 2T/3 on average
-
-    def of(f, *rest):
-        if back:
-            return measure.backward(lambda: f(q, k, v, *rest), (q, k, v), do.detach())
-        return lambda: f(q, k, v, *rest)
-
-    pairs = T * T / 2 if lengths is None else T * T * 13 / 54  # of query and key, a row: mean of length^2 / 2
-    return measure.Case(
-        f"{'backward' if back else 'forward'} {B} x {T}{', a third padding' if padded else ''}",
-        of(attention_triton, lengths),
-        {"torch": of(attention_torch, lengths)} | {n: of(f) for n, f in _sdpa(q).items()},
-        flops=int((10 if back else 4) * B * m.heads * D * pairs),
-    )
-
-
-def _sdpa(q: Tensor) -> dict:
-    """Rivals: SDPA with one backend each, on a GPU, for halves; they all do the padding's work as well."""
-    if not q.is_cuda or q.dtype == torch.float32:
-        return {}
-
-    def only(backend):
-        def run(q, k, v):
-            with sdpa_kernel(backend):
-                return attention_torch(q, k, v)
-
-        return run
-
-    names = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    return {name: only(backend) for name, backend in names.items()}
-
-
-if __name__ == "__main__":
-    measure.main("attention")
+    B, T, D, KV = m.batch, m.length, m.head_dim, m.kv_heads
+    for padded, back in ((False, False), (False, True), (True, False), (True, True)):
+        like = {"dtype": m.dtype, "device": device, "requires_grad": back}
+        q, k, v = (torch.randn(B, T, heads, D, **like) for heads in (m.heads, KV, KV))
+        lengths = torch.linspace(T // 3, T, B, device=device).long() if padded else None  # (B,) mean 2T/3
+        pairs = T * T * 13 / 54 if padded else T * T / 2  # of query and key, a row: mean of length^2 / 2
+        name = f"{'backward' if back else 'forward'} {B} x {T}{', a third padding' * padded}"
+        work = {"flops": int((10 if back else 4) * B * m.heads * D * pairs)}
+        work |= {"gradients": torch.randn_like(q) if back else None}
+        rivals = {"torch": attention_torch}
+        if q.is_cuda and q.dtype != torch.float32:
+            rivals |= {"flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION)}
+            rivals |= {"cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION)}
+        yield measure.versus(name, attention_triton, rivals, q, k, v, lengths, **work)

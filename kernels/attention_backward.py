@@ -6,11 +6,11 @@ With p[t, s] = 2^(x[t, s] - lse[t]), x in base 2 as in online_softmax.py, and do
     dq[t] = sum_s ds[t, s] k[s] / sqrt(D)           dk[s] = sum_t ds[t, s] q[t] / sqrt(D)
                                                     dv[s] = sum_t p[t, s] do[t]
 
-dq (and delta): a program owns BM queries of one head and walks the keys as the forward pass does.
-dk, dv: a program owns BN keys of one *key* head and walks the queries from there on, of every query head of
-the group, in one loop: the sum over the group stays in its registers. Scores are transposed there, (BN, BM),
-so that keys are the rows of every product. Queries past the length load as zeros (q = do = lse = delta = 0)
-and add nothing.
+dq (and delta): a program has BM queries of one head and visits the keys as the forward pass does.
+dk, dv: a program has BN keys of one *key* head and visits the queries from there on, of every query head of
+the group, in one loop: the sum over the group stays in registers. Scores are transposed there, (BN, BM), so
+that keys are the rows of every product. Queries past the length load as zeros (q = do = lse = delta = 0) and
+add nothing.
 """
 
 import torch
@@ -110,11 +110,15 @@ def _dk_dv(
     store_rows(p_dv + b * s_gb + kv * s_gh, tl.where(m_key[:, None], dv, 0.0), at, i_s < T, D, BD)
 
 
-def config_dq(D: int, wide: bool, t: Target) -> dict:
-    """Blocks of queries and keys; wide: fp32."""
-    if wide:
-        block = 32 if D <= 32 else 16
-        return {"BM": block, "BN": block, "num_warps": 4, "num_stages": 2}
+def _config_fp32(D: int) -> dict:
+    block = 32 if D <= 32 else 16
+    return {"BM": block, "BN": block, "num_warps": 4, "num_stages": 2}
+
+
+def config_dq(D: int, fp32: bool, t: Target) -> dict:
+    """Blocks of queries and keys."""
+    if fp32:
+        return _config_fp32(D)
     if t.hip:
         return {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 1}
     if t.arch in (90, 100):
@@ -123,11 +127,10 @@ def config_dq(D: int, wide: bool, t: Target) -> dict:
     return {"BM": 128, "BN": 32, "num_warps": 8, "num_stages": 3}
 
 
-def config_dk_dv(D: int, wide: bool, t: Target) -> dict:
-    """Blocks of queries and keys; wide: fp32."""
-    if wide:
-        block = 32 if D <= 32 else 16
-        return {"BM": block, "BN": block, "num_warps": 4, "num_stages": 2}
+def config_dk_dv(D: int, fp32: bool, t: Target) -> dict:
+    """Blocks of queries and keys."""
+    if fp32:
+        return _config_fp32(D)
     if t.hip:
         return {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 1}
     if D <= 64:
@@ -135,31 +138,19 @@ def config_dk_dv(D: int, wide: bool, t: Target) -> dict:
     return {"BM": 64, "BN": 128 if t.arch in (90, 100) else 64, "num_warps": 8, "num_stages": 2}
 
 
-def attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, lse: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (B, T, H, D), dk and dv (B, T, KV, D) from o, do (B, T, H, D) and lse (B, H, T), base 2."""
-    B, T, H, D = q.shape
-    KV, wide, root = k.size(2), q.dtype == torch.float32, D**-0.5
+def attention_backward(q, k, v, o, do, lse, lengths) -> tuple[Tensor, Tensor, Tensor]:
+    """q, o, do (B, T, H, D), k, v (B, T, KV, D), lse (B, H, T) in base 2, lengths (B,) -> dq, dk, dv."""
+    (B, T, H, D), KV, root = q.shape, k.size(2), q.size(3) ** -0.5
     do = do if do.stride(-1) == 1 else do.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta = torch.empty_like(lse)
-    known = {
-        "T": T,
-        "scale": root * LOG2E,
-        "root": root,
-        "G": H // KV,
-        "D": D,
-        "BD": triton.next_power_of_2(D),
-    }
-    blocks = config_dq(D, wide, target())
+    delta, fp32 = torch.empty_like(lse), q.dtype == torch.float32
+    sizes = dict(T=T, scale=root * LOG2E, root=root, G=H // KV, D=D, BD=triton.next_power_of_2(D))
+    c = config_dq(D, fp32, target())
     strides = [s for x in (q, k, v, o, do, dq) for s in x.stride()[:3]]
-    _dq[H, B, triton.cdiv(T, blocks["BM"])](
-        q, k, v, o, do, dq, lse, delta, lengths, *strides, **known, **blocks
-    )
-    blocks = config_dk_dv(D, wide, target())
+    grid = H, B, triton.cdiv(T, c["BM"])
+    _dq[grid](q, k, v, o, do, dq, lse, delta, lengths, *strides, **sizes, **c)
+    c = config_dk_dv(D, fp32, target())
     strides = [s for x in (q, k, v, do, dk) for s in x.stride()[:3]]
-    _dk_dv[KV, B, triton.cdiv(T, blocks["BN"])](
-        q, k, v, do, dk, dv, lse, delta, lengths, *strides, **known, **blocks
-    )
+    grid = KV, B, triton.cdiv(T, c["BN"])
+    _dk_dv[grid](q, k, v, do, dk, dv, lse, delta, lengths, *strides, **sizes, **c)
     return dq, dk, dv

@@ -2,20 +2,18 @@
 
     o[b, t, h] = sum_{s <= start[b] + t} softmax_s(q[b, t, h] . k[b, h / G, s] / sqrt(D)) v[b, h / G, s]
 
-k and v are views of the cache, (B, KV, L, D), whose rows may have any length. What lies beyond a row's last
-token is what an earlier tenant of the seat left there: any finite numbers; their weight is 0.
+k and v are views of the cache, (B, KV, L, D), whose rows hold any number of tokens. Beyond a row's last token
+lies what an earlier use of the seat left there: any finite numbers; their weight is 0.
 
-One kernel for all. The rows of a tile are the (token, query head) pairs of one key head, so that a key is
-read once for its whole group, and decoding is nothing special: T = 1, G rows. Where rows and heads alone
-would leave processors idle, the keys are cut into chunks with programs of their own, and a second kernel
-merges what they made of them:
+The same kernel decodes, extends and prefills. The rows of a tile are the (token, query head) pairs of one key
+head, so that a key is read once for its whole group; decoding is T = 1, G rows. Where rows and heads alone
+would leave processors idle, the keys are cut into chunks with programs of their own, whose results a second
+kernel merges:
 
     o = sum_c 2^(lse_c - lse) o_c        lse = log2 sum_c 2^lse_c
 
-The grid depends on shapes alone, never on start, so the launch can live in a CUDA graph; a chunk past the end
-of its row loads nothing. Chunks are of one size, so that a long row gets more programs than a short one.
-
-    python -m kernels.cached_attention        the benchmark
+The grid depends on shapes alone, never on start, so that a CUDA graph can hold the launch; a chunk past the
+end of its row loads nothing. Chunks are of one size, so that a long row gets more programs than a short one.
 """
 
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import check_heads
-from .launch import Target, check, choose, target, tl, triton
+from .launch import Target, check_fit, choose, target, tl, triton
 from .online_softmax import LOG2E, attend, load_rows, store_rows
 from .place import Place
 from .tools import measure
@@ -50,21 +48,19 @@ def _cached(
 ):  # fmt: skip
     """Grid (B KV, chunks, T G / BM): o (chunks, B, T, H, D) and lse (chunks, B, T, H), base 2 (or None)."""
     b, kv = (tl.program_id(0) // KV).to(tl.int64), tl.program_id(0) % KV
-    c = tl.program_id(1)
-    m = (tl.num_programs(2) - 1 - tl.program_id(2)) * BM
+    c, m = tl.program_id(1), (tl.num_programs(2) - 1 - tl.program_id(2)) * BM
     i_row = m + tl.arange(0, BM)
-    m_row = i_row < T * G
     i_t, i_h = i_row // G, kv * G + i_row % G
     start = tl.load(p_start + b).to(tl.int32)
     last_t = (tl.minimum(m + BM, T * G) - 1) // G  # of the tile's queries
     n_keys = tl.minimum(start + last_t + 1, L)  # that some of them see
     first = c * chunk
     last = tl.minimum(first + chunk, n_keys)
-    whole = tl.minimum(start + m // G + 1, last) // BN * BN  # that all of them see, in whole blocks
-    whole = tl.maximum(whole, first)
+    whole = tl.minimum(start + m // G + 1, n_keys) // BN * BN  # that all of them see, in whole blocks
+    whole = tl.minimum(tl.maximum(whole, first), last)
     p_k += b * s_kb + kv * s_kh
     p_v += b * s_vb + kv * s_vh
-    m_row = m_row & (first < last)
+    m_row = (i_row < T * G) & (first < last)
     q = load_rows(p_q + b * s_qb, i_t * s_qt + i_h * s_qh, m_row, D, BD, False)  # (BM, BD)
     acc = tl.zeros((BM, BD), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -97,9 +93,9 @@ def _merge(p_part, p_lse, p_o, n_chunks, n_rows, D: tl.constexpr, BD: tl.constex
     tl.store(p_o + row * D + i_d, o.to(p_o.dtype.element_ty), mask=i_d < D)
 
 
-def config(rows: int, D: int, wide: bool, t: Target) -> dict:
-    """Blocks of rows, of which there are T G, and of keys; wide: fp32."""
-    if wide:
+def config(rows: int, D: int, fp32: bool, t: Target) -> dict:
+    """Blocks of rows, of which there are T G, and of keys."""
+    if fp32:
         BM, BN = 16 if D > 32 or rows <= 16 else 64, 32 if D <= 32 else 16
         return {"BM": BM, "BN": BN, "num_warps": 4, "num_stages": 2}
     stages, roomy = 1 if t.hip else 3, t.shared > 150000
@@ -116,7 +112,7 @@ def config(rows: int, D: int, wide: bool, t: Target) -> dict:
 
 
 def chunks(programs: int, decoding: bool, L: int, t: Target) -> int:
-    """Into how many chunks to cut L keys, if `programs` is what there is without: at least 256 keys each.
+    """Number of chunks of L keys, given the number of programs without chunks; at least 256 keys each.
 
     Decoding is bound by memory, and 16 programs a processor even out rows of unequal length.
     """
@@ -127,11 +123,8 @@ def chunks(programs: int, decoding: bool, L: int, t: Target) -> int:
 def cached_attention_triton(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
     """The same on a GPU. ValueError if shapes or types disagree, or if head_dim does not suit."""
     (B, T, H, D), (KV, L), start = q.shape, k.shape[1:3], place.start
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    check(k.shape == v.shape == (B, KV, L, D), f"{shapes} do not fit")
-    check(H % KV == 0, f"{H} query heads are not a multiple of {KV} key heads")
-    check(start.shape == (B,), f"start must be ({B},)")
-    check_heads(q, k, v)
+    check_fit(k.shape == v.shape == (B, KV, L, D) and start.shape == (B,), q=q, k=k, v=v, start=start)
+    check_heads(q, k, v, KV)
     rows, BD, t = T * H // KV, triton.next_power_of_2(D), target()
     blocks = config(rows, D, q.dtype == torch.float32, t)
     n_tiles = triton.cdiv(rows, blocks["BM"])
@@ -158,32 +151,17 @@ cached_attention = choose(cached_attention_torch, cached_attention_triton)
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Decoding all seats, rows of unequal length, a single row; an extension by documents; a prefill."""
-    yield _case(m, device, m.seats, 1, "decode")
-    yield _case(m, device, m.seats, 1, "decode, unequal")
-    yield _case(m, device, 1, 1, "decode")
-    yield _case(m, device, m.seats, 64 * m.kv_heads // m.heads, "a few tokens")
-    yield _case(m, device, min(8, m.seats), m.context // 8, "extend")
-    yield _case(m, device, min(8, m.seats), m.context, "prefill")
-
-
-def _case(m: measure.Model, device: str, B: int, T: int, name: str) -> measure.Case:
-    L, D, KV = m.context, m.head_dim, m.kv_heads
-    q = torch.randn(B, T, m.heads, D, dtype=m.dtype, device=device)
-    k, v = torch.randn(2, B, KV, L, D, dtype=m.dtype, device=device)
-    least = L // 16 if name.endswith("unequal") else L - T
-    start = torch.linspace(least, L - T, B, device=device).long()  # (B,)
-    place = Place(start, T, L, dtype=m.dtype)
-    n_keys = (least + L + T) // 2  # the mean row's, after its last token
-    work = {"bytes": (2 * B * KV * n_keys + 2 * B * T * m.heads) * D * q.element_size()}
-    if T > 1:
-        work = {"flops": 4 * B * m.heads * D * T * (L - T + T // 2)}
-    return measure.Case(
-        f"{name} {B} x {T} at {L}",
-        lambda: cached_attention_triton(q, k, v, place),
-        {"torch": lambda: cached_attention_torch(q, k, v, place)},
-        **work,
-    )
-
-
-if __name__ == "__main__":
-    measure.main("cached_attention")
+    L, H, KV, D, some = m.context, m.heads, m.kv_heads, m.head_dim, min(8, m.seats)
+    decode = (m.seats, 1, "decode"), (m.seats, 1, "decode, unequal"), (1, 1, "decode")
+    feed = (m.seats, 64 * KV // H, "a few tokens"), (some, L // 8, "extend"), (some, L, "prefill")
+    for B, T, name in decode + feed:
+        q = torch.randn(B, T, H, D, dtype=m.dtype, device=device)
+        k, v = torch.randn(2, B, KV, L, D, dtype=m.dtype, device=device)
+        least = L // 16 if name.endswith("unequal") else L - T
+        place = Place(torch.linspace(least, L - T, B, device=device).long(), T, L, dtype=m.dtype)
+        n_keys = (least + L + T) // 2  # the mean row's, after its last token
+        work = {"bytes": (2 * B * KV * n_keys + 2 * B * T * H) * D * q.element_size()}
+        if T > 1:
+            work = {"flops": 4 * B * H * D * T * (L - T + T // 2)}
+        name, rivals = f"{name} {B} x {T} at {L}", {"torch": cached_attention_torch}
+        yield measure.versus(name, cached_attention_triton, rivals, q, k, v, place, **work)

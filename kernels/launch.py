@@ -1,22 +1,23 @@
-"""What every kernel file needs before it can launch: Triton if it is there, the processor, and the choice.
+"""What a kernel file needs to launch: Triton if it is installed, the target GPU, kernel or reference, checks.
 
-Not a framework: a kernel file is an ordinary module that takes these few names.
+Not a framework: a kernel file is an ordinary module that imports these few names.
 
     from .launch import Target, check, choose, target, tl, triton
 
-    @triton.jit                                  # on a machine without Triton this leaves the function alone
+    @triton.jit                                  # without Triton: leaves the function as it is
     def _kernel(p_x, n, BLOCK: tl.constexpr): ...
 
     def config(d: int, t: Target) -> dict: ...   # block sizes, num_warps, num_stages: a plain function
     def thing_torch(x): ...                      # the reference: any device, any floating type, autograd
-    def thing_triton(x): ...                     # checks what it is given; launches with config(d, target())
+    def thing_triton(x): ...                     # checks its arguments; launches with config(d, target())
     thing = choose(thing_torch, thing_triton)    # what kernels/__init__.py exports
 
-    def cases(m: Model, device): ...             # yields measure.Case: for compile_check and benchmark alike
-    if __name__ == "__main__":
-        measure.main("thing")                    # python -m kernels.thing
+    def cases(m: Model, device): ...             # yields measure.Case: for compile_check and the benchmark
 
 With TRITON_INTERPRET=1 the kernels run on CPU tensors, under the repaired tools/interpreter.py.
+
+Names in all kernel files: p_ a pointer, s_ a stride in elements, n_ a count, i_ indices, m_ a mask; plain
+names for blocks of values; capitals for compile-time constants.
 """
 
 import os
@@ -49,7 +50,7 @@ if INTERPRET:
 
 @dataclass(frozen=True)
 class Target:
-    """A processor, as far as choosing a configuration needs it. `shared`: bytes that one block may take."""
+    """A GPU, as far as configurations depend on it. `shared`: bytes of shared memory of one block."""
 
     name: str
     processors: int
@@ -91,13 +92,13 @@ def _present() -> Target:
 
 
 def target() -> Target:
-    """The GPU here; or the one pretended; or, where there is none (under the interpreter), an H100."""
+    """The GPU that `pretend` names, else the one here, else (under the interpreter) an H100."""
     return _pretended.get() or _present()
 
 
 @contextmanager
 def pretend(t: Target) -> Iterator[None]:
-    """Configurations are chosen for `t` inside: to compile or interpret for a GPU that is not here."""
+    """Inside, configurations are chosen for `t`: to compile or interpret for a GPU that is not here."""
     token = _pretended.set(t)
     try:
         yield
@@ -106,9 +107,16 @@ def pretend(t: Target) -> Iterator[None]:
 
 
 def check(ok: bool, complaint: str) -> None:
-    """ValueError(complaint) unless ok: for the shapes, strides and types that a wrapper accepts."""
+    """ValueError(complaint) unless ok."""
     if not ok:
         raise ValueError(complaint)
+
+
+def check_fit(ok: bool, **tensors: Tensor | None) -> None:
+    """ValueError with the shapes and types of the tensors unless ok."""
+    if not ok:
+        given = (f"{name} {tuple(x.shape)} {x.dtype}" for name, x in tensors.items() if x is not None)
+        raise ValueError(", ".join(given).replace("torch.", "") + " do not fit")
 
 
 def choose(reference: Callable, kernel: Callable) -> Callable:

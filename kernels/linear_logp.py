@@ -3,18 +3,15 @@
     z = h W^T / tau        logp = z[target] - lse(z)        H = lse(z) - sum_v p_v z_v        p = softmax(z)
 
 N = 16,384 tokens times V = 151,936 words is 10 GB in fp32. The head is frozen, so nothing of that size is
-needed. Forward: the words fall into stripes; of each row a stripe leaves its maximum m, s = sum e^(z - m)
-and t = sum e^(z - m) (z - m). From all the stripes of a row
+needed. Forward: the vocabulary is cut into stripes; a stripe stores, for each row, its maximum m,
+s = sum e^(z - m) and t = sum e^(z - m) (z - m). The stripes of a row are merged:
 
     m' = max m        s' = sum e^(m - m') s        t' = sum e^(m - m') (t + (m - m') s)
     lse = m' + log s'        H = log s' - t' / s'
 
-Backward: some hundreds of tokens at a time, z once more and its gradient dz (linear_logp_backward.py), then
-dh = dz W / tau by cuBLAS. The reference goes tile by tile both ways, in fp32 also for halves: logits rounded
-to bf16 make p wrong by a percent. The kernels work in base 2 (z log2 e): an exponential is then one
-instruction.
-
-    python -m kernels.linear_logp        the benchmark
+Backward (linear_logp_backward.py): some hundreds of tokens at a time, z again, its gradient dz, and by cuBLAS
+dh = dz W / tau. The reference works tile by tile both ways, in fp32 for bf16 and fp16 too: logits rounded to
+bf16 make p wrong by a percent. The kernels use base 2 (z log2 e): an exponential is then one instruction.
 """
 
 import math
@@ -23,17 +20,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .launch import check, choose, target, tl, triton
+from .launch import check, check_fit, choose, target, tl, triton
 from .linear_logp_backward import gradient_torch, gradient_triton
-from .logits_tile import chunks, config, first_row_and_word, logits_tile, tiles, wide, within
+from .logits_tile import at_least_fp32, chunks, config, first_row_and_word, logits_tile, tiles, within
 from .tools import measure
 
-STRIPED = 2048  # tokens a launch: the partials of their stripes take up to 58 MB at V = 151,936
+STRIPED = 2048  # tokens a launch: their stripes' m, s and t take up to 58 MB at V = 151,936
+Pair = tuple[Tensor, Tensor]
 
 
 def _statistics_torch(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
-    """h (N, d), W (V, d), targets (N,) -> log-probs, entropies and log-sum-exps (N,), in fp32 or wider."""
-    s, t, z_at, top = wide(h[:, 0]).new_zeros(4, len(h))
+    """h (N, d), W (V, d), targets (N,) -> log-probs, entropies and log-sum-exps (N,), in fp32 or fp64."""
+    s, t, z_at, top = at_least_fp32(h[:, 0]).new_zeros(4, len(h))
     top -= 1e30
     for n, v, _, z in tiles(h, W, tau):
         mine, at = within(targets[n], v)
@@ -48,7 +46,7 @@ def _statistics_torch(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tupl
 
 
 class _LinearLogp(torch.autograd.Function):
-    """For the reference and for the kernels, which differ in `statistics` and `gradient`."""
+    """Reference and kernels differ in `statistics` and `gradient` alone."""
 
     @staticmethod
     def forward(ctx, h, W, targets, tau, statistics, gradient):
@@ -67,19 +65,15 @@ class _LinearLogp(torch.autograd.Function):
         return dh.to(h.dtype), None, None, None, None, None
 
 
-def linear_logp_torch(
-    h: Tensor, W: Tensor, targets: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """The reference: h (N, d), W (V, d), targets (N,) -> log-probs and entropies (N,) in nats, fp32 or wider.
-
-    Gradients flow into h alone: the head is frozen.
-    """
+def linear_logp_torch(h: Tensor, W: Tensor, targets: Tensor, temperature: float = 1.0) -> Pair:
+    """The reference: h (N, d), W (V, d), targets (N,) -> log-probs and entropies (N,) in nats, fp32 or fp64.
+    Only h gets a gradient: the head is frozen."""
     return _LinearLogp.apply(h, W, targets, temperature, _statistics_torch, gradient_torch)
 
 
 @triton.jit
-def _leave(z, stripe, at, i_n, p_top, p_sum, p_dev, p_z_at, n_rows, n_words, n_stripes, WIDTH: tl.constexpr):
-    """A stripe's logits z (rows, WIDTH) -> its partials, and the logits of the targets `at` within it."""
+def _reduce(z, stripe, at, i_n, p_top, p_sum, p_dev, p_z_at, n_rows, n_words, n_stripes, WIDTH: tl.constexpr):
+    """A stripe's logits z (rows, WIDTH) -> its m, s and t, and the logits of the targets `at` within it."""
     i_v, m_n = stripe * WIDTH + tl.arange(0, WIDTH), i_n < n_rows
     z_at = tl.sum(tl.where(i_v[None, :] == at[:, None], z, 0.0), 1)
     tl.store(p_z_at + i_n, z_at, m_n & (at // WIDTH == stripe))
@@ -105,8 +99,8 @@ def _stripe(
     at = tl.load(p_targets + i_n, i_n < n_rows, other=-1).to(tl.int32)
     # Two stripes, one after the other: with the exponentials of both alive, sm_90 spills 72 bytes.
     z_0, z_1 = tl.split(tl.permute(tl.reshape(z, (BLOCK_N, 2, WIDTH)), (0, 2, 1)))
-    _leave(z_0, stripe, at, i_n, p_top, p_sum, p_dev, p_z_at, n_rows, n_words, n_stripes, WIDTH)
-    _leave(z_1, stripe + 1, at, i_n, p_top, p_sum, p_dev, p_z_at, n_rows, n_words, n_stripes, WIDTH)
+    _reduce(z_0, stripe, at, i_n, p_top, p_sum, p_dev, p_z_at, n_rows, n_words, n_stripes, WIDTH)
+    _reduce(z_1, stripe + 1, at, i_n, p_top, p_sum, p_dev, p_z_at, n_rows, n_words, n_stripes, WIDTH)
 
 
 @triton.jit
@@ -129,30 +123,20 @@ def _statistics_triton(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tup
     """As _statistics_torch, but the log-sum-exps are in base 2."""
     (N, d), V, c = h.shape, len(W), config(h.dtype, h.size(1), target())
     logp, entropy, lse, z_at = h.new_empty(4, N, dtype=torch.float32)
-    blocks = triton.cdiv(V, c["BLOCK_V"])
-    top, s, dev = h.new_empty(3, min(N, STRIPED), 2 * blocks, dtype=torch.float32)
+    S, scale = 2 * triton.cdiv(V, c["BLOCK_V"]), math.log2(math.e) / tau  # S stripes, two a program
+    BLOCK_S, stripes = triton.next_power_of_2(S), h.new_empty(3, min(N, STRIPED), S, dtype=torch.float32)
     for n in chunks(N, STRIPED):
-        rows = n.stop - n.start
-        grid = (triton.cdiv(rows, c["BLOCK_N"]) * blocks,)
-        _stripe[grid](
-            h[n], W, targets[n], top, s, dev, z_at[n], math.log2(math.e) / tau, rows, V, 2 * blocks, d, **c
-        )
-        _merge_stripes[(rows,)](
-            top, s, dev, z_at[n], logp[n], entropy[n], lse[n], 2 * blocks,
-            BLOCK_S=triton.next_power_of_2(2 * blocks),
-        )  # fmt: skip
+        rows, partial = n.stop - n.start, (*stripes, z_at[n])
+        grid = (triton.cdiv(rows, c["BLOCK_N"]) * S // 2,)
+        _stripe[grid](h[n], W, targets[n], *partial, scale, rows, V, S, d, **c)
+        _merge_stripes[(rows,)](*partial, logp[n], entropy[n], lse[n], S, BLOCK_S=BLOCK_S)
     return logp, entropy, lse
 
 
-def linear_logp_triton(
-    h: Tensor, W: Tensor, targets: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """The same on a GPU. ValueError if shapes or types disagree; fp32 and halves only."""
-    check(
-        h.dim() == W.dim() == 2 and h.size(1) == W.size(1) and targets.shape == h.shape[:1],
-        f"h {tuple(h.shape)}, W {tuple(W.shape)} and targets {tuple(targets.shape)} do not fit",
-    )
-    check(h.dtype == W.dtype, f"h is {h.dtype}, W {W.dtype}: must be the same")
+def linear_logp_triton(h: Tensor, W: Tensor, targets: Tensor, temperature: float = 1.0) -> Pair:
+    """The same on a GPU. ValueError if shapes or types disagree, or for fp64."""
+    fits = h.dim() == W.dim() == 2 and h.size(1) == W.size(1) and targets.shape == h.shape[:1]
+    check_fit(fits and h.dtype == W.dtype, h=h, W=W, targets=targets)
     check(h.dtype != torch.float64, "fp64 has no kernel: set KERNELS=torch")
     check(W.is_contiguous(), "W must be contiguous: it is too large to copy")
     h, targets = h.contiguous(), targets.contiguous()
@@ -171,31 +155,15 @@ def _logits_at_once(h: Tensor, W: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """The tokens of a training batch, forward; backward with and without the entropy."""
     N = m.batch * m.length
-    h = torch.randn(N, m.d, dtype=m.dtype, device=device, requires_grad=True)
+    h = torch.randn(N, m.d, dtype=m.dtype, device=device)
     W = torch.randn(m.vocab, m.d, dtype=m.dtype, device=device) / m.d**0.5
-    targets = torch.randint(m.vocab, (N,), device=device)
-    forward = 2 * N * m.vocab * m.d
+    targets, dlogp = torch.randint(m.vocab, (N,), device=device), torch.randn(N, device=device)
+    shape, flops = f"{N} x {m.vocab}", 2 * N * m.vocab * m.d
     rivals = {"torch": linear_logp_torch, "logits": _logits_at_once}
-    yield measure.Case(
-        f"forward {N} x {m.vocab}",
-        lambda: linear_logp_triton(h.detach(), W, targets),
-        {k: lambda f=f: f(h.detach(), W, targets) for k, f in rivals.items()}
-        | {"matmul": lambda: h.detach() @ W.T},
-        flops=forward,
-    )
-    for name, both in (("logp", 1), ("logp + entropy", 2)):
-        yield _backward_case(f"backward {name} {N} x {m.vocab}", both, h, W, targets, 2 * forward)
-
-
-def _backward_case(name: str, both: int, h: Tensor, W: Tensor, targets: Tensor, flops: int) -> measure.Case:
-    dlogp = (torch.randn(len(h), device=h.device),) * both
-
-    def of(f):
-        return measure.backward(lambda: f(h, W, targets)[:both], (h,), dlogp)
-
-    rivals = {"torch": of(linear_logp_torch), "logits": of(_logits_at_once)}
-    return measure.Case(name, of(linear_logp_triton), rivals, flops=flops)
-
-
-if __name__ == "__main__":
-    measure.main("linear_logp")
+    more = {"matmul": lambda h, W, targets: h @ W.T}
+    yield measure.versus(f"forward {shape}", linear_logp_triton, rivals | more, h, W, targets, flops=flops)
+    for name, n in (("logp", 1), ("logp + entropy", 2)):
+        kernel, *others = (lambda *x, f=f, n=n: f(*x)[:n] for f in (linear_logp_triton, *rivals.values()))
+        given = h.detach().requires_grad_(), W, targets
+        work = {"gradients": (dlogp,) * n, "flops": 2 * flops}
+        yield measure.versus(f"backward {name} {shape}", kernel, dict(zip(rivals, others)), *given, **work)

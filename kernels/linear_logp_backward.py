@@ -2,8 +2,8 @@
 
     z = h W^T / tau        log p = z - lse(z)        dz = (onehot(target) - p) dlogp - p (log p + H) dH
 
-The kernel makes dz of some hundreds of tokens at a time, in a buffer in the type of h, and cuBLAS multiplies
-it by W. The logits are computed again: keeping them is what this file is there to avoid.
+The kernel computes dz of some hundreds of tokens at a time, in a buffer in the type of h, and cuBLAS
+multiplies it by W. The logits are computed again: not keeping them is the purpose.
 """
 
 import math
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .launch import target, tl, triton
-from .logits_tile import chunks, config, first_row_and_word, logits_tile, tiles, wide, within
+from .logits_tile import at_least_fp32, chunks, config, first_row_and_word, logits_tile, tiles, within
 
 BUFFER = 160 << 20  # bytes of dz held at a time: 512 tokens at V = 151,936 in bf16
 
 
 def dlogits_torch(z, lse, entropy, dlogp, dentropy) -> Tensor:
-    """z (N, words), others (N,), dentropy may be None -> tau dz, but for the targets' share; z is used up."""
+    """z (N, words), others (N,), dentropy may be None -> tau dz without the onehot's term; overwrites z."""
     z.sub_(lse[:, None])  # log p
     if dentropy is None:
         return z.exp_().mul_(-dlogp[:, None])
@@ -27,8 +27,8 @@ def dlogits_torch(z, lse, entropy, dlogp, dentropy) -> Tensor:
 
 
 def gradient_torch(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
-    """All (N, ...) but W and tau; dentropy may be None -> the gradient of h (N, d), in fp32 or wider."""
-    dh = wide(h).new_empty(h.shape)
+    """All (N, ...) but W and tau; dentropy may be None -> the gradient of h (N, d), fp32 or fp64."""
+    dh = at_least_fp32(h).new_empty(h.shape)
     for n, v, w, z in tiles(h, W, tau):
         dz = dlogits_torch(z, lse[n], entropy[n], dlogp[n], None if dentropy is None else dentropy[n])
         mine, at = within(targets[n], v)
@@ -41,7 +41,7 @@ def gradient_torch(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
 
 
 @triton.jit
-def _leave(z, i_n, i_v, at, dlogp, dentropy, entropy, p_dz, n_rows, n_words, ENTROPY: tl.constexpr):
+def _store(z, i_n, i_v, at, dlogp, dentropy, entropy, p_dz, n_rows, n_words, ENTROPY: tl.constexpr):
     """Store the gradient of logits whose log2 p are z (rows, words)."""
     slope = dlogp[:, None]
     if ENTROPY:
@@ -71,27 +71,20 @@ def _dlogits(
         entropy = tl.load(p_entropy + i_n, m_n, other=0.0)
     # One half after the other: with the exponentials of both alive, sm_90 spills.
     z_0, z_1 = tl.split(tl.permute(tl.reshape(z, (BLOCK_N, 2, WIDTH)), (0, 2, 1)))
-    _leave(z_0, i_n, i_v, at, dlogp, dentropy, entropy, p_dz, n_rows, n_words, ENTROPY)
-    _leave(z_1, i_n, i_v + WIDTH, at, dlogp, dentropy, entropy, p_dz, n_rows, n_words, ENTROPY)
-
-
-def dlogits_triton(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
-    """h (N, d), W (V, d), others (N,), log-sum-exps in base 2 -> dz (N, V), in the type of h."""
-    (N, d), V, c = h.shape, len(W), config(h.dtype, h.size(1), target())
-    dz = h.new_empty(N, V)
-    grid = (triton.cdiv(N, c["BLOCK_N"]) * triton.cdiv(V, c["BLOCK_V"]),)
-    _dlogits[grid](
-        h, W, targets, lse, entropy, dlogp, dentropy, dz, math.log2(math.e) / tau, 1 / tau, N, V, d,
-        ENTROPY=dentropy is not None, **c,
-    )  # fmt: skip
-    return dz
+    _store(z_0, i_n, i_v, at, dlogp, dentropy, entropy, p_dz, n_rows, n_words, ENTROPY)
+    _store(z_1, i_n, i_v + WIDTH, at, dlogp, dentropy, entropy, p_dz, n_rows, n_words, ENTROPY)
 
 
 def gradient_triton(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor:
     """As gradient_torch, in the type of h; log-sum-exps are in base 2."""
-    dh = torch.empty_like(h)
-    for n in chunks(len(h), max(128, BUFFER // (len(W) * h.element_size()) // 128 * 128)):
-        mine = None if dentropy is None else dentropy[n]
-        dz = dlogits_triton(h[n], W, targets[n], tau, lse[n], entropy[n], dlogp[n], mine)
+    (V, d), c, dh = W.shape, config(h.dtype, h.size(1), target()), torch.empty_like(h)
+    scale, ENTROPY = math.log2(math.e) / tau, dentropy is not None
+    for n in chunks(len(h), max(128, BUFFER // (V * h.element_size()) // 128 * 128)):
+        N = n.stop - n.start
+        dz, grid = h.new_empty(N, V), (triton.cdiv(N, c["BLOCK_N"]) * triton.cdiv(V, c["BLOCK_V"]),)
+        _dlogits[grid](
+            h[n], W, targets[n], lse[n], entropy[n], dlogp[n], dentropy[n] if ENTROPY else None, dz,
+            scale, 1 / tau, N, V, d, ENTROPY=ENTROPY, **c,
+        )  # fmt: skip
         torch.mm(dz, W, out=dh[n])
     return dh

@@ -1,23 +1,23 @@
-"""LoRA (arXiv 2106.09685) in decoding: each row a mixture of adapters, in practice one of them or none.
+"""LoRA (arXiv 2106.09685) in decoding: a weighted sum of adapters for each row, in practice one or none.
 
     y[b] += sum_r weight[b, r] (x[b] A[r]^T) B[r]
 
 weight[b, r] is the adapter's scale where row b has role r + 1, else 0: policy and simulator share a batch.
-All rows meet all adapters and the thin middle is masked: that costs little, has no shape that depends on
-data, and needs no sorting. On a GPU it is two small launches: shrink (x A^T for all roles, its long sum split
-over processors) and expand (add the splits, weigh, times B, onto y). In one, every program would read all of
-x and A: 2.1 MB for 64 rows of a 3B model's down projection. Training is in lora_linear.py.
-
-    python -m kernels.lora        the benchmark
+Every row is multiplied with the A of all adapters and the thin result is masked: that costs little, no shape
+depends on data, and rows need no sorting. On a GPU there are two small launches: shrink (x A^T for all roles,
+its long sum split over processors) and expand (add the splits, weight them, times B, added to y). In a single
+one every program would read all of x and A: 2.1 MB for 64 rows of a 3B model's down projection. Training is
+in lora_linear.py.
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import Target, check, choose, target, tl, triton
+from .launch import Target, check, check_fit, choose, target, tl, triton
 from .tools import measure
 
 
@@ -78,14 +78,14 @@ def _expand(
     tl.store(p_y + i, y.to(p_y.dtype.element_ty), m)
 
 
-def _block(n: int, most: int, least: int = 16) -> int:
-    return min(most, max(least, triton.next_power_of_2(n)))
+def _block(n: int, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(n)))
 
 
 def config(n: int, i: int, o: int, R: int, k: int, bits: int, t: Target) -> tuple[dict, dict]:
     """For shrink and expand. The sum over i is split because few rows alone would leave processors idle.
 
-    Powers of two, and all sizes but blocks at run time: few kernels to compile serve every layer.
+    Blocks are powers of two, other sizes run-time arguments: few compiled kernels serve every layer.
     """
     rows, columns = {"BLOCK_N": _block(n, 64)}, {"BLOCK_C": _block(R * k, 64)}
     blocks = triton.cdiv(n, rows["BLOCK_N"]) * triton.cdiv(R * k, columns["BLOCK_C"])
@@ -98,24 +98,18 @@ def config(n: int, i: int, o: int, R: int, k: int, bits: int, t: Target) -> tupl
 def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
     """The same on a GPU. ValueError if shapes or types disagree, or if y, A or B is not contiguous."""
     (b, T, o), (R, k, i) = y.shape, A.shape
-    check(
-        x.shape == (b, T, i) and B.shape == (R, k, o) and weight.shape == (b, R),
-        f"y {tuple(y.shape)}, x {tuple(x.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)} "
-        f"and weight {tuple(weight.shape)} do not fit",
-    )
-    check(y.dtype == x.dtype == A.dtype == B.dtype, "y, x, A and B must have one type")
+    fits = x.shape == (b, T, i) and B.shape == (R, k, o) and weight.shape == (b, R)
+    check_fit(fits and y.dtype == x.dtype == A.dtype == B.dtype, y=y, x=x, A=A, B=B, weight=weight)
     check(y.is_contiguous() and A.is_contiguous() and B.is_contiguous(), "y, A and B must be contiguous")
     n, C = b * T, R * k
     shrink, expand = config(n, i, o, R, k, 8 * x.element_size(), target())
-    splits, blocks = expand["SPLITS"], triton.cdiv(n, shrink["BLOCK_N"])
+    splits, rows = expand["SPLITS"], triton.cdiv(n, shrink["BLOCK_N"])
     span = triton.cdiv(triton.cdiv(i, splits), shrink["BLOCK_I"]) * shrink["BLOCK_I"]
     middle = x.new_empty(splits, n, C, dtype=torch.float32)
-    _shrink[(blocks, triton.cdiv(C, shrink["BLOCK_C"]), splits)](
-        x.contiguous(), A, middle, n, i, C, span, **shrink
-    )
-    _expand[(blocks, triton.cdiv(o, expand["BLOCK_O"]))](
-        y, middle, B, weight.contiguous(), n, T, o, k, R=R, **expand
-    )
+    grid = rows, triton.cdiv(C, shrink["BLOCK_C"]), splits
+    _shrink[grid](x.contiguous(), A, middle, n, i, C, span, **shrink)
+    grid = rows, triton.cdiv(o, expand["BLOCK_O"])
+    _expand[grid](y, middle, B, weight.contiguous(), n, T, o, k, R=R, **expand)
     return y
 
 
@@ -131,28 +125,19 @@ def layers(m: measure.Model, rank: int) -> Iterator[tuple[str, int, int, int]]:
     yield "down", m.ffn, m.d, rank
 
 
+def _with_base(f):
+    return lambda x, W, *adapters: f(F.linear(x, W), x, *adapters)
+
+
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """One row, all seats, and a prefill of 128 tokens a seat, through each of the four layers."""
-    for rank in (m.rank, 4 * m.rank):
-        for name, i, o, k in layers(m, rank):
-            for b, T in ((1, 1), (m.seats, 1), (m.seats, 128 if m.seats > 3 else 3)):
-                yield _case(name, b, T, i, o, k, m.dtype, device)
-
-
-def _case(name: str, b: int, T: int, i: int, o: int, k: int, dtype, device) -> measure.Case:
-    x, W = torch.randn(b, T, i, dtype=dtype, device=device), torch.randn(o, i, dtype=dtype, device=device)
-    A, B = torch.randn(2, k, i, dtype=dtype, device=device), torch.randn(2, k, o, dtype=dtype, device=device)
-    weight = torch.eye(2, device=device)[torch.arange(b, device=device) % 2]  # (b, 2)
-    return measure.Case(
-        f"{name} {b} x {T}, {i} to {o}, + {k}",
-        lambda: lora_triton(F.linear(x, W), x, A, B, weight),
-        {
-            "torch": lambda: lora_torch(F.linear(x, W), x, A, B, weight),
-            "base alone": lambda: F.linear(x, W),
-        },
-        bytes=(x.numel() + W.numel() + A.numel() + B.numel() + b * T * o) * x.element_size(),
-    )
-
-
-if __name__ == "__main__":
-    measure.main("lora")
+    rivals = {"torch": _with_base(lora_torch), "base alone": lambda x, W, *adapters: F.linear(x, W)}
+    sizes = ((1, 1), (m.seats, 1), (m.seats, 128 if m.seats > 3 else 3))
+    layer = (one for rank in (m.rank, 4 * m.rank) for one in layers(m, rank))
+    for (name, i, o, k), (b, T) in product(layer, sizes):
+        shapes = (b, T, i), (o, i), (2, k, i), (2, k, o)
+        given = [torch.randn(shape, dtype=m.dtype, device=device) for shape in shapes]
+        weight = torch.eye(2, device=device)[torch.arange(b, device=device) % 2]  # (b, 2)
+        moved = sum(x.nbytes for x in given) + b * T * o * m.dtype.itemsize
+        name = f"{name} {b} x {T}, {i} to {o}, + {k}"
+        yield measure.versus(name, _with_base(lora_triton), rivals, *given, weight, bytes=moved)

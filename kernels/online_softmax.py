@@ -1,4 +1,4 @@
-"""The loop that both attentions share: a tile of queries against a range of keys, with a running softmax.
+"""The loop shared by both attentions: a tile of queries against a range of keys, with a running softmax.
 
 Scores are in base 2, x = q . k * log2(e) / sqrt(D), since the exponential of a GPU is exp2. Over the keys so
 far the tile holds, for each query,
@@ -8,7 +8,7 @@ far the tile holds, for each query,
 and a block of keys with a higher maximum first shrinks them by 2^(top - new top). At the end o = acc / total;
 lse = top + log2(total) is all that a backward pass or a merge needs besides (arXiv 1805.02867, 2205.14135).
 
-Not here: grids, lengths, and which keys; that is the business of attention.py and cached_attention.py.
+Not here: grids, lengths, and the choice of keys (attention.py, cached_attention.py).
 """
 
 from .launch import tl, triton
@@ -18,7 +18,7 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def load_rows(p_x, at, m_row, D: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows of D from p_x + at (R,) on -> (R, BD); zeros past D and, unless WHOLE, where m_row (R,) is off."""
+    """Rows of D at p_x + at (R,) -> (R, BD); zeros past D and, unless WHOLE, where m_row (R,) is off."""
     i_d = tl.arange(0, BD)
     p_tile = p_x + at[:, None] + i_d[None, :]
     if WHOLE and D == BD:
@@ -32,7 +32,7 @@ def load_rows(p_x, at, m_row, D: tl.constexpr, BD: tl.constexpr, WHOLE: tl.const
 
 @triton.jit
 def store_rows(p_x, x, at, m_row, D: tl.constexpr, BD: tl.constexpr):
-    """Write x (R, BD) to the rows of D from p_x + at (R,) on, where m_row (R,) is on, in the type of p_x."""
+    """Store x (R, BD) to the rows of D at p_x + at (R,), where m_row (R,) is on, in the type of p_x."""
     i_d = tl.arange(0, BD)
     m = m_row[:, None] & (i_d < D)[None, :]
     tl.store(p_x + at[:, None] + i_d[None, :], x.to(p_x.dtype.element_ty), mask=m)

@@ -1,12 +1,11 @@
 """Products with a frozen matrix on a CPU, from a copy that oneDNN has laid out for few rows.
 
-Sampling multiplies a handful of rows with every matrix of the body, once a token. torch hands such products
-to a library made for large ones; its own compiler lays frozen matrices out anew beforehand, with the two
-operators used here. They are missing from some builds of torch, and take bf16 only on some CPUs (x86: AVX-512
-or AVX-NE-CONVERT). They have no gradients.
+Sampling multiplies a handful of rows with every matrix of the body, once a token. torch uses a library made
+for large products; its own compiler packs frozen matrices beforehand, with the two operators used here. Some
+builds of torch lack them, and bf16 needs AVX-512 or AVX-NE-CONVERT on x86. They have no gradients.
 
 An Intel Xeon without AMX multiplied 128 rows of bf16 at half the rate of fp32, and 8 rows a little faster. On
-such processors many rows are multiplied with a copy in fp32, of the same values, and a few with one in bf16.
+such CPUs many rows use a copy in fp32, of the same values; on those that cannot pack bf16 all rows do.
 """
 
 from dataclasses import dataclass
@@ -29,9 +28,7 @@ class Packed:
 
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build of torch packs and multiplies `dtype` on this CPU. It is tried: flags that tell are
-    named otherwise on each architecture, and missing from older versions.
-    """
+    """Whether torch packs and multiplies `dtype` on this CPU: tried out, as its flags vary by version."""
     try:
         W = torch.zeros(16, 16, dtype=dtype, device="cpu")
         packed_linear(W[:2], W, pack(W, None, dtype))
@@ -41,14 +38,10 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def fast_type(dtype: torch.dtype, rows: int) -> torch.dtype | None:
-    """The type of the copies with which this CPU is to multiply so many rows; None: make none.
-
-    A body in bf16 has them in fp32 where that is faster, or where bf16 cannot be packed.
-    """
+    """The best type on this CPU of copies of a matrix of `dtype`, for so many rows; None: no copies."""
     known = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
     slow = "Intel" in known.get("cpu_name", "") and not known.get("amx_bf16")
-    narrow = dtype == torch.bfloat16 and not (slow and rows >= MANY) and can_pack(dtype)
-    if narrow:
+    if dtype == torch.bfloat16 and not (slow and rows >= MANY) and can_pack(dtype):
         return dtype
     return torch.float32 if dtype in (torch.float32, torch.bfloat16) and can_pack(torch.float32) else None
 

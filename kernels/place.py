@@ -1,7 +1,7 @@
-"""Where new tokens stand in the seat cache: made once a forward pass and handed to every layer.
+"""Positions of new tokens in the seat cache: made once a forward pass and passed to every layer.
 
-The kernels read `start` and `lens` and work out the rest in registers. The references share here what is the
-same in every layer: the mask, and the angles of the rotation.
+The kernels read `start` and `lens` and compute the rest in registers. The references share what is the same
+in every layer: the mask, and the angles of the rotation.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .rope import wide
+from .rope import signed
 
 
 @dataclass(frozen=True)
 class Place:
-    """Row b's token t stands at position start[b] + t of its seat; t < lens[b] are real, others padding."""
+    """Row b's token t has position start[b] + t in its seat; tokens t < lens[b] are real, others padding."""
 
     start: Tensor  # (B,) tokens that each seat already holds
     T: int  # new tokens of a row, with its padding
-    L: int  # tokens of a seat that are looked at
+    L: int  # positions of a seat that attention covers
     lens: Tensor | None = None  # (B,) new tokens of each row; None: all are real
     cos: Tensor | None = None  # (P, D/2) of every position, fp32: only rope_cache needs it
     sin: Tensor | None = None  # (P, D/2)
@@ -32,16 +32,16 @@ class Place:
 
     @cached_property
     def mask(self) -> Tensor:
-        """(B, 1, T, L) to be added to scores: 0 for the keys that a token sees, up to its own, else -inf."""
+        """(B, 1, T, L), added to scores: 0 for the keys that a token sees, up to its own, else -inf."""
         hidden = torch.arange(self.L, device=self.start.device) > self.at[:, None, :, None]
         nothing = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
         return nothing.masked_fill_(hidden, -torch.inf)
 
     @cached_property
     def angles(self) -> tuple[Tensor, Tensor]:
-        """`wide` cos and sin (B, T, 1, D). Padding may point past the table: it gets the last ones."""
+        """cos and sin (B, T, 1, D) for `rotate`. Padding past the end of the table gets its last angles."""
         safe = self.at.clamp(max=self.cos.size(0) - 1)
-        return wide(self.cos[safe], self.sin[safe], self.dtype)
+        return signed(self.cos[safe], self.sin[safe], self.dtype)
 
     @cached_property
     def rows(self) -> Tensor:

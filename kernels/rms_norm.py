@@ -6,11 +6,8 @@ Backward, with g = w dy (the mean is over the row) and ds the gradient that arri
 
     dx = dresidual = ds + r (g - s r mean(g s r))        dw = sum over rows of dy s r
 
-Rounding as in Llama and Qwen: normalise in fp32, cast to the type of x, then scale. Nothing is saved but s
-and w: r is computed again, as the row is in registers anyway.
-
-Names in all kernel files: p_ a pointer, s_ a stride in elements, n_ a count, i_ indices, m_ a mask; plain
-names for blocks of values; capitals for compile-time constants.
+Rounding as in Llama and Qwen: normalise in fp32, cast to the type of x, then scale. Only s and w are saved: r
+is computed again, as the row is in registers anyway.
 """
 
 from collections.abc import Iterator
@@ -19,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import Target, check, choose, target, tl, triton
+from .launch import check, check_fit, choose, tl, triton
 from .tools import measure
 
 
@@ -72,23 +69,22 @@ def _norm_backward(
     tl.store(p_dx + at, dx.to(p_dx.dtype.element_ty), mask=m)
 
 
-def config(d: int, t: Target) -> dict:
+def _launch(kernel, *tensors: Tensor | None, eps: float, SUM: bool) -> None:
     """Short rows share a program, up to 2048 elements; a thread holds 8 to 32 elements of a long one."""
-    block = triton.next_power_of_2(d)
-    return {"ROWS": max(1, 2048 // block), "D": block, "num_warps": min(16, max(4, block // 512))}
+    d, n_rows = tensors[0].size(-1), tensors[0].numel() // tensors[0].size(-1)
+    D = triton.next_power_of_2(d)
+    c = {"ROWS": max(1, 2048 // D), "D": D, "num_warps": min(16, max(4, D // 512))}
+    kernel[(triton.cdiv(n_rows, c["ROWS"]),)](*tensors, n_rows, d, eps, SUM=SUM, **c)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
-        d, n_rows = x.size(-1), x.numel() // x.size(-1)
-        c = config(d, target())
-        y = torch.empty_like(x)
-        s = x if residual is None else torch.empty_like(x)
-        grid = (triton.cdiv(n_rows, c["ROWS"]),)
-        _norm_forward[grid](x, residual, weight, y, s, n_rows, d, eps, SUM=residual is not None, **c)
-        ctx.save_for_backward(s, weight)
         ctx.eps, ctx.sum = eps, residual is not None
+        y = torch.empty_like(x)
+        s = torch.empty_like(x) if ctx.sum else x
+        _launch(_norm_forward, x, residual, weight, y, s, eps=eps, SUM=ctx.sum)
+        ctx.save_for_backward(s, weight)
         ctx.set_materialize_grads(False)
         return (y, s) if ctx.sum else y
 
@@ -97,33 +93,22 @@ class _RmsNorm(torch.autograd.Function):
         s, weight = ctx.saved_tensors
         if dy is None:
             return ds, None, None, ds
-        dy = dy.contiguous()
-        ds = None if ds is None else ds.contiguous()
-        d, n_rows = s.size(-1), s.numel() // s.size(-1)
-        c = config(d, target())
-        dx = torch.empty_like(s)
-        grid = (triton.cdiv(n_rows, c["ROWS"]),)
-        _norm_backward[grid](dy, ds, s, weight, dx, n_rows, d, ctx.eps, SUM=ds is not None, **c)
-        dw = _weight_gradient(dy, s, ctx.eps).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dy, ds, dx = dy.contiguous(), None if ds is None else ds.contiguous(), torch.empty_like(s)
+        _launch(_norm_backward, dy, ds, s, weight, dx, eps=ctx.eps, SUM=ds is not None)
+        dw = None
+        if ctx.needs_input_grad[1]:  # only where the body itself is trained, as the toy's is: plain torch
+            r = torch.rsqrt(s.float().pow(2).mean(-1, keepdim=True) + ctx.eps)
+            dw = (dy * s.float() * r).flatten(0, -2).sum(0).to(weight.dtype)
         return dx, dw, None, dx if ctx.sum else None
-
-
-def _weight_gradient(dy: Tensor, s: Tensor, eps: float) -> Tensor:
-    """dy and s (..., d) -> (d,). Only where the body itself is trained, which is the toy's: plain torch."""
-    s = s.float()
-    return (dy * s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + eps)).flatten(0, -2).sum(0)
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
     """The same on a GPU. ValueError if shapes or types disagree, or if a row is longer than 16384."""
-    d = x.size(-1)
-    check(weight.shape == (d,), f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
+    d, r = x.size(-1), x if residual is None else residual
+    fits = weight.shape == (d,) and r.shape == x.shape and x.dtype == weight.dtype == r.dtype
+    check_fit(fits, x=x, weight=weight, residual=residual)
     check(d <= 16384, f"a row of {d} does not fit the registers of one program: 16384 at most")
-    check(x.dtype == weight.dtype, f"x is {x.dtype}, weight {weight.dtype}: must be the same")
-    if residual is not None:
-        check(residual.shape == x.shape, f"residual {tuple(residual.shape)}, x {tuple(x.shape)}")
-        check(residual.dtype == x.dtype, f"residual is {residual.dtype}, x {x.dtype}: must be the same")
-        residual = residual.contiguous()
+    residual = None if residual is None else residual.contiguous()
     return _RmsNorm.apply(x.contiguous(), weight.contiguous(), eps, residual)
 
 
@@ -132,40 +117,12 @@ rms_norm = choose(rms_norm_torch, rms_norm_triton)
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Training with the residual, decoding, and a single row; without a residual; the backward pass."""
-    rows = m.batch * m.length
-    for n, residual in ((rows, True), (m.seats, True), (1, True), (rows, False)):
-        yield _forward_case(n, residual, m, device)
-    yield _backward_case(rows, m, device)
-
-
-def _forward_case(n: int, residual: bool, m: measure.Model, device: str) -> measure.Case:
-    x, r = (torch.randn(n, m.d, dtype=m.dtype, device=device) for _ in range(2))
-    w, r = torch.randn(m.d, dtype=m.dtype, device=device), r if residual else None
-    rivals = {"torch": rms_norm_torch} | measure.compiled(rms_norm_torch, device)
-    return measure.Case(
-        f"forward {n} x {m.d}{' + residual' if residual else ''}",
-        lambda: rms_norm_triton(x, w, 1e-6, r),
-        {k: lambda f=f: f(x, w, 1e-6, r) for k, f in rivals.items()},
-        bytes=(4 if residual else 2) * x.numel() * x.element_size(),
-    )
-
-
-def _backward_case(n: int, m: measure.Model, device: str) -> measure.Case:
-    x, r, dy, ds = (torch.randn(n, m.d, dtype=m.dtype, device=device) for _ in range(4))
-    w = torch.randn(m.d, dtype=m.dtype, device=device)
-    x.requires_grad_(), r.requires_grad_()
-
-    def of(f):
-        return measure.backward(lambda: f(x, w, 1e-6, r), (x, r), (dy, ds))
-
-    rivals = {"torch": rms_norm_torch} | measure.compiled(rms_norm_torch, device)
-    return measure.Case(
-        f"backward {n} x {m.d}",
-        of(rms_norm_triton),
-        {k: of(f) for k, f in rivals.items()},
-        bytes=4 * x.numel() * x.element_size(),
-    )
-
-
-if __name__ == "__main__":
-    measure.main("rms_norm")
+    tokens = m.batch * m.length
+    forward = (tokens, True, False), (m.seats, True, False), (1, True, False), (tokens, False, False)
+    for n, both, back in (*forward, (tokens, True, True)):
+        x, r, dy, ds = (torch.randn(n, m.d, dtype=m.dtype, device=device) for _ in range(4))
+        given = x.requires_grad_(back), torch.randn_like(x[0]), 1e-6, r.requires_grad_(back) if both else None
+        name = f"{'backward' if back else 'forward'} {n} x {m.d}{' + residual' * (both and not back)}"
+        rivals = {"torch": rms_norm_torch} | measure.compiled(rms_norm_torch, device)
+        work = {"gradients": (dy, ds) if back else None, "bytes": (4 if both else 2) * x.nbytes}
+        yield measure.versus(name, rms_norm_triton, rivals, *given, **work)

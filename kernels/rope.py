@@ -3,11 +3,9 @@
     [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]        x1, x2 = halves of a head
 
 The gradient is rotated back: the same with -sin. Rounding as in Llama: cos and sin (position x frequency) are
-cast to the type of x, and so is every product. One program takes a token with all its heads, q and k, which
-may be views of one matrix: only a head's columns must be neighbours. Decoding, which also fills the cache, is
-in rope_cache.py.
-
-    python -m kernels.rope        the benchmark
+cast to the type of x, and so is every product. One program rotates all heads of a token, of q and k, which
+may be views of one matrix: only a head's columns must be contiguous. Decoding, which also writes the cache,
+is in rope_cache.py.
 """
 
 from collections.abc import Iterator
@@ -15,33 +13,33 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .launch import Target, check, choose, target, tl, triton
+from .launch import check, check_fit, choose, tl, triton
 from .tools import measure
 
 
-def wide(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin (..., T, D/2) -> for `rotate` (..., T, 1, D): [cos, cos] and [-sin, sin], in x's type."""
+def signed(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin (..., T, D/2) -> for `rotate` (..., T, 1, D): [cos, cos], [-sin, sin] in a type."""
     cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, heads, D), `wide` cos and sin -> x rotated: [x1, x2] cos + [x2, x1] sin."""
+    """x (B, T, heads, D), cos and sin of `signed` -> x rotated: [x1, x2] cos + [x2, x1] sin."""
     return (x * cos).add_(torch.roll(x, x.size(-1) // 2, -1).mul_(sin))
 
 
 def rope_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The reference: q (B, T, H, D), k (B, T, KV, D) at positions 0..T-1; cos, sin (P, D/2) -> q, k."""
-    angles = wide(cos[: q.size(1)], sin[: q.size(1)], q.dtype)
+    angles = signed(cos[: q.size(1)], sin[: q.size(1)], q.dtype)
     return rotate(q, *angles), rotate(k, *angles)
 
 
 @triton.jit
-def turn(
+def rotate_heads(
     p_x, s_x, p_y, s_y, cos, sin, on,
     N: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Rotate a token's N heads, s_x apart at p_x, and put them s_y apart at p_y if `on`."""
+    """Rotate a token's N heads, s_x apart from p_x on; store them s_y apart from p_y on, if `on`."""
     i_head, i_col = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     m = (i_head < N) & (i_col < D // 2)  # (HEADS, HALF)
     x1 = tl.load(p_x + i_head * s_x + i_col, mask=m, other=0.0)
@@ -67,11 +65,11 @@ def _rope(
     cos = tl.load(p_cos + i_t * (D // 2) + i_col, mask=i_col < D // 2, other=0.0)
     sin = tl.load(p_sin + i_t * (D // 2) + i_col, mask=i_col < D // 2, other=0.0) * SIGN
     q, k, i_token = p_q + i_b * s_qb + i_t * s_qt, p_k + i_b * s_kb + i_t * s_kt, i_b * n_t + i_t
-    turn(q, s_qh, p_q_out + i_token * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
-    turn(k, s_kh, p_k_out + i_token * KV * D, D, cos, sin, True, KV, D, K_HEADS, HALF)
+    rotate_heads(q, s_qh, p_q_out + i_token * H * D, D, cos, sin, True, H, D, Q_HEADS, HALF)
+    rotate_heads(k, s_kh, p_k_out + i_token * KV * D, D, cos, sin, True, KV, D, K_HEADS, HALF)
 
 
-def config(heads: int, kv_heads: int, head_dim: int, t: Target) -> dict:
+def config(heads: int, kv_heads: int, head_dim: int) -> dict:
     """A token is 1 to 8 thousand elements: 4 warps hold at most 64 of them a thread."""
     power = triton.next_power_of_2
     blocks = {"Q_HEADS": power(heads), "K_HEADS": power(kv_heads), "HALF": power(head_dim // 2)}
@@ -80,13 +78,8 @@ def config(heads: int, kv_heads: int, head_dim: int, t: Target) -> dict:
 
 def check_table(cos: Tensor, sin: Tensor, D: int) -> None:
     """ValueError unless the tables suit heads of D columns."""
-    check(cos.shape == sin.shape and cos.size(1) == D // 2, f"cos {tuple(cos.shape)} for heads of {D}")
-    check(cos.is_contiguous() and sin.is_contiguous(), "cos and sin must be contiguous")
-
-
-def contiguous_columns(x: Tensor) -> Tensor:
-    """x with neighbouring columns, copied only if it must be: views of a packed q, k, v are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    fits = cos.shape == sin.shape and cos.size(1) == D // 2 and cos.is_contiguous() and sin.is_contiguous()
+    check(fits, f"cos {tuple(cos.shape)} and sin must be contiguous and of D / 2 columns for heads of {D}")
 
 
 class _Rope(torch.autograd.Function):
@@ -101,20 +94,20 @@ class _Rope(torch.autograd.Function):
 
 
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    q, k = contiguous_columns(q), contiguous_columns(k)
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     (B, T, H, D), KV = q.shape, k.size(2)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     strides = (*q.stride()[:3], *k.stride()[:3])
-    _rope[(T, B)](q, k, q_out, k_out, cos, sin, *strides, T, SIGN=sign, **config(H, KV, D, target()))
+    _rope[(T, B)](q, k, q_out, k_out, cos, sin, *strides, T, SIGN=sign, **config(H, KV, D))
     return q_out, k_out
 
 
 def rope_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The same on a GPU. ValueError if the shapes do not fit or the table is shorter than the rows."""
-    (B, T, _, D), shapes = q.shape, f"q {tuple(q.shape)} and k {tuple(k.shape)}"
-    check(k.shape[:2] == (B, T) and k.size(3) == D, f"{shapes} do not fit")
+    (B, T, _, D), KV = q.shape, k.size(2)
+    check_fit(k.shape == (B, T, KV, D), q=q, k=k)
     check_table(cos, sin, D)
-    check(q.size(1) <= cos.size(0), f"{q.size(1)} tokens, but a table of {cos.size(0)} positions")
+    check(cos.size(0) >= T, f"{T} tokens, but a table of {cos.size(0)} positions")
     return _Rope.apply(q, k, cos, sin)
 
 
@@ -132,20 +125,10 @@ def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Training, forward and backward."""
     qkv, cos, sin = inputs(m.batch, m.length, m, device)
     q, k, _ = qkv.split([m.heads, m.kv_heads, m.kv_heads], 2)
-    dq, dk = torch.randn_like(q), torch.randn_like(k)
-    moved = 2 * (q.numel() + k.numel()) * q.element_size()
-    rivals = {"torch": rope_torch} | measure.compiled(rope_torch, device)
-    runs = {name: lambda f=f: f(q, k, cos, sin) for name, f in rivals.items()}
     name = f"{m.batch} x {m.length} x ({m.heads} + {m.kv_heads}) x {m.head_dim}"
-    yield measure.Case(f"forward {name}", lambda: rope_triton(q, k, cos, sin), runs, bytes=moved)
-    q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
-
-    def of(f):
-        return measure.backward(lambda: f(q, k, cos, sin), (q, k), (dq, dk))
-
-    runs = {name: of(f) for name, f in rivals.items()}
-    yield measure.Case(f"backward {name}", of(rope_triton), runs, bytes=moved)
-
-
-if __name__ == "__main__":
-    measure.main("rope")
+    for way, back in (("forward", False), ("backward", True)):
+        rivals = {"torch": rope_torch} | measure.compiled(rope_torch, device)
+        given = q.detach().requires_grad_(back), k.detach().requires_grad_(back), cos, sin
+        work = {"gradients": (torch.randn_like(q), torch.randn_like(k)) if back else None}
+        work |= {"bytes": 2 * (q.nbytes + k.nbytes)}
+        yield measure.versus(f"{way} {name}", rope_triton, rivals, *given, **work)

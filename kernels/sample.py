@@ -1,11 +1,10 @@
-"""Sampling: one keyed uniform a row, through the inverse of the cumulative distribution.
+"""Sampling by the inverse of the cumulative distribution, from one keyed uniform u a row.
 
     id = min { v : sum_{w <= v} p_w > u },   p = softmax(z / tau);        logp = log p[id]
 
-In two steps, for the vocabulary is read once: it falls into stripes; u picks one by their masses, and what
-is left of u (where it fell in that stripe's interval, again in [0, 1)) picks the word inside. The log-prob
-comes with it, so training needs no second forward pass for the old log-probs.
-tau = 0 is greedy, the first of equals; its logp is that of tau = 1.
+Two steps read the vocabulary once: it is cut into stripes; u selects one by their masses, and its place in
+that stripe's interval, again in [0, 1), selects the word. The log-prob comes with it, so training needs no
+forward pass for the old ones. tau = 0 is greedy (the first of equals), with the log-prob of tau = 1.
 """
 
 from collections.abc import Iterator
@@ -14,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import check, choose, tl, triton
+from .launch import check, check_fit, choose, tl, triton
 from .tools import measure
 
 WIDTH = 512  # words in a stripe of the reference
 
 
 def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """mass (B, n), u (B,) in [0, 1), fp64 -> the index (B,) whose interval holds u; where in it."""
+    """mass (B, n), u (B,) in [0, 1), fp64 -> the index (B,) whose interval contains u; where in it."""
     cdf = mass.cumsum(-1)
     at = (u.clamp(max=1 - 2**-53) * cdf[:, -1])[:, None]
     i = torch.searchsorted(cdf, at, right=True).clamp(max=mass.size(1) - 1)  # (B, 1); beyond for NaN alone
@@ -30,7 +29,7 @@ def _invert(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _draw(p: Tensor, u: Tensor) -> Tensor:
-    """p (B, V) fp32, u (B,) -> ids (B,). A large vocabulary goes by stripes: no fp64 sum over all of it."""
+    """p (B, V) fp32, u (B,) -> ids (B,). By stripes where V is large: fp64 sums of all words are slow."""
     if p.size(1) <= 2 * WIDTH:
         return _invert(p.double(), u.double())[0]
     stripes = F.pad(p, (0, -p.size(1) % WIDTH)).unflatten(1, (-1, WIDTH))
@@ -45,18 +44,15 @@ def sample_torch(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor
     z, greedy = logits.float(), temperature == 0
     tau = torch.where(greedy, 1, temperature)[:, None]
     p = (z if (tau == 1).all() else z / tau).softmax(-1)
-    if not greedy.any():
-        ids = _draw(p, u)
-    else:
-        ids = z.argmax(-1)
-        if not greedy.all():
-            ids = torch.where(greedy, ids, _draw(p, u))
+    ids = z.argmax(-1) if greedy.any() else None
+    if not greedy.all():
+        ids = _draw(p, u) if ids is None else torch.where(greedy, ids, _draw(p, u))
     return ids, p.gather(1, ids[:, None])[:, 0].log()
 
 
 @triton.jit
 def _base2(p_temperature):
-    """What turns a row's logits into base-2 exponents; a greedy row's log-prob is that of temperature 1."""
+    """The factor from a row's logits to base-2 exponents: log2(e) / tau, or with tau = 1 if greedy."""
     tau = tl.load(p_temperature).to(tl.float32)
     return 1.4426950408889634 / tl.where(tau == 0, 1.0, tau)
 
@@ -76,7 +72,7 @@ def _sum_stripe(p_z, p_temperature, p_top, p_first, p_mass, n_words, s_row, n_st
 
 @triton.jit
 def _inverted(mass, i, u):
-    """As _invert, for one row. A parallel scan is not quite monotone, so what has no mass is left out."""
+    """As _invert, for one row. A parallel scan is not quite monotone: words without mass are excluded."""
     cdf = tl.where(mass > 0, tl.cumsum(mass, 0), 0.0)
     at = tl.minimum(u, 1 - 5.9604645e-08) * tl.max(cdf, 0)
     chosen = tl.min(tl.where(cdf > at, i, 2147483647), 0)
@@ -101,63 +97,43 @@ def _pick(
     i_v = stripe * STRIPE + tl.arange(0, STRIPE)
     z = tl.load(p_z + i_v, i_v < n_words, other=-1e30).to(tl.float32)
     chosen, _ = _inverted(tl.exp2((z - top) * scale), i_v, left)
-    first = tl.load(p_first + i, m, other=n_words)
-    first = tl.min(tl.where(tops == top, first, n_words), 0)
-    chosen = tl.where(tl.load(p_temperature + row) == 0, first, chosen)
-    chosen = tl.minimum(chosen, n_words - 1)
+    first = tl.min(tl.where(tops == top, tl.load(p_first + i, m, other=n_words), n_words), 0)
+    chosen = tl.minimum(tl.where(tl.load(p_temperature + row) == 0, first, chosen), n_words - 1)
     z = tl.load(p_z + chosen).to(tl.float32)
     tl.store(p_ids + row, chosen.to(tl.int64))
     tl.store(p_logp + row, 0.6931471805599453 * ((z - top) * scale - tl.log2(tl.sum(masses, 0))))
 
 
-def config(V: int) -> dict:
-    """151,936 words are 38 stripes: enough programs for one row alone, and a short scan in the second."""
-    STRIPE = min(4096, triton.next_power_of_2(V))
-    return {"STRIPE": STRIPE, "STRIPES": triton.next_power_of_2(triton.cdiv(V, STRIPE))}
-
-
 def sample_triton(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """The same on a GPU. ValueError if shapes disagree, or if the words of a row are not contiguous."""
-    (B, V), c = logits.shape, config(logits.size(1))
-    check(
-        u.shape == temperature.shape == (B,),
-        f"logits {(B, V)}, u {tuple(u.shape)} and temperature {tuple(temperature.shape)} do not fit",
-    )
+    (B, V), s_row = logits.shape, logits.stride(0)
+    check_fit(u.shape == temperature.shape == (B,), logits=logits, u=u, temperature=temperature)
     check(logits.stride(1) == 1, "the words of a row of logits must be contiguous")
-    u, temperature, stripes = u.contiguous(), temperature.contiguous(), triton.cdiv(V, c["STRIPE"])
-    top, mass, logp = (logits.new_empty(n, dtype=torch.float32) for n in (B * stripes, B * stripes, B))
-    first, ids = logits.new_empty(B * stripes, dtype=torch.int32), logits.new_empty(B, dtype=torch.int64)
-    s_row = logits.stride(0)
-    _sum_stripe[(B, stripes)](
-        logits, temperature, top, first, mass, V, s_row, stripes, STRIPE=c["STRIPE"], num_warps=4
-    )
-    _pick[(B,)](logits, u, temperature, top, first, mass, ids, logp, V, s_row, stripes, **c, num_warps=8)
+    u, tau = u.contiguous(), temperature.contiguous()
+    STRIPE = min(4096, triton.next_power_of_2(V))  # 151,936 words: 38 stripes, enough programs for one row
+    n = triton.cdiv(V, STRIPE)  # and a short scan in the second step
+    top, mass, logp = (logits.new_empty(size, dtype=torch.float32) for size in (B * n, B * n, B))
+    first, ids = logits.new_empty(B * n, dtype=torch.int32), logits.new_empty(B, dtype=torch.int64)
+    _sum_stripe[(B, n)](logits, tau, top, first, mass, V, s_row, n, STRIPE=STRIPE, num_warps=4)
+    c = {"STRIPE": STRIPE, "STRIPES": triton.next_power_of_2(n), "num_warps": 8}
+    _pick[(B,)](logits, u, tau, top, first, mass, ids, logp, V, s_row, n, **c)
     return ids, logp
 
 
 sample = choose(sample_torch, sample_triton)
 
 
-def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
-    """One row, all seats."""
-    for b in (1, m.seats):
-        z = torch.randn(b, m.vocab, dtype=m.dtype, device=device)
-        u, tau = torch.rand(b, device=device), torch.ones(b, device=device)
-        rivals = {"torch": sample_torch, "multinomial": _multinomial}
-        yield measure.Case(
-            f"{b} x {m.vocab}",
-            lambda z=z, u=u, tau=tau: sample_triton(z, u, tau),
-            {k: lambda f=f, z=z, u=u, tau=tau: f(z, u, tau) for k, f in rivals.items()},
-            bytes=z.numel() * z.element_size(),
-        )
-
-
 def _multinomial(z: Tensor, u: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """What most programs do, from a random state instead of u."""
+    """What most programs do, with torch's random state instead of u."""
     logp = (z.float() / tau[:, None]).log_softmax(-1)
     ids = torch.multinomial(logp.exp(), 1)
     return ids[:, 0], logp.gather(1, ids)[:, 0]
 
 
-if __name__ == "__main__":
-    measure.main("sample")
+def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
+    """One row, all seats."""
+    rivals = {"torch": sample_torch, "multinomial": _multinomial}
+    for b in (1, m.seats):
+        z = torch.randn(b, m.vocab, dtype=m.dtype, device=device)
+        u, tau = torch.rand(b, device=device), torch.ones(b, device=device)
+        yield measure.versus(f"{b} x {m.vocab}", sample_triton, rivals, z, u, tau, bytes=z.nbytes)

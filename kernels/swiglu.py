@@ -1,4 +1,4 @@
-"""SwiGLU (arXiv 2002.05202): the gate and the value come from one matmul, side by side.
+"""SwiGLU (arXiv 2002.05202): gate and value are the two halves of one matmul's result.
 
     y = silu(g) u        [g, u] = halves of x        silu(g) = g sigmoid(g)
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import Target, check, choose, target, tl, triton
+from .launch import check, choose, tl, triton
 from .tools import measure
 
 
@@ -32,8 +32,7 @@ def _swiglu_forward(p_x, p_y, f, BLOCK: tl.constexpr):
     m = i < f
     g = tl.load(p_x + i_row * 2 * f + i, mask=m, other=0.0)
     u = tl.load(p_x + i_row * 2 * f + f + i, mask=m, other=0.0)
-    g32 = g.to(tl.float32)
-    silu = (g32 * tl.sigmoid(g32)).to(g.dtype)
+    silu = (g.to(tl.float32) * tl.sigmoid(g.to(tl.float32))).to(g.dtype)
     y = silu.to(tl.float32) * u.to(tl.float32)
     tl.store(p_y + i_row * f + i, y.to(g.dtype), mask=m)
 
@@ -47,33 +46,30 @@ def _swiglu_backward(p_x, p_dy, p_dx, f, BLOCK: tl.constexpr):
     u = tl.load(p_x + i_row * 2 * f + f + i, mask=m, other=0.0).to(tl.float32)
     dy = tl.load(p_dy + i_row * f + i, mask=m, other=0.0).to(tl.float32)
     p = tl.sigmoid(g)
-    dg = dy * u * p * (1 + g * (1 - p))
-    du = dy * g * p
+    dg, du = dy * u * p * (1 + g * (1 - p)), dy * g * p
     tl.store(p_dx + i_row * 2 * f + i, dg.to(p_dx.dtype.element_ty), mask=m)
     tl.store(p_dx + i_row * 2 * f + f + i, du.to(p_dx.dtype.element_ty), mask=m)
 
 
-def config(f: int, t: Target) -> dict:
-    """8 elements a thread: one load of 16 bytes in bf16."""
-    return {"BLOCK": min(1024, triton.next_power_of_2(f)), "num_warps": 4}
+def _launch(kernel, x: Tensor, *tensors: Tensor) -> None:
+    f = x.size(-1) // 2
+    BLOCK = min(1024, triton.next_power_of_2(f))  # 8 elements a thread: one load of 16 bytes in bf16
+    kernel[(x.numel() // (2 * f), triton.cdiv(f, BLOCK))](x, *tensors, f, BLOCK=BLOCK, num_warps=4)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        f = x.size(-1) // 2
-        y = x.new_empty(*x.shape[:-1], f)
-        c = config(f, target())
-        _swiglu_forward[(y.numel() // f, triton.cdiv(f, c["BLOCK"]))](x, y, f, **c)
+        y = x.new_empty(*x.shape[:-1], x.size(-1) // 2)
+        _launch(_swiglu_forward, x, y)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        f, dy, dx = dy.size(-1), dy.contiguous(), torch.empty_like(x)
-        c = config(f, target())
-        _swiglu_backward[(dy.numel() // f, triton.cdiv(f, c["BLOCK"]))](x, dy, dx, f, **c)
+        dx = torch.empty_like(x)
+        _launch(_swiglu_backward, x, dy.contiguous(), dx)
         return dx
 
 
@@ -88,33 +84,10 @@ swiglu = choose(swiglu_torch, swiglu_triton)
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
     """Training, forward and backward, and decoding."""
-    for n in (m.batch * m.length, m.seats, 1):
-        yield _forward_case(n, m, device)
-    yield _backward_case(m.batch * m.length, m, device)
-
-
-def _forward_case(n: int, m: measure.Model, device: str) -> measure.Case:
-    x = torch.randn(n, 2 * m.ffn, dtype=m.dtype, device=device)
-    rivals = {"torch": swiglu_torch} | measure.compiled(swiglu_torch, device)
-    return measure.Case(
-        f"forward {n} x {m.ffn}",
-        lambda: swiglu_triton(x),
-        {k: lambda f=f: f(x) for k, f in rivals.items()},
-        bytes=3 * n * m.ffn * x.element_size(),
-    )
-
-
-def _backward_case(n: int, m: measure.Model, device: str) -> measure.Case:
-    x = torch.randn(n, 2 * m.ffn, dtype=m.dtype, device=device, requires_grad=True)
-    dy = torch.randn(n, m.ffn, dtype=m.dtype, device=device)
-    rivals = {"torch": swiglu_torch} | measure.compiled(swiglu_torch, device)
-    return measure.Case(
-        f"backward {n} x {m.ffn}",
-        measure.backward(lambda: swiglu_triton(x), (x,), dy),
-        {k: measure.backward(lambda f=f: f(x), (x,), dy) for k, f in rivals.items()},
-        bytes=5 * n * m.ffn * x.element_size(),
-    )
-
-
-if __name__ == "__main__":
-    measure.main("swiglu")
+    tokens = m.batch * m.length
+    for n, back in ((tokens, False), (m.seats, False), (1, False), (tokens, True)):
+        x = torch.randn(n, 2 * m.ffn, dtype=m.dtype, device=device, requires_grad=back)
+        rivals = {"torch": swiglu_torch} | measure.compiled(swiglu_torch, device)
+        name, moved = f"{'backward' if back else 'forward'} {n} x {m.ffn}", (5 if back else 3) * x.nbytes // 2
+        dy = torch.randn_like(x[:, ::2]) if back else None
+        yield measure.versus(name, swiglu_triton, rivals, x, gradients=dy, bytes=moved)

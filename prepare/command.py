@@ -10,12 +10,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import model as models
 import simulator as simulators
+import weights
 from cli import disk, flags
 from cli.screen import side_by_side, table
 from cli.setting import Setting, load
-from model import SIMULATOR, Model
+from model import POLICY, SIMULATOR, Model
 from prepare import sft
 from prepare.collect import Collector, Sorted, agreement, all_rows, collect
 from prepare.rows import read_rows, row_query, write_rows
@@ -158,7 +158,7 @@ def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
 
 def save(out: Path, body: Model, words: SimWords, base: str) -> None:
     """The adapter in PEFT's format, and the words that it is trained on."""
-    models.save_adapter(body, SIMULATOR, out, base)
+    weights.save_adapter(body, SIMULATOR, out, base)
     save_words(words, out / WORDS_FILE)
 
 
@@ -204,7 +204,7 @@ def command_collect(a: argparse.Namespace, task: Task) -> None:
         out.with_name(f"{out.name}.episodes"), settings, a.resume, lambda row: row["episode"], must=True
     )
     s = load(a, task)
-    room = s.engine.pools[models.POLICY].capacity
+    room = s.engine.pools[POLICY].capacity
     collector = Collector(
         s.tok, search, s.limits, s.words, task.judge, a.temperature, a.force_search, room, task.shown
     )

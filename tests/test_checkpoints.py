@@ -13,10 +13,10 @@ from tokenizers import normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 import kernels
-import model as models
 import tasks
 import tokenizer
 import train as story
+import weights
 from cli import flags as flags_of
 from cli.setting import load
 from model import POLICY, SIMULATOR
@@ -76,7 +76,7 @@ ROPE = dict(
 )  # fmt: skip
 
 
-def weights(path, config) -> str:
+def save_random(path, config) -> str:
     """A random body of that configuration, saved as transformers does."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
@@ -94,7 +94,7 @@ def qwen(path, instruct: bool) -> str:
     config |= {"add_bos_token": False, "split_special_tokens": False}
     ends = [ids["<|im_end|>"], ids[pad]] if instruct else ids[pad]
     same = {"bos_token_id": ids[pad], "eos_token_id": ids[end]}
-    weights(path, Qwen2Config(**SHAPE, **same, vocab_size=size, tie_word_embeddings=True))
+    save_random(path, Qwen2Config(**SHAPE, **same, vocab_size=size, tie_word_embeddings=True))
     template = QWEN_TEMPLATE.replace("SYSTEM", "You are a helpful assistant.")
     return save(
         backend, path, config | {"chat_template": template},
@@ -116,7 +116,7 @@ def llama(path, instruct: bool) -> str:
     if instruct:
         config |= {"chat_template": LLAMA_TEMPLATE, "pad_token": "<|finetune_right_pad_id|>"}
     same = {"bos_token_id": begin[1], "eos_token_id": ends}
-    weights(
+    save_random(
         path, LlamaConfig(**SHAPE, **same, vocab_size=size, tie_word_embeddings=True, rope_parameters=ROPE)
     )
     return save(backend, path, config, generation_config=same)
@@ -143,7 +143,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def loaded(homes, kind):
-    return models.load(homes[kind]), Tokenizer.load(homes[kind])
+    return weights.load(homes[kind]), Tokenizer.load(homes[kind])
 
 
 SIM_WORDS = SimWords("", "useful {query}?", "noisy {query}?", count=2)
@@ -254,7 +254,7 @@ def test_two_bodies_with_different_tokenizers(homes, sim, monkeypatch):
     ids; its end of turn, a special token here and letters there, stays behind."""
     policy = {"qwen-instruct": "llama-instruct", "llama-base": "qwen-base"}[sim]
     bodies = {POLICY: policy, SIMULATOR: sim}
-    bodies = {role: (models.load(homes[k]), Tokenizer.load(homes[k])) for role, k in bodies.items()}
+    bodies = {role: (weights.load(homes[k]), Tokenizer.load(homes[k])) for role, k in bodies.items()}
     body, tok = bodies[POLICY]
     other, their = bodies[SIMULATOR]
     assert body.config.vocab != other.config.vocab
@@ -331,9 +331,9 @@ def test_fine_tuning_and_audit_on_a_real_layout(homes, tmp_path, monkeypatch, ca
 def test_training_opens_another_body_with_its_adapter(homes, tmp_path):
     """--sim with weights of its own, and an adapter by path: on the policy's body, or in its ids, the
     simulator would write what nobody trained it to."""
-    other = models.load(homes["qwen-instruct"])
+    other = weights.load(homes["qwen-instruct"])
     other.add_role(SIMULATOR, rank=4, alpha=8.0, seed=3)
-    models.save_adapter(other, SIMULATOR, tmp_path / "adapter", homes["qwen-instruct"])
+    weights.save_adapter(other, SIMULATOR, tmp_path / "adapter", homes["qwen-instruct"])
     save_words(SIM_WORDS, tmp_path / "adapter" / WORDS_FILE)
     (tmp_path / "q.jsonl").write_text('{"question": "who", "answer": "Ann"}\n')
     flags = {"policy": homes["llama-base"], "sim": homes["qwen-instruct"], "data": str(tmp_path / "q.jsonl")}

@@ -9,6 +9,7 @@ import pytest
 import model as models
 import search as engines
 import simulator
+import weights
 from cli.disk import Rows
 from model import POLICY, REFERENCE
 from prepare import collect
@@ -326,7 +327,7 @@ def test_the_toy_world_is_collected_and_a_cut_run_ends_like_a_whole_one(tmp_path
         command(f"{TOY} --out {tmp_path}/b.jsonl")
 
 
-LOAD = models.load
+LOAD = weights.load
 
 
 def silent(*where):
@@ -336,7 +337,7 @@ def silent(*where):
 
 def test_a_policy_that_never_searches_is_told_of_the_way_out(tmp_path, monkeypatch):
     """An empty file of rows would only be noticed hours later, by the fine-tuning."""
-    monkeypatch.setattr(models, "load", silent)
+    monkeypatch.setattr(weights, "load", silent)
     line = "--policy tiny --data toy --search toy --limit 16 --rows 4 --judge answer"
     with pytest.raises(ValueError, match="made no search in 16 episodes: --force-search"):
         command(f"{line} --out {tmp_path}/a.jsonl")

@@ -12,6 +12,7 @@ from test_collect import Letters
 
 import eval as evaluation
 import model as models
+import weights
 from cli import screen
 from cli.disk import Rows
 from eval import evaluate, retrieval, summarise
@@ -84,7 +85,9 @@ def test_evaluate_counts_every_question_once():
     evaluation sampled at temperature 1."""
     engine, told = Script(SCRIPT), []
     summary, trajectories = evaluate(
-        engine, Letters(), QUESTIONS, library, LIMITS, WORDS, tell=lambda *a: told.append(a[:2])
+        engine,
+        evaluation.episodes(Letters(), QUESTIONS, library, LIMITS, WORDS),
+        lambda *a: told.append(a[:2]),
     )
     assert [t.question for t in trajectories] == QUESTIONS
     assert [t.answer for t in trajectories] == ["Lima, I think", "rafael", None]
@@ -108,7 +111,7 @@ def test_evaluate_counts_every_question_once():
 def test_every_question_has_its_own_random_numbers():
     """Questions at one address would draw the same tokens and the same noise: a sample of one, 500 times."""
     engine = Script(SCRIPT)
-    evaluate(engine, Letters(), QUESTIONS, library, LIMITS, WORDS, 1.0, (7, 9))
+    evaluate(engine, evaluation.episodes(Letters(), QUESTIONS, library, LIMITS, WORDS, 1.0, (7, 9)))
     calls = {0: 2, 1: 3, 2: 4}  # turns of each question
     assert engine.addresses == [(7, 9, i, 0, call) for i, n in calls.items() for call in range(n)]
     assert engine.temperatures == {1.0}
@@ -123,9 +126,11 @@ def test_yes_and_no_are_found_nowhere():
         return Documents("Doc 1: another")
         yield
 
-    summary, _ = evaluate(Script(script), Letters(), [yes_no, QUESTIONS[0]], another, LIMITS, WORDS)
+    summary, _ = evaluate(
+        Script(script), evaluation.episodes(Letters(), [yes_no, QUESTIONS[0]], another, LIMITS, WORDS)
+    )
     assert (summary["n"], summary["em"], summary["found"]) == (2, 0.5, 0.0)
-    summary, _ = evaluate(Script(script), Letters(), [yes_no], another, LIMITS, WORDS)
+    summary, _ = evaluate(Script(script), evaluation.episodes(Letters(), [yes_no], another, LIMITS, WORDS))
     assert summary["found"] is None
     index = BM25([("Peru", "is in another place"), ("Lima", "the capital of Peru")])
     figures = retrieval(index, [yes_no, QUESTIONS[0]], depths=(2,))
@@ -257,7 +262,7 @@ def checkpoint(tmp_path_factory):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     rest = {"intermediate_size": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-6}
     config = {"model_type": "qwen2", "vocab_size": size, "tie_word_embeddings": True} | shape | rest
-    models.save_model(models.Model(models.Config.from_hf(config)).init(0), path)
+    weights.save_model(models.Model(models.Config.from_hf(config)).init(0), path)
     return str(path)
 
 
@@ -269,9 +274,9 @@ def test_the_command_line_scores_a_checkpoint(checkpoint, tmp_path, capsys):
     rows = [{"id": str(i), "question": f"q{i}", "answer": "Lima", "hops": 1 + i % 2} for i in range(5)]
     data, corpus = lines_file(tmp_path / "q.jsonl", *rows), lines_file(tmp_path / "c.jsonl", *CORPUS_ROWS)
     prompt = lines_file(tmp_path / "words.json", {"prompt": "{question}", "notice": " "})
-    body = models.load(checkpoint)
+    body = weights.load(checkpoint)
     body.add_role(models.POLICY, 2, 4.0, 0)
-    models.save_adapter(body, models.POLICY, tmp_path / "adapter")
+    weights.save_adapter(body, models.POLICY, tmp_path / "adapter")
     out = tmp_path / "out.json"
     flags = (
         f"--policy {checkpoint} --adapter {tmp_path}/adapter --data {data} --limit 4 --json {out} --seats 3"
@@ -425,10 +430,10 @@ def test_two_results_are_compared_at_the_command_line(tmp_path, capsys):
 def test_an_episode_live_is_the_episode(checkpoint, name):
     """Asked for token by token, an episode must not change: not its ids, its mask, its ends, nor what is fed
     (a turn that was fed again would cost its whole history). The random body never finds a tag."""
-    home = models.resolve({"tiny": "tiny", "random": checkpoint}[name])
+    home = weights.resolve({"tiny": "tiny", "random": checkpoint}[name])
     tok, world, shown = Tokenizer.load(home), World(1), []
     limits = Limits(prompt=16, episode=192, turn=20, observation=32, turns=4)
-    engine = Engine({models.POLICY: (models.load(home), tok)}, 4, limits.episode + 1)
+    engine = Engine({models.POLICY: (weights.load(home), tok)}, 4, limits.episode + 1)
 
     def runs():
         return evaluation.episodes(tok, world.questions(8), world.lookup, limits, toy.WORDS)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import model as M
+import weights
 from model import POLICY, REFERENCE, SIMULATOR
 
 SMALL = dict(
@@ -58,7 +59,7 @@ def ids(*shape, seed=1):
 def test_logits_equal_transformers(tmp_path, family):
     """A wrong rotary frequency, bias, norm, head or GQA grouping would move the logits."""
     theirs = checkpoint(tmp_path, family)
-    mine, x = M.load(tmp_path), ids(3, 37)
+    mine, x = weights.load(tmp_path), ids(3, 37)
     with torch.no_grad():
         got, want = mine.logits(mine(x, REFERENCE)), theirs(x).logits
     assert (got - want).abs().max() < 1e-4
@@ -69,7 +70,7 @@ def test_greedy_continuations_equal_transformers(tmp_path, family):
     """Decoding through the cache would drift from transformers' if a position or a cached key were off by
     one."""
     theirs = checkpoint(tmp_path, family)
-    mine, x = M.load(tmp_path), ids(2, 9)
+    mine, x = weights.load(tmp_path), ids(2, 9)
     want = theirs.generate(x, max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None)[:, 9:]
     cache = M.Cache(mine.config, 2, 64, torch.float32, "cpu")
     got, new, length = [], x, 0
@@ -88,11 +89,11 @@ def test_bf16_and_shards(tmp_path):
     logits."""
     theirs = checkpoint(tmp_path, "qwen2-untied", torch.bfloat16, max_shard_size="40KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    mine, x = M.load(tmp_path, torch.bfloat16), ids(2, 20)
+    mine, x = weights.load(tmp_path, torch.bfloat16), ids(2, 20)
     with torch.no_grad():
         got, want = mine.logits(mine(x, REFERENCE)).float(), theirs(x).logits.float()
     assert (got - want).norm() / want.norm() < 0.02
-    up = M.load(tmp_path, torch.float32)
+    up = weights.load(tmp_path, torch.float32)
     with torch.no_grad():
         assert (up.logits(up(x, REFERENCE)) - theirs.float()(x).logits).abs().max() < 1e-4
 
@@ -111,7 +112,7 @@ def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family):
     """Ragged rows in the cache, rows of different roles, and stale keys of earlier tenants must change
     nothing."""
     checkpoint(tmp_path, family)
-    mine = M.load(tmp_path)
+    mine = weights.load(tmp_path)
     trained(mine, POLICY, 3), trained(mine, SIMULATOR, 4, rank=6)
     lengths, roles = [17, 23, 5, 30], torch.tensor([POLICY, SIMULATOR, REFERENCE, POLICY])
     x = ids(4, 30)
@@ -142,7 +143,7 @@ def test_packed_copies_change_nothing_but_rounding(tmp_path, monkeypatch, packab
     A CPU that cannot pack bf16 must not be asked to: it gets copies in fp32, or none.
     """
     checkpoint(tmp_path, "qwen2")
-    bodies = [M.load(tmp_path, t) for t in (torch.float64, dtype, dtype)]
+    bodies = [weights.load(tmp_path, t) for t in (torch.float64, dtype, dtype)]
     packed = bodies[2]
     monkeypatch.setattr(M, "packs", lambda size: True)
     packed.pack(3), packed.pack(rows)  # the second engine may have more seats than the first
@@ -171,7 +172,7 @@ def test_no_gradient_is_no_other_arithmetic(tmp_path, monkeypatch, packable, dty
     """The KL reference and a held-out loss are taken without gradients: in another rounding (the packed
     copies') the KL of an untrained policy is not 0; and fp32 adapters meet a body of any type."""
     checkpoint(tmp_path, "qwen2")
-    body = M.load(tmp_path, dtype)
+    body = weights.load(tmp_path, dtype)
     body.add_role(POLICY, rank=4)
     monkeypatch.setattr(M, "packs", lambda size: True)
     body.pack(20)
@@ -187,7 +188,7 @@ def test_no_gradient_is_no_other_arithmetic(tmp_path, monkeypatch, packable, dty
 def test_an_adapter_of_lower_rank_leaves_nothing_of_the_one_before(tmp_path):
     """A stack that is wide enough for the other role is kept, and with it what stood beyond the new rank."""
     checkpoint(tmp_path, "qwen2")
-    body = M.load(tmp_path)
+    body = weights.load(tmp_path)
     trained(body, POLICY, 3, rank=6), trained(body, SIMULATOR, 4, rank=6)
     old = body.stacked()
     trained(body, POLICY, 5, rank=3)
@@ -203,7 +204,7 @@ def test_an_adapter_of_lower_rank_leaves_nothing_of_the_one_before(tmp_path):
 def test_adapters_are_read_anew_in_the_type_of_the_products(tmp_path, monkeypatch):
     """An engine made before another packed the body in another type would multiply what cannot be."""
     checkpoint(tmp_path, "qwen2")
-    body = M.load(tmp_path, torch.bfloat16)
+    body = weights.load(tmp_path, torch.bfloat16)
     trained(body, POLICY)
     monkeypatch.setattr(M, "packs", lambda size: True)
     if M.kernels.fast_type(torch.float32, 16) is None:
@@ -220,7 +221,7 @@ def test_adapters_are_read_anew_in_the_type_of_the_products(tmp_path, monkeypatc
 def test_padding_and_other_rows_change_nothing(tmp_path):
     """A right-padded row must give what it gives alone, whatever stands in its padding."""
     checkpoint(tmp_path, "qwen2")
-    mine = M.load(tmp_path)
+    mine = weights.load(tmp_path)
     x, lengths = ids(2, 12), torch.tensor([12, 7])
     y = x.clone()
     y[1, 7:] = 5
@@ -234,7 +235,7 @@ def test_padding_and_other_rows_change_nothing(tmp_path):
 def test_a_fresh_role_is_the_base(tmp_path):
     """A new adapter that moved the output would make the first step's KL and ratio wrong."""
     checkpoint(tmp_path, "qwen2")
-    mine = M.load(tmp_path)
+    mine = weights.load(tmp_path)
     mine.add_role(POLICY)
     assert torch.equal(mine(ids(2, 9), POLICY), mine(ids(2, 9), REFERENCE))
 
@@ -242,7 +243,7 @@ def test_a_fresh_role_is_the_base(tmp_path):
 def test_only_the_adapter_gets_a_gradient(tmp_path):
     """Training must touch the role's vector, nothing else; and recomputation must give the same gradient."""
     checkpoint(tmp_path, "qwen2")
-    mine = M.load(tmp_path)
+    mine = weights.load(tmp_path)
     trained(mine, POLICY), trained(mine, SIMULATOR)
     grads = []
     for recompute in (False, True):
@@ -257,9 +258,9 @@ def test_peft_reads_ours_and_we_read_theirs(tmp_path):
     """An adapter that peft or vLLM loads differently would not be the policy that was trained."""
     peft = pytest.importorskip("peft")
     theirs = checkpoint(tmp_path / "base", "qwen2")
-    mine, x = M.load(tmp_path / "base"), ids(2, 15)
+    mine, x = weights.load(tmp_path / "base"), ids(2, 15)
     trained(mine, POLICY)
-    M.save_adapter(mine, POLICY, tmp_path / "adapter")
+    weights.save_adapter(mine, POLICY, tmp_path / "adapter")
     with_ours = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     with torch.no_grad():
         got, want = mine.logits(mine(x, POLICY)), with_ours(x).logits
@@ -271,7 +272,7 @@ def test_peft_reads_ours_and_we_read_theirs(tmp_path):
         if "lora_B" in name:
             p.data.normal_(0, 0.1)
     new.save_pretrained(tmp_path / "new")
-    M.load_adapter(mine, SIMULATOR, tmp_path / "new")
+    weights.load_adapter(mine, SIMULATOR, tmp_path / "new")
     with torch.no_grad():
         got, want = mine.logits(mine(x, SIMULATOR)), new(x).logits
     assert (got - want).abs().max() < 1e-4
@@ -280,8 +281,8 @@ def test_peft_reads_ours_and_we_read_theirs(tmp_path):
 def test_save_and_load_round_trip(tmp_path):
     """A body written by save_model must be an ordinary checkpoint for transformers too."""
     checkpoint(tmp_path / "a", "qwen2")
-    mine, x = M.load(tmp_path / "a"), ids(1, 9)
-    M.save_model(mine, tmp_path / "b")
+    mine, x = weights.load(tmp_path / "a"), ids(1, 9)
+    weights.save_model(mine, tmp_path / "b")
     with torch.no_grad():
         want = AutoModelForCausalLM.from_pretrained(tmp_path / "b")(x).logits
         assert (mine.logits(mine(x, REFERENCE)) - want).abs().max() < 1e-4
@@ -310,38 +311,38 @@ def test_what_it_does_not_know_is_a_clear_error(tmp_path, change, words):
     checkpoint(tmp_path, "qwen2")
     edit(tmp_path, **change)
     with pytest.raises(ValueError, match=words):
-        M.load(tmp_path)
+        weights.load(tmp_path)
 
 
 def test_missing_and_corrupt_files(tmp_path):
     """A broken download must end in one line that names the file."""
     with pytest.raises(ValueError, match="preset"):
-        M.load(tmp_path / "nowhere")
+        weights.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="preset"):
-        M.load("4b")
+        weights.load("4b")
     checkpoint(tmp_path, "qwen2")
     good = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(good[: len(good) // 2])
     with pytest.raises(ValueError, match="corrupt"):
-        M.load(tmp_path)
+        weights.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
-        M.load(tmp_path)
+        weights.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     "name, text, read",
     [
-        ("model.safetensors.index.json", '{"metadata": {}}', lambda path: M._shards(path)),
+        ("model.safetensors.index.json", '{"metadata": {}}', lambda path: weights._shards(path)),
         (
             "adapter_config.json",
             '{"peft_type": "LORA"}',
-            lambda path: M.load_adapter(None, POLICY, path),
+            lambda path: weights.load_adapter(None, POLICY, path),
         ),
         (
             "adapter_config.json",
             '{"r": "8", "lora_alpha": 16}',
-            lambda path: M.load_adapter(None, POLICY, path),
+            lambda path: weights.load_adapter(None, POLICY, path),
         ),
     ],
 )

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import model as models
 import train
+import weights
 from cli import disk, flags, screen
-from model import Config, Model, save_model
+from model import Config, Model
 from toy.make import BODY, write_tokenizer
 from toy.task import Task
+from weights import save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = [
@@ -47,7 +48,7 @@ def judge(a, trajectories):
 @pytest.fixture(autouse=True)
 def tiny(body, monkeypatch):
     """The default body is the random one, and rewards differ from episode to episode."""
-    monkeypatch.setitem(models.PRESETS, "tiny", str(body))
+    monkeypatch.setitem(weights.PRESETS, "tiny", str(body))
     monkeypatch.setattr(train, "judge", judge)
     monkeypatch.setattr(Task, "audit", lambda self, write: {})  # slow, and tells nothing here
 
@@ -87,7 +88,7 @@ def whole(body, tmp_path_factory):
     """An uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.PRESETS, "tiny", str(body))
+        patch.setitem(weights.PRESETS, "tiny", str(body))
         patch.setattr(train, "judge", judge)
         patch.setattr(Task, "audit", lambda self, write: {})
         run("--out", out, *SHORT)
@@ -351,8 +352,8 @@ def test_others_can_resolve_the_base_of_an_adapter(whole, tmp_path):
     """PEFT's AutoPeftModel looks for the base by the name in the adapter's config: "3b" is nobody's name."""
     config = json.loads((whole / "policy/adapter_config.json").read_text())
     assert Path(config["base_model_name_or_path"]).is_dir()
-    assert models.base_name("3b") == "Qwen/Qwen2.5-3B-Instruct" and models.base_name("me/mine") == "me/mine"
-    assert models.base_name(os.path.relpath(tmp_path)) == str(tmp_path)
+    assert weights.base_name("3b") == "Qwen/Qwen2.5-3B-Instruct" and weights.base_name("me/mine") == "me/mine"
+    assert weights.base_name(os.path.relpath(tmp_path)) == str(tmp_path)
 
 
 def test_a_lock_dies_with_its_process(tmp_path):

@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
@@ -180,6 +181,17 @@ def test_lengths_are_cut_so_that_tags_close_and_an_answer_fits():
         assert asked[-1].limit >= 60 and t.end in ("turns", "tokens")
 
 
+def test_a_query_that_is_not_closed_ends_with_its_turn():
+    """A query with an answer block in it goes on to its own tag, but no token beyond the limit of the turn:
+    those would be taken from the room of the answer."""
+    text = "<search>who <answer>wrote</answer>"
+    for more in (0, 3):
+        limits = Limits(prompt=100, episode=1000, turn=len(text) + more, turns=0)
+        t, asked = play([text, "xyz</search>"], limits=limits)
+        assert [turn.limit for turn in asked] == [len(text) + more, more][: 1 + bool(more)]
+        assert sum(t.mask) == len(text) + more
+
+
 def test_a_prompt_over_the_limit_is_an_error():
     """A truncated question would be another question."""
     with pytest.raises(ValueError, match="tokens, over 100"):
@@ -251,7 +263,7 @@ def roam(body, seats, n=12, **more):
 class Nothing(dict):
     """A table of prompts in which none is ever found."""
 
-    __contains__ = lambda self, key: False  # noqa: E731
+    setdefault = lambda self, key, seat: seat  # noqa: E731
 
 
 def test_seats_change_no_result(body):
@@ -588,17 +600,48 @@ def test_the_order_of_seating_is_that_of_all_begun_at_once(monkeypatch, seats, f
         engine = Engine({POLICY: (script, TOK), SIMULATOR: (script, TOK)}, seats, 64)
         engine.early = early
 
-        def sit(pool, seat, task, turn, plain=Pool.sit):
-            log.append((engine.stats.steps, seat.row, task.index, turn.role))
-            return plain(pool, seat, task, turn)
+        def take(pool, plain=Pool.take):
+            taken = plain(pool)
+            log.extend((engine.stats.steps, s.row, s.task.index, s.turn.role) for s in taken)
+            return taken
 
         with monkeypatch.context() as patch:
-            patch.setattr(Pool, "sit", sit)
+            patch.setattr(Pool, "take", take)
             engine.run(map(talker, range(60)))
         return log
 
     log, at_first = seating(seats), seats if first == "documents" else seats - max(1, 2 * seats // 5)
     assert log == seating(60) and sum(step == 0 for step, *_ in log) == at_first
+
+
+@pytest.mark.parametrize("seats, episodes", [(2, 1), (5, 3), (10, 6)])
+def test_two_seats_of_five_are_kept_for_documents(body, seats, episodes):
+    """With a single one all episodes would queue for it, and decode one row at a time."""
+    engine, seated = Engine({POLICY: (body, TOK), SIMULATOR: (body, TOK)}, seats, 100), []
+
+    def one(n):
+        for call in range(2):
+            yield Turn(TOK.encode("hello"), POLICY, 5, 1.0, (), (n, call, TOKENS), n)
+            seated.append(len(engine.pools[POLICY].seated))
+            yield Turn(TOK.encode("D:"), SIMULATOR, 5, 1.0, (), (n, call, DOCUMENTS))
+
+    engine.run(map(one, range(12)))
+    assert max(seated) == episodes
+
+
+def test_an_engine_tells_what_it_does(body):
+    """Progress and rates on the screen come from here: done counts up to all, and seconds are of this run."""
+    engine, told = Engine({POLICY: (body, TOK)}, 2, 100), []
+
+    def one(n):
+        yield Turn(TOK.encode("hello"), POLICY, n + 1, 1.0, (), (n, TOKENS))
+
+    for _ in range(2):
+        began = time.perf_counter()
+        engine.run(map(one, range(4)), lambda *a: told.append((*a[:2], a[2].seconds)))
+        assert 0 < told[-1][2] <= engine.stats.seconds <= time.perf_counter() - began
+        assert engine.stats.steps <= engine.stats.decoded <= 1 + 2 + 3 + 4
+    assert sorted({done for done, _, _ in told}) == [1, 2, 3, 4] and {of for _, of, _ in told} == {4}
 
 
 def test_what_does_not_fit_a_seat_is_an_error(body):

@@ -17,8 +17,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import torch
 
-import model as models
 import servers
+import weights
 from model import POLICY
 from rollout import Engine, Limits, Turn, action, episode, observation
 from search import ask, open_search
@@ -420,8 +420,8 @@ def test_a_chat_that_fails(place, monkeypatch, answer, status, words):
     """An error's text, taken for documents, would be trained on."""
     monkeypatch.setenv("OPENAI_API_KEY", "hunter2")
     p = place(say(answer, status))
-    work = Chat(p.address, "m").complete(MESSAGES, 1.0, 5, 0).result
-    error = fails(work, 5)
+    chat = Chat(p.address, "m")
+    error = fails(chat.complete(MESSAGES, 1.0, 5, 0).result, 5) + repr(chat.server)
     assert words in error and ("an OpenAI-compatible server" in error or "Check the key" in error)
     assert "hunter2" not in error
     assert 'no {"data": [{"id": ...}]}' in fails(lambda: Chat(place(say({"data": []})).address), 5)
@@ -503,7 +503,7 @@ def test_the_command_line_fails_in_one_line_and_can_be_interrupted(place):
 def body():
     """The shipped body and its tokenizer; its policy searches now and then."""
     torch.set_num_threads(1)
-    return models.load("tiny", torch.float32, "cpu"), Tokenizer.load(models.resolve("tiny"))
+    return weights.load("tiny", torch.float32, "cpu"), Tokenizer.load(weights.resolve("tiny"))
 
 
 LIMITS = Limits(prompt=64, episode=400, turn=64, observation=120, turns=3)

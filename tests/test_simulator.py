@@ -12,6 +12,7 @@ import torch
 
 import model as models
 import simulator
+import weights
 from cli import screen, setting
 from model import REFERENCE, SIMULATOR
 from prepare import command as preparing
@@ -473,7 +474,7 @@ def test_an_empty_file_is_refused(tmp_path):
 def command(tmp_path, monkeypatch):
     """Runs `simulator.py ...` on the tiny body, in a directory of its own that holds rows.jsonl."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "load", lambda *where: tiny_body())
+    monkeypatch.setattr(weights, "load", lambda *where: tiny_body())
     monkeypatch.setattr(setting, "Tokenizer", SimpleNamespace(load=lambda home: Letters()))
     write_lines(tmp_path / "rows.jsonl", *rows())
     save_words(SHORT, tmp_path / "short.json")
@@ -489,7 +490,7 @@ SFT = "sft --rows rows.jsonl --sim-prompt short.json --tokens 256 --lr 0.02 --ev
 
 def adapter(path):
     body = tiny_body()
-    models.load_adapter(body, SIMULATOR, path)
+    weights.load_adapter(body, SIMULATOR, path)
     return body.adapter(SIMULATOR).detach()
 
 

@@ -10,6 +10,7 @@ import torch
 
 import model as models
 import simulator
+import weights
 from prepare import rows as rows_of
 from rollout import Documents, Limits, Query, Question, Trajectory, observation, prompt
 from simulator import messages
@@ -234,9 +235,9 @@ def test_an_interrupted_training_goes_on_to_the_same_body(small, tmp_path, monke
 
     Compared in fp32, before the file is rounded to bf16: lost moments change little in four steps.
     """
-    trained, save = [], models.save_model
+    trained, save = [], weights.save_model
     monkeypatch.setattr(
-        models, "save_model", lambda model, out: (trained.append(model.state_dict()), save(model, out))
+        weights, "save_model", lambda model, out: (trained.append(model.state_dict()), save(model, out))
     )
     monkeypatch.setattr(models.Model, "to", lambda self, dtype: self)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -276,7 +277,7 @@ def test_the_task_is_light():
 
 def test_the_shipped_body_reads_and_guesses():
     """What is shipped must be what `python -m toy.make` makes: it reads nearly all facts, and knows none."""
-    body, tok = models.load("tiny"), Tokenizer.load(models.resolve("tiny"))
+    body, tok = weights.load("tiny"), Tokenizer.load(weights.resolve("tiny"))
     assert make.reading_accuracy(body, tok, 24, seed=1) > 0.95
     assert body.config.family == "qwen2" and replace(body.config).tied
 

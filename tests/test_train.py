@@ -3,20 +3,23 @@
 import contextlib
 import io
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_servers import Place, say, written
 
-import model as models
+import grpo
 import servers
 import train
+import weights
 from cli import flags, screen
-from model import Config, Model, save_model
+from model import Config, Model
 from rollout import Question, Trajectory
 from toy import texts
 from toy.make import BODY, write_tokenizer
+from weights import save_model
 
 SHORT = [
     *("--steps", "4", "--questions", "2", "--group", "2", "--eval-questions", "4"),
@@ -43,7 +46,7 @@ def body(tmp_path_factory):
 
 def shorten(body, patch):
     """That body in the toy world, and its audit on 8 searches of a kind: 200 are most of a short run."""
-    patch.setitem(models.PRESETS, "tiny", str(body))
+    patch.setitem(weights.PRESETS, "tiny", str(body))
     patch.setattr(texts.audit, "__defaults__", (8, 0))
 
 
@@ -219,6 +222,13 @@ def test_memory_settles_what_was_not_given(whole):
     out, printed = whole
     settled = json.loads((out / "args.json").read_text())["settled"]
     assert settled["seats"] >= 2 and f"--seats {settled['seats']} " in printed
+
+
+def test_the_loss_has_the_defaults_of_the_flags(whole):
+    """Who calls grpo.py from a program of his own would optimise something else than train.py does."""
+    settled = json.loads((whole[0] / "args.json").read_text())["settled"]
+    names = ("clip", "kl", "entropy", "grad_clip")
+    assert {name: settled[name] for name in names} == asdict(grpo.Objective())
 
 
 def test_a_body_in_bf16_trains(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
 
-import model as models
+import weights
 from cli import screen
 from cli.disk import load_state, pack_optimizer, save_state, unpack_optimizer
 from cli.parser import Flag, parse, with_defaults
@@ -176,13 +176,13 @@ def make(out: Path, seed: int = 0) -> None:
             for i, opt in enumerate(opts):
                 tensors |= pack_optimizer(opt, f"optimizer{i}.")
             save_state(state, tensors, {"step": done, "seed": seed})
-    models.save_model(model.to(torch.bfloat16), out)
+    weights.save_model(model.to(torch.bfloat16), out)
     state.unlink(missing_ok=True)
 
 
 FLAGS = {
     "what is made": [
-        Flag("out", str, models.PRESETS["tiny"], "directory of the body", "DIR"),
+        Flag("out", str, weights.PRESETS["tiny"], "directory of the body", "DIR"),
         Flag("seed", int, 0, "of weights and texts", least=0),
         Flag("show", bool, False, "only print a training text of each kind"),
     ]

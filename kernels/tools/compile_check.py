@@ -11,8 +11,8 @@ shared memory than a block may have, waits for each wgmma in turn, or, on sm_90,
 does without wgmma.
 """
 
-import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,21 +38,18 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from cli.parser import Flag, parse, with_defaults
+
 from ..launch import INTERPRET, TARGETS, Target, check, pretend
 from . import measure
+from .choices import CHOICES
 
 GATED = ("sm_80", "sm_86", "sm_89", "sm_90")
 QUICK_TARGETS, QUICK_MODELS = ("sm_90", "sm_80"), ("Qwen2.5-3B", "toy")
 TENSOR_CORES = {"attention", "linear_logp"}  # files whose sm_90 matmuls must be wgmma
-# Per processor: bytes of shared memory, warps, blocks. Registers are 65536 everywhere.
-ROOM = {
-    "sm_80": (167936, 64, 32),
-    "sm_86": (102400, 48, 16),
-    "sm_89": (102400, 48, 24),
-    "sm_90": (233472, 64, 32),
-    "sm_100": (233472, 64, 32),
-    "sm_120": (102400, 48, 24),
-}
+# Warps and blocks that one processor holds at most. Registers are 65536 everywhere.
+ROOM = {"sm_80": (64, 32), "sm_86": (48, 16), "sm_89": (48, 24), "sm_90": (64, 32)}
+ROOM |= {"sm_100": (64, 32), "sm_120": (48, 24)}
 PTX = {
     "wgmma": r"wgmma\.mma_async",
     "mma": r"\bmma\.sync",
@@ -123,9 +120,10 @@ class Report:
         self.counts = _count(PTX, kernel.asm["ptx"]) | {"instructions": _instructions(kernel.asm["cubin"])}
         self.serialized = "wgmma.mma_async instructions are serialized" in log
         if self.target in ROOM:
-            shared, warps, blocks = ROOM[self.target]
+            warps, blocks = ROOM[self.target]
             by_registers = 65536 // (-(-self.registers // 8) * 8 * 32 * self.warps)
-            self.blocks = min(blocks, warps // self.warps, by_registers, shared // (self.shared + 1024))
+            by_shared = (TARGETS[self.target].shared + 1024) // (self.shared + 1024)  # 1 KB a block is lost
+            self.blocks = min(blocks, warps // self.warps, by_registers, by_shared)
 
 
 def _count(patterns: dict[str, str], text: str) -> dict[str, int]:
@@ -216,9 +214,8 @@ class Catch:
         self.reports.append(r)
 
 
-def check_file(task: tuple[str, str, tuple[str, ...]]) -> list[Report]:
-    """Compile every launch of one kernel file, for a target and these models: (target, file, models)."""
-    name, file, models = task
+def check_file(models: list[str], name: str, file: str) -> list[Report]:
+    """Compile every launch of one kernel file, for these models and the target of this name."""
     ((_, module),) = measure.modules([file])
     with pretend(TARGETS[name]), Catch(TARGETS[name]) as catch:
         for m in models:
@@ -229,34 +226,28 @@ def check_file(task: tuple[str, str, tuple[str, ...]]) -> list[Report]:
     return catch.reports
 
 
-def check_all(targets: list[str], models: list[str], files: list[str], processes: int) -> Iterator[Report]:
-    """Every combination, in as many processes, in order."""
-    tasks = [(t, f, tuple(models)) for t in targets for f in files]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield from chain.from_iterable(pool.map(check_file, tasks))
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="kernels.tools.compile_check", description=__doc__.split("\n")[0])
-    p.add_argument("--quick", action="store_true", help="Qwen2.5-3B and the toy, on sm_90 and sm_80")
-    p.add_argument("--targets", nargs="+", choices=list(TARGETS), help=f"default: {' '.join(GATED)}")
-    measure.add_choices(p)
-    p.add_argument("--processes", type=int, default=os.cpu_count(), help="default: %(default)s")
-    p.add_argument("--json", help="write every report to this file")
-    a = p.parse_args(argv)
-    a.targets = a.targets or (QUICK_TARGETS if a.quick else GATED)
-    a.models = a.models or (QUICK_MODELS if a.quick else tuple(measure.MODELS))
-    return a
+FLAGS = {
+    "what is compiled": [
+        Flag("quick", bool, False, "Qwen2.5-3B and the toy, on sm_90 and sm_80"),
+        Flag("targets", tuple(TARGETS), (), f"GPUs ({' '.join(GATED)})", many="+"),
+        *CHOICES,
+        Flag("processes", int, os.cpu_count(), "compiling at a time"),
+        Flag("json", str, "", "write every report to this file", "FILE"),
+    ]
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: print the table, return 1 if a gated target has a problem."""
-    a = _arguments(argv)
+    a = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
+    models = a.models or (QUICK_MODELS if a.quick else list(measure.MODELS))
+    tasks = itertools.product(a.targets or (QUICK_TARGETS if a.quick else GATED), a.files)
     started, reports = time.perf_counter(), []
     print(f"triton {triton.__version__}, torch {torch.__version__}\n{HEAD}")
-    for r in check_all(a.targets, a.models, a.files, a.processes):
-        reports.append(r)
-        print(r.line(), flush=True)
+    with ProcessPoolExecutor(a.processes, multiprocessing.get_context("spawn")) as pool:
+        for r in itertools.chain.from_iterable(pool.map(partial(check_file, models), *zip(*tasks))):
+            reports.append(r)
+            print(r.line(), flush=True)
     bad = [r for r in reports if r.problems()]
     seconds = time.perf_counter() - started
     work = sum(sum(resource.getrusage(of)[:2]) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -71,8 +71,9 @@ class Memory:
             bytes_of = (np.zeros(storage.nbytes(), np.int32) for _ in range(2))
             self.storages.setdefault(storage.data_ptr(), tuple(bytes_of))
 
-    def touch(self, pointers: Handle, mask: Handle, program: int, store: bool) -> None:
-        """The unmasked lanes of a load or store by a program (counted from 1). Raises if it may not."""
+    def touch(self, pointers: Handle, mask: Handle | np.ndarray, program: int, store: bool) -> Handle:
+        """Note a load or store by a program (counted from 1), or refuse it. Returns the mask."""
+        mask = mask if isinstance(mask, Handle) else Handle(mask, tl.int1)
         at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64).ravel()
         width = stock._get_np_dtype(pointers.get_element_ty()).itemsize
         inside = np.zeros(at.shape, bool)
@@ -92,6 +93,7 @@ class Memory:
                 writer[here] = program
             else:
                 reader[here] = np.where((r == 0) | (r == program), program, MANY)
+        return mask
 
 
 _memory = Memory()
@@ -124,14 +126,12 @@ class Mended(Builder):
     """The methods that replace the stock builder's; `install` copies them over it."""
 
     def create_masked_load(self, pointers, mask, other, *rest, **named):
-        mask = mask if isinstance(mask, Handle) else Handle(mask, tl.int1)
-        _memory.touch(pointers, mask, self.program, store=False)
+        mask = _memory.touch(pointers, mask, self.program, store=False)
         other = _poison(pointers.get_element_ty(), pointers.data.shape) if other is None else other
         return _was["create_masked_load"](self, pointers, mask, other, *rest, **named)
 
     def create_masked_store(self, pointers, value, mask, *rest, **named):
-        mask = mask if isinstance(mask, Handle) else Handle(mask, tl.int1)
-        _memory.touch(pointers, mask, self.program, store=True)
+        mask = _memory.touch(pointers, mask, self.program, store=True)
         return _was["create_masked_store"](self, pointers, value, mask, *rest, **named)
 
     def create_atomic_rmw(self, *args):
@@ -141,9 +141,7 @@ class Mended(Builder):
 
     def set_grid_dim(self, *grid):
         _was["set_grid_dim"](self, *grid)
-        self.walk = list(range(int(np.prod(grid))))
-        if _order[-1] == "reverse":
-            self.walk.reverse()
+        self.walk = list(range(int(np.prod(grid))))[:: -1 if _order[-1] == "reverse" else 1]
         if _order[-1] == "shuffled":
             random.Random(0).shuffle(self.walk)
 
@@ -164,9 +162,8 @@ class Mended(Builder):
         return Handle(out, tl.int1) if out.dtype == np.bool_ else _rounded(out)
 
     def unary_op(self, a, op):
-        if a.dtype.scalar != tl.bfloat16:
-            return _was["unary_op"](self, a, op)
-        return _rounded(op(_values(a)))
+        bf16 = a.dtype.scalar == tl.bfloat16
+        return _rounded(op(_values(a))) if bf16 else _was["unary_op"](self, a, op)
 
     def ternary_op(self, a, b, c, op):
         if op is not np.clip or a.dtype.scalar != tl.bfloat16:

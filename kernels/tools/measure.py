@@ -6,7 +6,6 @@ them on meta tensors to see every launch of the host code, `python -m kernels` t
 toy's dimensions it runs them under the interpreter, where only the error column means anything.
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -14,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -80,12 +79,6 @@ def modules(names: Iterable[str] = FILES) -> Iterator[tuple[str, ModuleType]]:
     return ((name, importlib.import_module(f"kernels.{name}")) for name in names)
 
 
-def add_choices(p: argparse.ArgumentParser) -> None:
-    """The flags that choose kernel files and models."""
-    p.add_argument("--files", nargs="+", choices=FILES, default=FILES, help="default: all")
-    p.add_argument("--models", nargs="+", choices=list(MODELS), help="whose dimensions; default: all")
-
-
 def compiled(f: Callable, device: str) -> dict[str, Callable]:
     """A rival: what torch.compile makes of f, anew for each case and for its shapes alone. Only on a GPU."""
     if device != "cuda":
@@ -101,6 +94,17 @@ def backward(forward: Callable, inputs: tuple, gradients: Tensor | tuple) -> Cal
     """
     outputs = cache(forward)
     return lambda: torch.autograd.grad(outputs(), inputs, gradients, retain_graph=True)
+
+
+def versus(name: str, kernel: Callable, rivals: dict, *inputs, gradients=None, **work: int) -> Case:
+    """A case that gives the kernel and its rivals the same inputs; with gradients: their backward pass."""
+    leaves = tuple(x for x in inputs if isinstance(x, Tensor) and x.requires_grad)
+
+    def call(f: Callable) -> Callable:
+        run = partial(f, *inputs)
+        return run if gradients is None else backward(run, leaves, gradients)
+
+    return Case(name, call(kernel), {name: call(f) for name, f in rivals.items()}, **work)
 
 
 def relative_rms(x: Tensor, truth: Tensor) -> float:
@@ -225,8 +229,3 @@ def bench(names: Iterable[str], models: Iterable[Model], out: str | None = None)
     if out:
         Path(out).write_text(json.dumps(here | {"rows": rows}, indent=1), encoding="utf-8")
     return rows
-
-
-def main(name: str) -> None:
-    """The benchmark of one kernel file: all models on a GPU, the toy under the interpreter."""
-    bench([name], MODELS.values() if torch.cuda.is_available() else [TOY])

@@ -83,11 +83,12 @@ def changes(node: ast.AST) -> Iterator[Change]:
     for i, test in enumerate(getattr(node, "ifs", [])):
         yield test.lineno, f"without if {ast.unparse(test)}", lambda i=i: node.ifs.pop(i)
     for i, keyword in enumerate(node.keywords if isinstance(node, A.Call) else []):
-        yield keyword.value.lineno, f"without {keyword.arg}=", lambda i=i: node.keywords.pop(i)
+        yield keyword.value.lineno, f"without {keyword.arg or '**'}=", lambda i=i: node.keywords.pop(i)
     for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
         for i, part in enumerate(block if isinstance(block, list) else []):
             told = isinstance(part, A.Expr) and isinstance(part.value, A.Constant)  # a docstring
-            bare = isinstance(part, A.Assign) and isinstance(part.targets[0], A.Name)  # a NameError, no more
+            # a name that is never bound is a NameError, and tells nothing
+            bare = isinstance(part, A.Assign) and re.fullmatch(r"[\w, ()]+", ast.unparse(part.targets[0]))
             if isinstance(part, DROPPED) and not told and not bare:
                 said = ast.unparse(part).splitlines()[0]
                 yield part.lineno, f"without {said}", lambda b=block, i=i: b.__setitem__(i, A.Pass())

@@ -1,0 +1,244 @@
+"""Weights on disk: bodies as Hugging Face directories, adapters in PEFT's format, read strictly.
+
+Every tensor must be there, fit, and be expected: a checkpoint that is not what it seems is one clear line.
+
+Not a converter: names of the hub's checkpoints are kept, and views of the network's fused matrices are cut
+to them. What the network computes is in model.py.
+
+    body = load("Qwen/Qwen2.5-3B-Instruct")           # a preset, a directory or a hub id
+    load_adapter(body, POLICY, "runs/mine/policy")
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cli.disk import read_json, save_tensors, whole, write_json
+from model import Adapter, Config, Model
+
+HERE = Path(__file__).resolve().parent
+PRESETS = {
+    "tiny": str(HERE / "toy" / "body"),
+    "0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "3b": "Qwen/Qwen2.5-3B-Instruct",
+    "7b": "Qwen/Qwen2.5-7B-Instruct",
+    "14b": "Qwen/Qwen2.5-14B-Instruct",
+    "0.5b-base": "Qwen/Qwen2.5-0.5B",
+    "1.5b-base": "Qwen/Qwen2.5-1.5B",
+    "3b-base": "Qwen/Qwen2.5-3B",
+    "7b-base": "Qwen/Qwen2.5-7B",
+    "14b-base": "Qwen/Qwen2.5-14B",
+    "llama-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama-1b-base": "meta-llama/Llama-3.2-1B",
+    "llama-3b-base": "meta-llama/Llama-3.2-3B",
+}
+
+# --------------------------------------------------------------------------------------------------- adapters
+
+
+def _peft_tensors(model: Model, adapter: Adapter) -> dict[str, Tensor]:
+    """PEFT's names -> views of the adapter's vector."""
+    out, pieces = {}, iter(adapter.pieces(list(model.linears())))
+    for i, layer in enumerate(model.layers):
+        for linear in layer.linears():
+            A, Bs = next(pieces)
+            for (part, _), a, b in zip(linear.parts.items(), A.split(adapter.rank), Bs):
+                name = f"base_model.model.model.layers.{i}.{_home(part)}.{part}"
+                out[name + ".lora_A.weight"], out[name + ".lora_B.weight"] = a.detach(), b.detach()
+    return out
+
+
+def _home(part: str) -> str:
+    return "mlp" if part in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+
+
+def save_adapter(model: Model, role: int, path: str | Path, base: str = "") -> None:
+    """Write a role's adapter in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+    base: the name of its body, a preset, a directory or a hub id, for whoever loads it with PEFT.
+    """
+    path, adapter = Path(path), model.roles[role]
+    path.mkdir(parents=True, exist_ok=True)
+    parts = [part for linear in model.layers[0].linears() for part in linear.parts]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name(base),
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": parts,
+        "inference_mode": True,
+    }
+    tensors = {k: v.cpu().contiguous() for k, v in _peft_tensors(model, adapter).items()}
+    with whole(path / "adapter_model.safetensors") as part:
+        save_tensors(part, tensors, {"format": "pt"})
+    write_json(path / "adapter_config.json", config)
+
+
+def base_name(name: str) -> str:
+    """What others can resolve of a body's name: the hub id, not our preset's; the whole path."""
+    name = PRESETS.get(name, name)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def load_adapter(model: Model, role: int, path: str | Path) -> None:
+    """Read a PEFT LoRA adapter into a role. Modules that it does not adapt get B = 0.
+
+    Raises ValueError where the adapter uses what this network does not implement, or does not fit the body.
+    """
+    path = Path(path)
+    c = read_json(path / "adapter_config.json", "a PEFT adapter directory", r=int, lora_alpha=(int, float))
+    for key in (
+        "use_dora",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "fan_in_fan_out",
+    ):
+        if c.get(key):
+            raise ValueError(f"{path}: the adapter sets {key}, which is not supported")
+    if c.get("peft_type") != "LORA" or c.get("bias", "none") != "none":
+        raise ValueError(f"{path}: only plain LoRA adapters without trained biases are supported")
+    model.add_role(role, c["r"], c["lora_alpha"])
+    mine = _peft_tensors(model, model.roles[role])
+    for name, theirs in _read_safetensors(path / "adapter_model.safetensors"):
+        if name not in mine:
+            raise ValueError(f"{path}: {name} adapts a module that this body does not have")
+        if theirs.shape != mine[name].shape:
+            raise ValueError(
+                f"{path}: {name} is {tuple(theirs.shape)}, the body needs {tuple(mine[name].shape)}"
+            )
+        mine[name].copy_(theirs)
+
+
+# ----------------------------------------------------------------------------------------------------- bodies
+
+
+def resolve(name: str | Path) -> Path:
+    """A preset, a local directory or a hub id -> a local directory. Raises ValueError where there is none."""
+    name = str(name)
+    where = PRESETS.get(name, name)
+    if Path(where).is_dir():
+        return Path(where)
+    if where.count("/") != 1 or where.startswith((".", "/", "~")):
+        raise ValueError(
+            f"no checkpoint {name!r}: give a directory, a hub id, or a preset: {' '.join(PRESETS)}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(where, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+        )
+    except Exception as e:  # the hub client raises dozens of types, all of them "could not be had"
+        reason = str(e).strip().splitlines()[0]
+        raise ValueError(
+            f"could not download {where!r}: {reason}. A local directory works without a network"
+        ) from None
+
+
+def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
+    """Load a body from a Hugging Face directory, strictly: every tensor must be there, fit, and be expected.
+
+    Raises ValueError with one line that says what is wrong with the checkpoint.
+    """
+    path = resolve(name)
+    config = Config.from_hf(read_json(path / "config.json", "a checkpoint directory"))
+    with torch.device("meta"):
+        model = Model(config)
+    model = model.to(dtype).to_empty(device=device)
+    if model.device.type == "cpu":  # where small products with matrices laid out this way are a third faster
+        for linear in model.linears():
+            linear.weight.data = linear.weight.data.t().contiguous().t()
+    model.rotary()
+    mine = hf_tensors(model)
+    seen = set()
+    for file in _shards(path):
+        for tensor_name, theirs in _read_safetensors(file):
+            if tensor_name not in mine:
+                if _expected_extra(tensor_name, config):
+                    continue
+                raise ValueError(
+                    f"{file}: unexpected tensor {tensor_name}: not a plain {config.family} checkpoint"
+                )
+            if theirs.shape != mine[tensor_name].shape:
+                need = tuple(mine[tensor_name].shape)
+                raise ValueError(
+                    f"{file}: {tensor_name} is {tuple(theirs.shape)}, config.json implies {need}"
+                )
+            mine[tensor_name].copy_(theirs)
+            seen.add(tensor_name)
+    missing = sorted(set(mine) - seen)
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(mine)} tensors are missing, the first is {missing[0]}"
+        )
+    return model.eval()
+
+
+def _expected_extra(name: str, c: Config) -> bool:
+    return name.endswith("rotary_emb.inv_freq") or (c.tied and name == "lm_head.weight")
+
+
+def hf_tensors(model: Model) -> dict[str, Tensor]:
+    """Hugging Face's names -> views of this body's tensors (fused matrices are cut into their parts)."""
+    out = {"model.embed_tokens.weight": model.embed.data, "model.norm.weight": model.norm.data}
+    if model.untied is not None:
+        out["lm_head.weight"] = model.untied.data
+    for i, layer in enumerate(model.layers):
+        pre = f"model.layers.{i}."
+        out[pre + "input_layernorm.weight"] = layer.norm_1.data
+        out[pre + "post_attention_layernorm.weight"] = layer.norm_2.data
+        if model.config.qk_norm:
+            out[pre + "self_attn.q_norm.weight"] = layer.q_norm.data
+            out[pre + "self_attn.k_norm.weight"] = layer.k_norm.data
+        for linear in layer.linears():
+            widths = list(linear.parts.values())
+            for part, w in zip(linear.parts, linear.weight.data.split(widths)):
+                out[f"{pre}{_home(part)}.{part}.weight"] = w
+            if linear.bias is not None:
+                for part, b in zip(linear.parts, linear.bias.data.split(widths)):
+                    out[f"{pre}{_home(part)}.{part}.bias"] = b
+    return out
+
+
+def save_model(model: Model, path: str | Path) -> None:
+    """Write config.json and model.safetensors as a Hugging Face directory."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(model.config.hf, indent=2) + "\n")
+    tensors = {k: v.cpu().contiguous().clone() for k, v in hf_tensors(model).items()}
+    save_tensors(path / "model.safetensors", tensors, {"format": "pt"})
+
+
+def _shards(path: Path) -> list[Path]:
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
+    names = sorted(set(read_json(index, "a sharded checkpoint", weight_map=dict)["weight_map"].values()))
+    absent = [n for n in names if not (path / n).exists()]
+    if absent:
+        raise ValueError(f"{path}: the shard {absent[0]} is missing: download the checkpoint again")
+    return [path / n for n in names]
+
+
+def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    if not file.exists():
+        raise ValueError(f"{file} is missing")
+    try:
+        with safe_open(file, framework="pt") as f:
+            for name in f.keys():  # noqa: SIM118 (not a dict)
+                yield name, f.get_tensor(name)
+    except SafetensorError as e:
+        raise ValueError(f"{file} is corrupt ({e}): download it again") from None
