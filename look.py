@@ -190,19 +190,16 @@ def sure(values: list[float]) -> tuple[float, list[float] | None]:
 
 def compared(run: Run) -> list[dict]:
     """The table: a line for each way to ask, of all held-out questions and of those of so many hops."""
-    out = []
-    for way, rows in run.held(False).items():
+    out, (before, after) = [], (run.held(False), run.held(True))
+    for way, rows in before.items():
         for hops in (0, *sorted({r["hops"] for r in rows} - {0})):
-            both = [run.held(after).get(way, ()) for after in (False, True)]
-            both = [[r for r in part if hops in (0, r["hops"])] for part in both]
+            both = [[r for r in part if hops in (0, r["hops"])] for part in (rows, after.get(way, ()))]
             means = [
                 {s: sure([r[s] for r in part]) for s in ("f1", "em", "searches")} for part in both if part
             ]
-            change = [y["f1"] - x["f1"] for x, y in zip(*both)]
-            line = {"run": run.name, "way": way, "hops": hops, "n": len(both[0]), "means": means}
-            out.append(
-                line | ({"change": sure(change), "p": report.p_value(np.array(change), 0)} if change else {})
-            )
+            out.append({"run": run.name, "way": way, "hops": hops, "n": len(both[0]), "means": means})
+            if change := [y["f1"] - x["f1"] for x, y in zip(*both)]:
+                out[-1] |= {"change": sure(change), "p": report.p_value(np.array(change), 0)}
     return out
 
 
@@ -233,10 +230,8 @@ def story(run: Run) -> list[str]:
     named = {"reward": "reward", "searches": "searches", "noise": "share of noisy searches"}
     moves = ", ".join(f"{name} {first[k]:.2f} to {last[k]:.2f}" for k, name in named.items())
     best = max(run.log, key=lambda row: row["reward"])
-    told.append(
-        f"In training, from the first {part} steps to the last {part}: {moves}. "
-        f"The best step was {best['step']}, with a reward of {best['reward']:.3f}."
-    )
+    told.append(f"In training, from the first {part} steps to the last {part}: {moves}. ")
+    told[-1] += f"The best step was {best['step']}, with a reward of {best['reward']:.3f}."
     for end in list(run.kept)[-1:]:
         where = "held-out questions after training" if end > f["steps"] else f"episodes of step {end}"
         ends = Counter(run.kept[end]["outcomes"])
@@ -248,8 +243,6 @@ def story(run: Run) -> list[str]:
         f"{last['unanswered']:.0%} of episodes end without an answer": last["unanswered"] > 0.1,
         f"sampling and training differ (gap {last['gap']:.1e} nats)": last["gap"] > 0.05,
         f"{skipped:.0%} of groups are skipped, as their siblings have the same reward": skipped > 0.5,
-        "siblings are nearly copies (entropy below 0.01 nats)": last["entropy"] < 0.01,
-        "gradients are clipped to less than a third": last["grad_norm"] > 3 * f["grad_clip"],
     }
     return told + [f"Look out, at the end: {what}." for what, bad in checks.items() if bad]
 

@@ -167,7 +167,7 @@ def tell(
     log.add({"step": step + 1, **row})
     full = step == 0 or (step + 1) % a.show_every == 0
     ends = " ".join(f"{k} {v}" for k, v in row["ends"].items())
-    if full or not screen.watched():
+    if full or not sys.stdout.isatty():
         screen.say(
             f"step {step + 1:3d}/{a.steps}  reward {row['reward']:.3f}  em {row['em']:.3f}  "
             f"searches {row['searches']:.2f}  length {row['length']:.0f}  noise {row['noise']:.2f}  "
@@ -197,7 +197,7 @@ def keep(
             now = [
                 r for b in batches for r in (grpo.token_logps(s.body, b, POLICY)[0] - b.old).exp().tolist()
             ]
-        more[i] = {"reward": rewards.flatten()[i].item(), "advantage": adv[i], "ratios": now}
+        more[i] = {"reward": rewards.flatten()[i].item(), "advantage": round(adv[i], 3), "ratios": now}
     kept.add(step + 1, trajectories, [judge_of.answered(t) for t in trajectories], a.group, more=more)
 
 

@@ -35,13 +35,9 @@ def cell(value: float | int | str | None) -> str:
 
 
 def bar(
-    label: str,
-    total: int | None = None,
-    unit: str = "episodes",
-    done: int = 0,
-    over: Iterable | None = None,
+    label: str, total: int | None = None, unit: str = "episodes", done: int = 0, over: Iterable | None = None,
     delay: float = 0,
-):
+):  # fmt: skip
     """A progress bar with rate and time left. It disappears when done and is silent where nobody watches.
 
     over: iterate through the bar. delay: seconds before it appears, where short waits shall leave no trace.
@@ -81,13 +77,9 @@ def clear() -> None:
         print("\033[K", end="", file=sys.stderr, flush=True)
 
 
-def watched() -> bool:
-    """Whether what is printed goes to somebody's terminal, not to a file or a pipe."""
-    return sys.stdout.isatty()
-
-
 def coloured() -> bool:
-    return watched() and not os.environ.get("NO_COLOR")
+    """Whether what is printed goes to a terminal that is to have colours."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def trend(values: Sequence[float]) -> str:

@@ -18,15 +18,12 @@ from rollout import Trajectory
 from tokenizer import Tokenizer
 
 TOKENS = 200_000  # of a run: its page stays under 3 MB
+# fmt: off
 OUTCOMES = (
-    "right",
-    "partly right",
-    "wrong: a document held the answer",
-    "wrong: no document held the answer",
-    "wrong: never searched",
-    "wrong: a yes or no question",
-    "no answer",
+    "right", "partly right", "wrong: a document held the answer", "wrong: no document held the answer",
+    "wrong: never searched", "wrong: a yes or no question", "no answer",
 )
+# fmt: on
 SCORES = ("hops", "end", "f1", "em", "cover_em", "searches", "found")  # kept of a held-out question
 
 
@@ -89,14 +86,9 @@ class Kept:
         return out
 
     def add(
-        self,
-        step: int,
-        trajectories: Sequence[Trajectory],
-        rows: Sequence[dict],
-        group: int = 1,
-        held: dict[str, list[dict]] | None = None,
-        more: dict[int, dict] | None = None,
-    ) -> None:
+        self, step: int, trajectories: Sequence[Trajectory], rows: list[dict], group: int = 1,
+        held: dict[str, list[dict]] | None = None, more: dict[int, dict] | None = None,
+    ) -> None:  # fmt: skip
         """Keep a step. rows: `answered` of each episode; held: of all held-out ones, by way; more: number of
         an episode -> its reward, advantage, ratios."""
         few, groups = self.few(step, trajectories, group), []
