@@ -15,8 +15,6 @@ With --json FILE each answered question is kept in FILE.part at once; --resume g
 """
 
 import argparse
-import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -171,8 +169,7 @@ def ask(a: argparse.Namespace, task: Task) -> None:
     question = Question(a.ask, (a.answer,) if a.answer else ())
     s, search = setting_of(a, task, [question])
     (run,) = episodes(s.tok, [question], search, s.limits, s.words, a.temperature, (a.seed, 0), a.mode)
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    shown = Screen(s.tok, partial(print, end="", flush=True), colour)
+    shown = Screen(s.tok, partial(print, end="", flush=True), screen.coloured())
     try:
         (t,) = s.engine.run([live(run, s.tok, shown.show)])
     finally:
@@ -214,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     if a.json:  # an answer may hold half a surrogate pair
         write_json(a.json, figures | {"flags": vars(a), "questions": rows}, errors="replace")
         Path(f"{a.json}.part").unlink(missing_ok=True)
+        print(f"see it with: python look.py {a.json}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count, groupby
+from itertools import count
 from queue import SimpleQueue
 
 import numpy as np
@@ -256,16 +256,6 @@ CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
 def harmless(text: str) -> str:
     """Text that cannot steer a terminal: control characters except tabs and newlines become �."""
     return CONTROL.sub("\ufffd", text)
-
-
-def show(t: Trajectory, tok, colour: bool = True) -> str:
-    """The picture of the mask: sampled text in green, given text in grey (or in brackets, without colour)."""
-    given, sampled = (("\033[90m", "\033[0m"), ("\033[32m", "\033[0m")) if colour else ("[]", ("", ""))
-    out = []
-    for mask, run in groupby(zip(t.mask, t.ids), lambda token: token[0]):
-        before, after = sampled if mask else given
-        out.append(before + harmless(tok.decode([i for _, i in run])) + after)
-    return "".join(out)
 
 
 # ------------------------------------------------------------------------------------------------- the engine

@@ -10,8 +10,8 @@ policy's adapter), tell (a line, a log, now and then a trajectory). `train` is t
 Not a framework: there are no callbacks and no configuration files; fork the loop.
 """
 
+import cli  # noqa: F401, I001 (first: it says that torch is being loaded)
 import argparse
-import os
 import random
 import shutil
 import signal
@@ -33,11 +33,14 @@ import weights
 from cli import disk, flags, screen
 from cli.disk import Rows
 from cli.setting import Setting, find_bodies, load
+from cli.track import tracker
+from evaluation.kept import Kept
+from evaluation.live import shown
 from model import CRITIC, POLICY, SIMULATOR
 from prepare.sft import sft
 from questions import exact_match, f1
 from recipes import ALONE, Objective, advantages, informative, shuffle_siblings
-from rollout import Query, Question, Search, Trajectory, episode, show
+from rollout import Query, Question, Search, Trajectory, episode
 from simulator import audit_figures, p_noise
 from tasks import kind
 from words import WORDS_FILE, save_words
@@ -51,13 +54,17 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     facts = restore(a, s, optimizer)  # {} at the start of a run
     began = time.monotonic() - facts.get("seconds", 0.0)
     log = Rows(Path(a.out) / "log.jsonl", resume=True)
+    kept = Kept(a.out, a.steps, s.tok)
+    track = tracker(getattr(a, "track", ""), a.out, vars(a), facts.get("step", 0))
 
     if not facts:
-        facts = prepare(a, s, world) | {"step": 0, "updates": 0, "seconds": time.monotonic() - began}
+        facts = prepare(a, s, world, kept) | {"step": 0, "updates": 0, "seconds": time.monotonic() - began}
         save(a, s, optimizer, facts)
     log.keep(facts["step"])  # steps after the last save are taken again
+    kept.rows.keep(facts["step"] + 1)
 
-    with pausing() as pause, saving_on_failure(a, s, optimizer, facts):
+    line = screen.bar("training", a.steps, "steps", facts["step"])
+    with pausing() as pause, saving_on_failure(a, s, optimizer, facts), line:
         for step in range(facts["step"], a.steps):
             t0 = time.monotonic()
             asked = ask(a, world.questions, step)
@@ -71,15 +78,19 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             row |= {"tokens_per_second": s.engine.stats.decoded / (t1 - t0)}
             row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)} | s.task.figures(trajectories)
             tell(a, s, step, row, trajectories, log)
+            keep(a, s, step, trajectories, rewards, kept)
+            track(step + 1, row)
+            past = screen.trend([r["reward"] for r in log.rows.values()])
+            screen.move(line, step + 1, f"reward {past} {row['reward']:.2f}, searches {row['searches']:.2f}")
             add_audit(facts["documents"], row["simulator"])
             facts |= {"step": step + 1, "updates": updates_of(s, optimizer)}
             facts |= {"seconds": time.monotonic() - began}
             if pause.asked or (step + 1) % a.save_every == 0 or step + 1 == a.steps:
                 save(a, s, optimizer, facts)
             if pause.asked:
-                print(f"saved; go on with: python train.py --out {a.out} --resume")
+                screen.say(f"saved; go on with: python train.py --out {a.out} --resume")
                 sys.exit(130)
-    finish(a, s, world, facts, began)
+    finish(a, s, world, facts, began, kept)
 
 
 # --------------------------------------------------------------------------------------------- the five verbs
@@ -111,7 +122,7 @@ def act(a: argparse.Namespace, s: Setting, step: int, asked: list[tuple[int, Que
         for number, question in asked
         for sibling in range(a.group)
     ]
-    with screen.bar(f"step {step + 1}", len(episodes)) as bar:
+    with screen.bar(f"step {step + 1}", len(episodes), delay=2) as bar:
         return s.engine.run(episodes, lambda done, of, stats: screen.move(bar, done))
 
 
@@ -154,10 +165,7 @@ def learn(
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, float]:
     """`updates` optimiser steps on the groups that teach something. Returns mean figures."""
-    if a.shuffle_rewards:
-        rewards = shuffle_siblings(rewards, hash((a.seed, step)))
-    searches = torch.tensor([len(t.searches) for t in trajectories]).view_as(rewards)
-    adv = advantages(rewards, a.advantage, searches, a.strata)
+    adv = compared(a, step, trajectories, rewards)
     teaching = informative(rewards) if a.advantage not in ALONE else torch.ones(len(rewards))
     kept = teaching.nonzero()[:, 0].tolist()
     for group, lr in zip(optimizer.param_groups, (a.lr, a.critic_lr)):
@@ -177,25 +185,58 @@ def learn(
     return means | {"skipped_groups": len(rewards) - len(kept)}
 
 
+def credited(a: argparse.Namespace, step: int, rewards: torch.Tensor) -> torch.Tensor:
+    """The rewards (Q, G) that are learnt from: shuffled among siblings in the control."""
+    return shuffle_siblings(rewards, hash((a.seed, step))) if a.shuffle_rewards else rewards
+
+
+def compared(
+    a: argparse.Namespace, step: int, trajectories: list[Trajectory], rewards: torch.Tensor
+) -> torch.Tensor:
+    """The advantages (Q, G) of a step's episodes."""
+    searches = torch.tensor([len(t.searches) for t in trajectories]).view_as(rewards)
+    return advantages(credited(a, step, rewards), a.advantage, searches, a.strata)
+
+
 def tell(
     a: argparse.Namespace, s: Setting, step: int, row: dict, trajectories: list[Trajectory], log: Rows
 ) -> None:
-    """One line a step on the terminal and in log.jsonl; now and then a trajectory in colour."""
-    ends = " ".join(f"{k} {v}" for k, v in row["ends"].items())
-    print(
-        f"step {step + 1:3d}/{a.steps}  reward {row['reward']:.3f}  em {row['em']:.3f}  "
-        f"searches {row['searches']:.2f}  length {row['length']:.0f}  noise {row['noise']:.2f}  "
-        f"kl {row.get('kl', 0):.4f}  ratio {row.get('ratio', 1):.3f}  gap {row.get('gap', 0):.1e}  "
-        f"grad {row.get('grad_norm', 0):.2f}  "
-        f"act {row['seconds_act']:.1f}s  learn {row['seconds_learn']:.1f}s  "
-        f"{row['tokens_per_second']:,.0f} tok/s  left {row['seconds_left'] / 60:.1f}m  [{ends}]",
-        flush=True,
-    )
+    """A row of log.jsonl, and a line where no bar shows the same; now and then an episode in two colours."""
     log.add({"step": step + 1, **row})
-    if step == 0 or (step + 1) % a.show_every == 0:
+    full = step == 0 or (step + 1) % a.show_every == 0
+    ends = " ".join(f"{k} {v}" for k, v in row["ends"].items())
+    if full or not sys.stdout.isatty():
+        screen.say(
+            f"step {step + 1:3d}/{a.steps}  reward {row['reward']:.3f}  em {row['em']:.3f}  "
+            f"searches {row['searches']:.2f}  length {row['length']:.0f}  noise {row['noise']:.2f}  "
+            f"kl {row.get('kl', 0):.4f}  ratio {row.get('ratio', 1):.3f}  gap {row.get('gap', 0):.1e}  "
+            f"grad {row.get('grad_norm', 0):.2f}  "
+            f"act {row['seconds_act']:.1f}s  learn {row['seconds_learn']:.1f}s  "
+            f"{row['tokens_per_second']:,.0f} tok/s  left {row['seconds_left'] / 60:.1f}m  [{ends}]"
+        )
+    if full:
         best = max(trajectories, key=lambda t: (len(t.searches), t.answer is not None))
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print("\n" + show(best, s.tok, colour) + f"\n  -> golden: {best.question.answers}\n")
+        screen.say(f"\n{shown(best, s.tok, screen.coloured())}\n  -> golden: {best.question.answers}\n")
+
+
+def keep(
+    a: argparse.Namespace,
+    s: Setting,
+    step: int,
+    trajectories: list[Trajectory],
+    rewards: torch.Tensor,
+    kept: Kept,
+) -> None:
+    """Some of the step's episodes for look.py; ratios: a token's probability now, over that when sampled."""
+    adv, more = compared(a, step, trajectories, rewards).flatten().tolist(), {}
+    for i in kept.few(step + 1, trajectories, a.group):
+        batches = grpo.make_batches([trajectories[i]], [adv[i]], a.micro_tokens, a.device)
+        with torch.no_grad():
+            now = [
+                r for b in batches for r in (grpo.token_logps(s.body, b, POLICY)[0] - b.old).exp().tolist()
+            ]
+        more[i] = {"reward": rewards.flatten()[i].item(), "advantage": round(adv[i], 3), "ratios": now}
+    kept.add(step + 1, trajectories, [judge_of.answered(t) for t in trajectories], a.group, more=more)
 
 
 # ------------------------------------------------------------------------------------------------ the figures
@@ -242,9 +283,12 @@ class World:
     engine: Search | None
 
 
-def measure(a: argparse.Namespace, s: Setting, world: World) -> dict[str, dict]:
-    """Held-out questions through the real engine, in each of the task's ways (sampled, greedy, ...)."""
-    out = {}
+def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: int) -> dict[str, dict]:
+    """Held-out questions through the real engine, in each of the task's ways (sampled, greedy, ...).
+
+    step: what the page is to call it, 0 before training and steps + 1 after it.
+    """
+    out, held, first = {}, {}, []
     for suffix, (label, search, temperature) in s.task.ways(world.engine).items():
         address = (a.seed, 1_000_000)  # no step is called that
         runs = judge_of.episodes(s.tok, world.held, search, s.limits, s.words, temperature, address)
@@ -253,6 +297,9 @@ def measure(a: argparse.Namespace, s: Setting, world: World) -> dict[str, dict]:
             summary, trajectories = judge_of.evaluate(s.engine, runs, tell)
         out[suffix] = {k: summary[k] for k in ("f1", "em", "cover_em", "searches", "n", "by_hop")}
         out[suffix] |= s.task.figures(trajectories)
+        held[label] = [judge_of.answered(t) for t in trajectories]
+        first = first or trajectories
+    kept.add(step, first, next(iter(held.values()), []), held=held)
     return out
 
 
@@ -267,11 +314,12 @@ def table_of(s: Setting, world: World, **times: dict[str, dict]) -> str:
     return screen.table(rows)
 
 
-def prepare(a: argparse.Namespace, s: Setting, world: World) -> dict:
+def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict:
     """What comes before the first step: held-out questions, and a task's simulator tuned and audited."""
     facts: dict = {"before": {}, "documents": {}}
+    kept.rows.keep(0)
     if world.held:
-        facts["before"] = measure(a, s, world)
+        facts["before"] = measure(a, s, world, kept, 0)
         print(table_of(s, world, before=facts["before"]), flush=True)
     if a.sft_steps:
         tune_simulator(a, s)
@@ -279,16 +327,17 @@ def prepare(a: argparse.Namespace, s: Setting, world: World) -> dict:
         weights.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
         save_words(s.simulator.words, home / WORDS_FILE)
     preview(s, world.questions[0])
-    facts["simulator"] = {} if s.simulator.server else s.task.audit(partial(write, s))
+    with screen.waiting("auditing the simulator"):
+        facts["simulator"] = {} if s.simulator.server else s.task.audit(partial(write, s))
     if facts["simulator"]:
         print("simulator: ", *(f"{k} {v:.3f} " for k, v in facts["simulator"].items()), flush=True)
     return facts
 
 
-def finish(a: argparse.Namespace, s: Setting, world: World, facts: dict, began: float) -> None:
+def finish(a: argparse.Namespace, s: Setting, world: World, facts: dict, began: float, kept: Kept) -> None:
     """What comes after the last step: the held-out questions again, result.json and the table."""
     weights.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
-    after = measure(a, s, world) if facts["before"] else {}
+    after = measure(a, s, world, kept, a.steps + 1) if facts["before"] else {}
     result: dict = {f"before{k}": v for k, v in facts["before"].items()}
     result |= {f"after{k}": v for k, v in after.items()}
     # The documents of all steps; where a task knows more of its simulator, that.
@@ -299,7 +348,7 @@ def finish(a: argparse.Namespace, s: Setting, world: World, facts: dict, began: 
     disk.write_json(Path(a.out) / "result.json", result)
     if after:
         print("\n" + table_of(s, world, before=facts["before"], after=after))
-    print(f"{result['seconds']:.0f} s; everything is in {a.out}")
+    print(f"{result['seconds']:.0f} s; everything is in {a.out}; see it with: python look.py {a.out}")
 
 
 def write(s: Setting, queries: list[Query], noisy: bool) -> list[str]:
@@ -323,11 +372,12 @@ def tune_simulator(a: argparse.Namespace, s: Setting) -> None:
     rows = random.Random(a.seed).sample(rows, len(rows))
     held = min(64, len(rows) // 10)
     exam, rows = rows[:held], rows[held:]
-    for p in sft(
+    tuning = sft(
         body, tok, s.simulator.words, rows, a.sft_steps, a.sft_lr, every=a.sft_steps, seed=a.seed, exam=exam
-    ):
+    )
+    for p in screen.bar("fine-tuning the simulator", a.sft_steps, "steps", over=tuning):
         if p.step % 25 == 0 or p.held is not None:
-            print(p, flush=True)
+            screen.say(str(p))
 
 
 # ------------------------------------------------------------------------------------------- saving, resuming
@@ -425,7 +475,7 @@ def pausing() -> Iterator[Pause]:
 # What a run that goes on may do otherwise than it was begun: it changes neither data nor algorithm, but for
 # the rates, which whoever resumes a diverging run wants to lower.
 MAY_CHANGE = (
-    "out resume lr critic-lr dtype device seats micro-tokens recompute memory save-every show-every".split()  # noqa: SIM905
+    "out resume lr critic-lr dtype device seats micro-tokens recompute memory save-every show-every track"
 )
 
 
@@ -435,7 +485,9 @@ def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
         raise ValueError("--resume needs the --out of the run to go on with")
     kept = disk.read_json(Path(given["out"]) / "args.json", "the directory of a run", settled=dict)
     old = kept["settled"]
-    unlike = [k for k, v in given.items() if k not in MAY_CHANGE and v != old.get(k.replace("-", "_"))]
+    unlike = [
+        k for k, v in given.items() if k not in MAY_CHANGE.split() and v != old.get(k.replace("-", "_"))
+    ]
     if unlike:
         was = ", ".join(f"--{k} {old.get(k.replace('-', '_'))}" for k in unlike)
         raise ValueError(f"--resume with other arguments: the run in {given['out']} was begun with {was}")

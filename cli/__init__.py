@@ -1,1 +1,6 @@
-"""What every command shares: its flags, the setting made from them, the memory plan, files, the terminal."""
+"""What commands share. Imported first, it says within a second that a command waits for torch."""
+
+import sys
+
+if sys.stderr.isatty() and "torch" not in sys.modules:
+    print("loading torch ...", end="\r", file=sys.stderr, flush=True)

@@ -137,6 +137,7 @@ TRAIN: Groups = {
         RESUME,
         Flag("save-every", int, 10, "steps between saves; Ctrl-C saves too"),
         Flag("show-every", int, 20, "steps between coloured trajectories"),
+        Flag("track", ("tensorboard", "wandb", "trackio"), "", "send the log there too (its own library)"),
     ],
 }
 

@@ -3,10 +3,12 @@
 What this is not: a log. Figures that must last are written by disk.py.
 """
 
+import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 
 import torch
@@ -33,11 +35,12 @@ def cell(value: float | int | str | None) -> str:
 
 
 def bar(
-    label: str, total: int | None = None, unit: str = "episodes", done: int = 0, over: Iterable | None = None
-):
+    label: str, total: int | None = None, unit: str = "episodes", done: int = 0, over: Iterable | None = None,
+    delay: float = 0,
+):  # fmt: skip
     """A progress bar with rate and time left. It disappears when done and is silent where nobody watches.
 
-    It appears after two seconds, so that short waits leave the screen alone. over: iterate through the bar.
+    over: iterate through the bar. delay: seconds before it appears, where short waits shall leave no trace.
     """
     return tqdm(
         over,
@@ -47,9 +50,41 @@ def bar(
         unit=f" {unit}",
         leave=False,
         disable=None,
-        delay=2,
+        delay=delay,
         miniters=1,
+        dynamic_ncols=True,
     )
+
+
+def say(text: str) -> None:
+    """Print above the bars."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what a wait without steps is for, as long as it lasts."""
+    if sys.stderr.isatty():
+        print(f"{what} ...", end="\r", file=sys.stderr, flush=True)
+    yield
+    clear()
+
+
+def clear() -> None:
+    """Take away a line of `waiting`, or the one about torch."""
+    if sys.stderr.isatty():
+        print("\033[K", end="", file=sys.stderr, flush=True)
+
+
+def coloured() -> bool:
+    """Whether what is printed goes to a terminal that is to have colours."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def trend(values: Sequence[float]) -> str:
+    """The last values as a small curve from 0 to 1: ▁▃▅█."""
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * v))] for v in values[-16:])
 
 
 def move(shown, done: int, note: str = "") -> None:
@@ -61,6 +96,7 @@ def move(shown, done: int, note: str = "") -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a command. Bad input is one line on stderr and exit code 2; Ctrl-C and SIGTERM exit with 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    clear()
     try:
         main()
     except torch.OutOfMemoryError as e:

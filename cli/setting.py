@@ -15,7 +15,7 @@ import torch
 
 import model
 import weights
-from cli import plan
+from cli import plan, screen
 from cli.disk import read_json
 from model import CRITIC, POLICY, REFERENCE, SIMULATOR, Model
 from rollout import Engine, Limits, Question, prompt
@@ -67,7 +67,8 @@ def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) 
     if a.command == "train":
         print(plan_memory(a, list(dict.fromkeys(homes.values()))), flush=True)
     dtype = model.DTYPES[a.dtype]
-    loaded = {home: (weights.load(home, dtype, a.device), tok) for home, tok in toks.items()}
+    with screen.waiting("reading weights"):
+        loaded = {home: (weights.load(home, dtype, a.device), tok) for home, tok in toks.items()}
     bodies = {role: loaded[home] for role, home in homes.items()}
     if bodies and max(body.config.d for body, _ in bodies.values()) < SMALL:
         torch.set_num_threads(1)

@@ -7,9 +7,10 @@ token, which share a seat.
 import codecs
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 
 from model import POLICY
-from rollout import Episode, Sampled, Turn, harmless, stopped
+from rollout import Episode, Sampled, Trajectory, Turn, harmless, stopped
 from tokenizer import Tokenizer
 
 
@@ -44,6 +45,16 @@ class Screen:
 
     def _text(self, data: bytes, final: bool = False) -> None:
         self.write(harmless(self.decoder.decode(data, final)))
+
+
+def shown(t: Trajectory, tok: Tokenizer, colour: bool) -> str:
+    """A whole episode as the screen shows it: the picture of the mask."""
+    parts: list[str] = []
+    screen = Screen(tok, parts.append, colour)
+    for sampled, run in groupby(zip(t.ids, t.mask), key=lambda pair: pair[1]):
+        screen.show([i for i, _ in run], bool(sampled))
+    screen.end()
+    return "".join(parts)
 
 
 def live(run: Episode, tok: Tokenizer, show: Callable[[list[int], bool], None]) -> Episode:

@@ -494,7 +494,7 @@ def test_characters_that_tokens_cut_are_shown_whole():
 
 
 def test_sampled_and_given_text_differ_in_colour():
-    """The picture of `rollout.show`: green is sampled, grey is given."""
+    """Green is sampled, grey is given."""
     shown = screened([("Q", False), ("A", True)], True)
     assert shown == "\033[90mQ\033[0m\033[32mA\033[0m"
 

@@ -7,9 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # A folder stands for its files; a file of it that stands on another floor is named.
 FLOORS = {
+    "cli": 0,
     "cli.parser": 0,
     "cli.disk": 0,
     "cli.screen": 0,
+    "cli.track": 0,
     "kernels": 1,
     "tokenizer": 1,
     "words": 1,
@@ -35,6 +37,7 @@ FLOORS = {
     "prepare.command": 10,
     "eval": 10,
     "train": 11,
+    "look": 7,
     "bench": 12,
 }
 # toy.make pre-trains the body: it borrows the batches of fine-tuning.

@@ -15,6 +15,7 @@ import torch
 import kernels
 import rollout
 from eval import live
+from evaluation.live import shown
 from kernels import linear_logp
 from model import POLICY, SIMULATOR, Config, Model, Stack
 from rollout import (
@@ -660,4 +661,4 @@ def test_what_does_not_fit_a_seat_is_an_error(body):
 def test_the_picture_of_the_mask():
     """What the policy sampled must be told from what it was given at a glance."""
     t, _ = play(["<answer>Jane</answer>"])
-    assert rollout.show(t, TOK, colour=False) == "[Q: who wrote Emma?\n]<answer>Jane</answer>"
+    assert shown(t, TOK, colour=False) == "[Q: who wrote Emma?\n]<answer>Jane</answer>"

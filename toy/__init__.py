@@ -3,3 +3,5 @@
 To make another task, copy the folder: world.py has the questions and the engine, words.py the prompts,
 texts.py the texts of pre-training; make.py makes body/.
 """
+
+import cli  # noqa: F401 (says that torch is being loaded)

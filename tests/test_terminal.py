@@ -1,0 +1,106 @@
+"""What a person at the terminal sees, and what a dashboard is sent."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli import screen, track
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("train.py", "eval.py", "simulator.py", "look.py", "-m bench", "-m toy.make")
+
+
+def typed(command, tmp_path):
+    """What a terminal shows of a command on a machine where torch never comes."""
+    pty = pytest.importorskip("pty")
+    (tmp_path / "torch.py").write_text("raise SystemExit(3)")
+    ours, theirs = pty.openpty()
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.Popen(
+        [sys.executable, *command.split()], cwd=ROOT, env=env, stdout=theirs, stderr=theirs
+    )
+    assert done.wait(60) == 3
+    os.close(theirs)
+    return os.read(ours, 10_000).decode()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_speaks_before_torch_is_there(command, tmp_path):
+    """Reading torch takes seconds, on a cold disk half a minute: a silent terminal looks hung."""
+    assert typed(command, tmp_path) == "loading torch ...\r"
+
+
+def test_a_file_holds_no_traces_of_the_live_line(capsys):
+    """A log full of carriage returns and bars cannot be read, nor searched."""
+    with screen.waiting("reading weights"), screen.bar("training", 3, "steps") as bar:
+        screen.say("step 1")
+        screen.move(bar, 1, "reward 0.5")
+    out, err = capsys.readouterr()
+    assert out == "step 1\n" and err == ""
+
+
+def test_the_small_curve():
+    """A curve whose ends are out of its range would be an IndexError in the middle of a run."""
+    assert screen.trend([0.0, 0.5, 1.0]) == "▁▅█" and len(screen.trend([0.3] * 99)) == 16
+
+
+ROW = {
+    "reward": 0.5,
+    "em": 0.25,
+    "searches": 1.5,
+    "sampled": 20.0,
+    "length": 50.0,
+    "clipped": 0.1,
+    "kl": 0.01,
+}
+ROW |= {
+    "gap": 1e-7,
+    "ends": {"answer": 3, "turns": 1},
+    "skipped_groups": 4,
+    "simulator": {"useful": {"n": 3}},
+}
+ROW |= {"seconds_act": 1.0, "seconds_learn": 2.0}
+FLAGS = {"questions": 16, "lr": 1e-5}
+WANTED = {
+    **{"train/reward": 0.5, "train/kl": 0.01, "train/completions/mean_length": 20.0, "train/em": 0.25},
+    **{"train/tools/call_frequency": 1.5, "train/clip_ratio/region_mean": 0.1, "train/step_time": 3.0},
+    **{"train/frac_reward_zero_std": 0.25, "train/completions/clipped_ratio": 0.25},
+}
+
+
+def test_the_real_tensorboard(tmp_path):
+    """Figures that TensorBoard does not find, or finds twice after a run went on, are worse than none."""
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tell = track.tracker("tensorboard", str(tmp_path), FLAGS, 0)
+    for step in (1, 2, 3):
+        tell(step, ROW)
+    track.tracker("tensorboard", str(tmp_path), FLAGS, 2)(3, ROW | {"reward": 0.75})  # goes on after step 2
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/reward")] == [(1, 0.5), (2, 0.5), (3, 0.75)]
+    seen = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+    assert {k: seen[k] for k in WANTED} == pytest.approx(WANTED)
+
+
+def test_the_real_wandb_offline(tmp_path):
+    """The same, read back from the file that an offline run leaves for `wandb sync`."""
+    pytest.importorskip("wandb", reason="pip install wandb")
+    code = f"from cli import track; tell = track.tracker('wandb', {str(tmp_path)!r}, {FLAGS!r}, 0)\n"
+    code += f"for step in (1, 2): tell(step, {ROW!r})"
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=300)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    for name in WANTED:
+        assert name.encode() in file.read_bytes(), name
+
+
+def test_a_library_that_is_not_there(monkeypatch):
+    """A run that dies after hours because a dashboard is missing: it must say so before it begins."""
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ValueError, match=r"--track trackio.*pip install trackio"):
+        track.tracker("trackio", "out", FLAGS, 0)
