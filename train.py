@@ -62,13 +62,13 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             t0 = time.monotonic()
             asked = ask(a, world.questions, step)
             trajectories = act(a, s, step, asked)
-            t1 = time.monotonic()
+            t1, decoded = time.monotonic(), s.engine.stats.decoded
             rewards = judge(a, trajectories)
             figures = learn(a, s, step, *resample(a, s, world, step, trajectories, rewards), optimizer)
             t2 = time.monotonic()
             row = figures_of(trajectories, rewards, s.simulator.words.count) | figures
             row |= {"seconds_act": t1 - t0, "seconds_learn": t2 - t1}
-            row |= {"tokens_per_second": s.engine.stats.decoded / (t1 - t0)}
+            row |= {"tokens_per_second": decoded / (t1 - t0)}
             row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)} | s.task.figures(trajectories)
             tell(a, s, step, row, trajectories, log)
             add_audit(facts["documents"], row["simulator"])
@@ -436,6 +436,9 @@ def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
         raise ValueError("--resume needs the --out of the run to go on with")
     kept = disk.read_json(Path(given["out"]) / "args.json", "the directory of a run", settled=dict)
     old = kept["settled"]
+    for f in flags.flags_of("train"):
+        if f.key not in old:
+            raise ValueError(f"the run in {given['out']} was begun by a version that had no --{f.name}")
     unlike = [k for k, v in given.items() if k not in MAY_CHANGE and v != old.get(k.replace("-", "_"))]
     if unlike:
         was = ", ".join(f"--{k} {old.get(k.replace('-', '_'))}" for k in unlike)

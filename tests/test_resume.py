@@ -298,13 +298,13 @@ def test_defaults_of_another_day_change_nothing(cut, whole, monkeypatch):
 
 def test_only_a_short_list_may_change_and_every_change_is_told(cut, capsys):
     """A run resumed with other flags would be two runs of one name; what may differ is told and kept."""
-    for flag in (["--clip", "0.5"], ["--steps", "9"], ["--seed", "1"], ["--kl", "0"], ["--turns", "2"]):
+    for flag in (["--clip-low", "0.5"], ["--steps", "9"], ["--seed", "1"], ["--kl", "0"], ["--turns", "2"]):
         assert "other arguments" in fails(capsys, "--out", cut, "--resume", *flag), flag
-    run("--out", cut, "--resume", "--lr", "0.5", "--save-every", "1", "--clip", "0.2")
+    run("--out", cut, "--resume", "--lr", "0.5", "--save-every", "1", "--clip-low", "0.2")
     assert "--lr 0.002 -> 0.5" in (told := capsys.readouterr().out) and "--save-every 9 -> 1" in told
     kept = json.loads((cut / "args.json").read_text())
     assert kept["changes"] == [{"lr": [0.002, 0.5], "save-every": [9, 1]}]
-    assert kept["settled"]["lr"] == 0.5 and kept["settled"]["clip"] == 0.2
+    assert kept["settled"]["lr"] == 0.5 and kept["settled"]["clip_low"] == 0.2
 
 
 def test_memory_is_planned_anew_where_it_is_given(cut, capsys):
@@ -376,3 +376,26 @@ with disk.claimed(out, False):
         except ValueError:
             time.sleep(0.05)
     raise AssertionError("the lock outlived its process")
+
+
+def test_ppo_goes_on_as_if_it_had_not_been_cut(tmp_path, monkeypatch):
+    """Half a critic in the saved state (no vector, no moments) is a critic that forgets at every resume."""
+    ppo, cut, learn = [*SHORT, "--algorithm", "ppo", "--lr", "1e-3"], tmp_path / "cut", train.learn
+    run("--out", tmp_path / "whole", *ppo)
+
+    def dies(a, s, step, *more):
+        if step == 2:
+            raise KeyboardInterrupt
+        return learn(a, s, step, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "learn", dies)
+        run("--out", cut, *ppo)
+    assert steps_of(cut) == 2
+    run("--out", cut, "--resume")
+    equal_ends(tmp_path / "whole", cut)
+    state = disk.load_state(cut / "state.safetensors")[0]
+    assert {"critic", "value", "optimizer.1.exp_avg", "optimizer.2.exp_avg"} <= state.keys()
+    assert state["value"].abs().max() > 0 and state["critic"].numel() == state["policy"].numel()
+    rows = [json.loads(line) for line in (cut / "log.jsonl").read_text().splitlines()]
+    assert all(row["value_loss"] > 0 and row["critic_norm"] > 0 and not row["skipped_groups"] for row in rows)
