@@ -87,21 +87,10 @@ def episodes(
 
 
 def evaluate(
-    engine: Engine,
-    tok: Tokenizer,
-    questions: list[Question],
-    search: Search,
-    limits: Limits = LIMITS,
-    words: Words = WORDS,
-    temperature: float = 0.0,
-    address: tuple[int, int] = (0, 0),
-    tell: Callable[[int, int, Stats], None] | None = None,
+    engine: Engine, runs: list[Episode], tell: Callable[[int, int, Stats], None] | None = None
 ) -> tuple[dict, list[Trajectory]]:
-    """One search-agent episode a question -> (`summarise` of them, the episodes in the questions' order).
-
-    tell(done, of, stats) is called as episodes end; for the rest see `episodes`.
-    """
-    trajectories = engine.run(episodes(tok, questions, search, limits, words, temperature, address), tell)
+    """Run `episodes` -> (`summarise` of them, the episodes in their order). tell: see `Engine.run`."""
+    trajectories = engine.run(runs, tell)
     return summarise(trajectories), trajectories
 
 

@@ -247,11 +247,10 @@ def measure(a: argparse.Namespace, s: Setting, world: World) -> dict[str, dict]:
     out = {}
     for suffix, (label, search, temperature) in s.task.ways(world.engine).items():
         address = (a.seed, 1_000_000)  # no step is called that
+        runs = judge_of.episodes(s.tok, world.held, search, s.limits, s.words, temperature, address)
         with screen.bar(f"held-out, {label}", len(world.held)) as bar:
             tell = partial(judge_of.show_progress, bar)
-            summary, trajectories = judge_of.evaluate(
-                s.engine, s.tok, world.held, search, s.limits, s.words, temperature, address, tell
-            )
+            summary, trajectories = judge_of.evaluate(s.engine, runs, tell)
         out[suffix] = {k: summary[k] for k in ("f1", "em", "cover_em", "searches", "n", "by_hop")}
         out[suffix] |= s.task.figures(trajectories)
     return out

@@ -56,7 +56,8 @@ def _cached(
     n_keys = tl.minimum(start + last_t + 1, L)  # that some of them see
     first = c * chunk
     last = tl.minimum(first + chunk, n_keys)
-    whole = tl.maximum(tl.minimum(start + m // G + 1, last) // BN * BN, first)  # blocks that all of them see
+    whole = tl.minimum(start + m // G + 1, n_keys) // BN * BN  # that all of them see, in whole blocks
+    whole = tl.minimum(tl.maximum(whole, first), last)
     p_k += b * s_kb + kv * s_kh
     p_v += b * s_vb + kv * s_vh
     m_row = (i_row < T * G) & (first < last)

@@ -85,7 +85,9 @@ def test_evaluate_counts_every_question_once():
     evaluation sampled at temperature 1."""
     engine, told = Script(SCRIPT), []
     summary, trajectories = evaluate(
-        engine, Letters(), QUESTIONS, library, LIMITS, WORDS, tell=lambda *a: told.append(a[:2])
+        engine,
+        evaluation.episodes(Letters(), QUESTIONS, library, LIMITS, WORDS),
+        lambda *a: told.append(a[:2]),
     )
     assert [t.question for t in trajectories] == QUESTIONS
     assert [t.answer for t in trajectories] == ["Lima, I think", "rafael", None]
@@ -109,7 +111,7 @@ def test_evaluate_counts_every_question_once():
 def test_every_question_has_its_own_random_numbers():
     """Questions at one address would draw the same tokens and the same noise: a sample of one, 500 times."""
     engine = Script(SCRIPT)
-    evaluate(engine, Letters(), QUESTIONS, library, LIMITS, WORDS, 1.0, (7, 9))
+    evaluate(engine, evaluation.episodes(Letters(), QUESTIONS, library, LIMITS, WORDS, 1.0, (7, 9)))
     calls = {0: 2, 1: 3, 2: 4}  # turns of each question
     assert engine.addresses == [(7, 9, i, 0, call) for i, n in calls.items() for call in range(n)]
     assert engine.temperatures == {1.0}
@@ -124,9 +126,11 @@ def test_yes_and_no_are_found_nowhere():
         return Documents("Doc 1: another")
         yield
 
-    summary, _ = evaluate(Script(script), Letters(), [yes_no, QUESTIONS[0]], another, LIMITS, WORDS)
+    summary, _ = evaluate(
+        Script(script), evaluation.episodes(Letters(), [yes_no, QUESTIONS[0]], another, LIMITS, WORDS)
+    )
     assert (summary["n"], summary["em"], summary["found"]) == (2, 0.5, 0.0)
-    summary, _ = evaluate(Script(script), Letters(), [yes_no], another, LIMITS, WORDS)
+    summary, _ = evaluate(Script(script), evaluation.episodes(Letters(), [yes_no], another, LIMITS, WORDS))
     assert summary["found"] is None
     index = BM25([("Peru", "is in another place"), ("Lima", "the capital of Peru")])
     figures = retrieval(index, [yes_no, QUESTIONS[0]], depths=(2,))

@@ -232,6 +232,19 @@ def test_figures_are_of_the_whole_update():
         assert got["kl"] > 0.01 and got["entropy"] > 0.1
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+def test_activations_are_computed_again_where_that_is_asked_for(recompute):
+    """A plan that counts on it would run out of memory without; nobody else should pay a third more time. The
+    reference keeps none in any case."""
+    model, seen = body(), []
+    t = refresh(model, trajectory(0))
+    hook = lambda model, args, more: seen.append((args[1], bool(more.get("recompute"))))  # noqa: E731
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    optimizer = torch.optim.SGD([model.adapter(POLICY)], 0.1)
+    grpo.learn(model, make_batches([t], [1.0], 10**6), optimizer, Objective(), *[True] * recompute)
+    assert seen == [(REFERENCE, False), (POLICY, recompute)]
+
+
 def test_figures_off_policy():
     """How far the policy has left its samples: the mean ratio, the mean gap, the share beyond the clip."""
     moved = torch.tensor([1.3, 0.7, 1.1, 1.0]).log()

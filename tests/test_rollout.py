@@ -180,6 +180,17 @@ def test_lengths_are_cut_so_that_tags_close_and_an_answer_fits():
         assert asked[-1].limit >= 60 and t.end in ("turns", "tokens")
 
 
+def test_a_query_that_is_not_closed_ends_with_its_turn():
+    """A query with an answer block in it goes on to its own tag, but no token beyond the limit of the turn:
+    those would be taken from the room of the answer."""
+    text = "<search>who <answer>wrote</answer>"
+    for more in (0, 3):
+        limits = Limits(prompt=100, episode=1000, turn=len(text) + more, turns=0)
+        t, asked = play([text, "xyz</search>"], limits=limits)
+        assert [turn.limit for turn in asked] == [len(text) + more, more][: 1 + bool(more)]
+        assert sum(t.mask) == len(text) + more
+
+
 def test_a_prompt_over_the_limit_is_an_error():
     """A truncated question would be another question."""
     with pytest.raises(ValueError, match="tokens, over 100"):

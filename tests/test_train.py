@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_servers import Place, say, written
 
+import grpo
 import recipes
 import servers
 import train
@@ -254,6 +256,13 @@ def test_memory_settles_what_was_not_given(whole):
     out, printed = whole
     settled = json.loads((out / "args.json").read_text())["settled"]
     assert settled["seats"] >= 2 and f"--seats {settled['seats']} " in printed
+
+
+def test_the_loss_has_the_defaults_of_the_flags(whole):
+    """Who calls grpo.py from a program of his own would optimise something else than train.py does."""
+    settled = json.loads((whole[0] / "args.json").read_text())["settled"]
+    names = ("clip", "kl", "entropy", "grad_clip")
+    assert {name: settled[name] for name in names} == asdict(grpo.Objective())
 
 
 def test_a_body_in_bf16_trains(tmp_path, monkeypatch):

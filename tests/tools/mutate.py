@@ -83,7 +83,7 @@ def changes(node: ast.AST) -> Iterator[Change]:
     for i, test in enumerate(getattr(node, "ifs", [])):
         yield test.lineno, f"without if {ast.unparse(test)}", lambda i=i: node.ifs.pop(i)
     for i, keyword in enumerate(node.keywords if isinstance(node, A.Call) else []):
-        yield keyword.value.lineno, f"without {keyword.arg}=", lambda i=i: node.keywords.pop(i)
+        yield keyword.value.lineno, f"without {keyword.arg or '**'}=", lambda i=i: node.keywords.pop(i)
     for block in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
         for i, part in enumerate(block if isinstance(block, list) else []):
             told = isinstance(part, A.Expr) and isinstance(part.value, A.Constant)  # a docstring
