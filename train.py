@@ -33,6 +33,7 @@ import weights
 from cli import disk, flags, screen
 from cli.disk import Rows
 from cli.setting import Setting, find_bodies, load
+from evaluation.health import alarm, health
 from model import CRITIC, POLICY, SIMULATOR
 from prepare.sft import sft
 from questions import exact_match, f1
@@ -67,6 +68,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             figures = learn(a, s, step, *resample(a, s, world, step, trajectories, rewards), optimizer)
             t2 = time.monotonic()
             row = figures_of(trajectories, rewards, s.simulator.words.count) | figures
+            row |= health(trajectories, rewards, s.tok)
             row |= {"seconds_act": t1 - t0, "seconds_learn": t2 - t1}
             row |= {"tokens_per_second": decoded / (t1 - t0)}
             row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)} | s.task.figures(trajectories)
@@ -192,6 +194,9 @@ def tell(
         flush=True,
     )
     log.add({"step": step + 1, **row})
+    rows = list(log.rows.values())
+    if (worse := alarm(rows)) and not alarm(rows[:-1]):
+        print(f"WARNING: the run may be collapsing: {worse}; see --guard, --strata, --kl, --lr", flush=True)
     if step == 0 or (step + 1) % a.show_every == 0:
         best = max(trajectories, key=lambda t: (len(t.searches), t.answer is not None))
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

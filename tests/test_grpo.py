@@ -6,7 +6,7 @@ import torch
 import grpo
 import recipes
 from grpo import make_batches, token_logps
-from model import POLICY, Config, Model
+from model import POLICY, REFERENCE, Config, Model
 from recipes import Objective, advantages
 from rollout import Question, Trajectory
 

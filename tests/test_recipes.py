@@ -223,7 +223,7 @@ def test_a_ratio_has_the_gradient_of_its_formula(ratio):
     what they are to follow: the sequence's ratio spread over its tokens, and a constant weight."""
     episodes, low, high = drawn(4, 0.5), 0.2, 0.3
     segment = torch.tensor([i for i, tokens in enumerate(episodes) for _ in tokens])
-    adv = torch.randn(12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[segment]
+    adv = torch.randn(len(segment), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     logp, old = flat(episodes, "logp").requires_grad_(), flat(episodes, "old")
     RATIOS[ratio](logp, old, adv, segment, low, high).sum().backward()
 
