@@ -202,7 +202,7 @@ def cispo(logp, old, adv, segment, low, high):
 
 def sapo(logp, old, adv, segment, low, high):
     """A sigmoid in place of the clip, a little steeper where A <= 0. Has no bounds."""
-    tau = torch.where(adv > 0, 1.0, 1.05)
+    tau = torch.full_like(adv, 1.05).masked_fill(adv > 0, 1.0)
     return -adv * 4 / tau * (tau * ((logp - old).exp() - 1)).sigmoid()
 
 

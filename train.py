@@ -34,6 +34,7 @@ from cli import disk, flags, screen
 from cli.disk import Rows
 from cli.setting import Setting, find_bodies, load
 from cli.track import tracker
+from evaluation.health import alarm, health
 from evaluation.kept import Kept
 from evaluation.live import shown
 from model import CRITIC, POLICY, SIMULATOR
@@ -69,13 +70,14 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             t0 = time.monotonic()
             asked = ask(a, world.questions, step)
             trajectories = act(a, s, step, asked)
-            t1 = time.monotonic()
+            t1, decoded = time.monotonic(), s.engine.stats.decoded
             rewards = judge(a, trajectories)
             figures = learn(a, s, step, *resample(a, s, world, step, trajectories, rewards), optimizer)
             t2 = time.monotonic()
             row = figures_of(trajectories, rewards, s.simulator.words.count) | figures
+            row |= health(trajectories, rewards, s.tok)
             row |= {"seconds_act": t1 - t0, "seconds_learn": t2 - t1}
-            row |= {"tokens_per_second": s.engine.stats.decoded / (t1 - t0)}
+            row |= {"tokens_per_second": decoded / (t1 - t0)}
             row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)} | s.task.figures(trajectories)
             tell(a, s, step, row, trajectories, log)
             keep(a, s, step, trajectories, rewards, kept)
@@ -203,6 +205,9 @@ def tell(
 ) -> None:
     """A row of log.jsonl, and a line where no bar shows the same; now and then an episode in two colours."""
     log.add({"step": step + 1, **row})
+    rows = list(log.rows.values())
+    if (worse := alarm(rows)) and not alarm(rows[:-1]):
+        screen.say(f"WARNING: the run may be collapsing: {worse}; see --guard, --strata, --kl, --lr")
     full = step == 0 or (step + 1) % a.show_every == 0
     ends = " ".join(f"{k} {v}" for k, v in row["ends"].items())
     if full or not sys.stdout.isatty():
@@ -485,6 +490,9 @@ def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
         raise ValueError("--resume needs the --out of the run to go on with")
     kept = disk.read_json(Path(given["out"]) / "args.json", "the directory of a run", settled=dict)
     old = kept["settled"]
+    for f in flags.flags_of("train"):
+        if f.key not in old:
+            raise ValueError(f"the run in {given['out']} was begun by a version that had no --{f.name}")
     unlike = [
         k for k, v in given.items() if k not in MAY_CHANGE.split() and v != old.get(k.replace("-", "_"))
     ]

@@ -17,7 +17,7 @@ from bench.work import Lesson, Silent, generate_ours
 from cli import plan
 from cli.disk import read_json
 from cli.plan import Settings
-from model import POLICY, SIMULATOR, Cache, Config, Model
+from model import CRITIC, POLICY, SIMULATOR, Cache, Config, Model
 from rollout import Engine
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +99,14 @@ def test_what_is_held_is_exact(family, tied):
     assert b["optimiser"] == nbytes(*moments)
     assert b["cache of 5 seats x 100 tokens"] == nbytes(cache.kv)
     assert b["adapters again, for decoding"] == nbytes(*(x for p in body.stacked().pairs for x in p))
+
+    body.add_role(CRITIC, rank=8)
+    both = [theta, *body.roles[CRITIC].parameters]
+    more = plan.budget([c], replace(s, critic_rank=8))
+    assert more["adapters"] == nbytes(*both, body.adapter(SIMULATOR))
+    assert more["gradient"] == nbytes(*both) and more["optimiser"] == 2 * nbytes(*both)
+    assert more["weights"] == b["weights"]  # no second copy
+    assert nbytes(*(x for p in body.stacked().pairs for x in p)) == more["adapters again, for decoding"]
 
 
 def test_an_engine_takes_what_was_planned():

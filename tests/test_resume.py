@@ -386,3 +386,26 @@ with disk.claimed(out, False):
         except ValueError:
             time.sleep(0.05)
     raise AssertionError("the lock outlived its process")
+
+
+def test_ppo_goes_on_as_if_it_had_not_been_cut(tmp_path, monkeypatch):
+    """Half a critic in the saved state (no vector, no moments) is a critic that forgets at every resume."""
+    ppo, cut, learn = [*SHORT, "--algorithm", "ppo", "--lr", "1e-3"], tmp_path / "cut", train.learn
+    run("--out", tmp_path / "whole", *ppo)
+
+    def dies(a, s, step, *more):
+        if step == 2:
+            raise KeyboardInterrupt
+        return learn(a, s, step, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "learn", dies)
+        run("--out", cut, *ppo)
+    assert steps_of(cut) == 2
+    run("--out", cut, "--resume")
+    equal_ends(tmp_path / "whole", cut)
+    state = disk.load_state(cut / "state.safetensors")[0]
+    assert {"critic", "value", "optimizer.1.exp_avg", "optimizer.2.exp_avg"} <= state.keys()
+    assert state["value"].abs().max() > 0 and state["critic"].numel() == state["policy"].numel()
+    rows = [json.loads(line) for line in (cut / "log.jsonl").read_text().splitlines()]
+    assert all(row["value_loss"] > 0 and row["critic_norm"] > 0 and not row["skipped_groups"] for row in rows)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_servers import Place, say, written
 
+import recipes
 import servers
 import train
 import weights
@@ -211,6 +212,39 @@ def test_the_learning_rate_is_whole_at_once_and_falls_to_the_end(tiny, monkeypat
     for step in range(10):
         train.learn(a, s, step, [t, t], torch.tensor([[0.0, 1.0]]), optimizer)
     assert rates == pytest.approx([a.lr * (1 - i / 10) for i in range(10)])
+
+
+def test_groups_without_a_difference_give_way_to_others(tiny, monkeypatch):
+    """Dynamic sampling that asks the same again draws the same; that never stops, stops a run on an easy set;
+    that forgets which group a reward belongs to teaches noise."""
+    a, asked = settle(algorithm="dapo", steps=9, questions=3, group=2, **{"eval-questions": 0}), []
+
+    def act(a, s, step, pairs):
+        asked.append([number for number, _ in pairs])
+        return [(question, sibling) for _, question in pairs for sibling in range(2)]
+
+    # Question 7 alone has siblings that differ; the others are all right or all wrong.
+    def judge(a, pairs):
+        return torch.tensor([float(q % 2 if q != 7 else sibling) for q, sibling in pairs]).view(-1, 2)
+
+    monkeypatch.setattr(train, "act", act)
+    monkeypatch.setattr(train, "judge", judge)
+    world, rounds = train.World(list(range(8)), [], None), set()
+    for step in range(9):
+        asked.clear()
+        first = act(a, None, step, train.ask(a, world.questions, step))
+        rewards = judge(a, first)
+        ts, new = train.resample(a, None, world, step, first, rewards)
+        assert torch.equal(judge(a, ts), new) and len(ts) == 6 and torch.equal(rewards, judge(a, first))
+        kept = [q for q in range(3) if rewards[q, 0] != rewards[q, 1]]
+        assert all(ts[2 * q : 2 * q + 2] == first[2 * q : 2 * q + 2] for q in kept)
+        numbers = [n for part in asked for n in part]
+        assert len(set(numbers)) == len(numbers) and len(asked) <= 1 + a.resample == 4
+        assert all(new[q, 0] != new[q, 1] for q in range(3)) or len(asked) == 4
+        rounds.add((len(asked), len(kept), int(recipes.informative(new).sum())))
+    assert any(after > before for _, before, after in rounds)
+    a.resample = 0
+    assert train.resample(a, None, world, 0, first, rewards)[0] == first
 
 
 def test_what_cannot_fit_is_refused_with_the_arithmetic(tiny, tmp_path, capsys):
