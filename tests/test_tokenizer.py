@@ -324,7 +324,7 @@ def test_odd_tokenizers(kind, tmp_path):
 
 
 def test_a_template_is_encoded_whole(tmp_path):
-    """SentencePiece may put a space before the first word of a text: not before every message's."""
+    """SentencePiece may put a space before the first word of a text: not of every message."""
     backend = Backend(models.BPE(vocab={"\u2581": 0, "a": 1, "\u2581a": 2}, merges=[("\u2581", "a")]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.add_special_tokens(["<|im_start|>"])
