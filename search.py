@@ -271,7 +271,7 @@ def elsewhere(server: Server, read: Callable, count: int, request: Request) -> S
 
     def search(query: Query) -> Generator:
         text = one_line(query.text, QUERY)
-        passages = (yield server.submit(server.ask, read, *request(text))) if text else []
+        passages = (yield server.ask(read, *request(text))) if text else []
         return Documents(render(passages[:count]))
 
     return search

@@ -1,19 +1,20 @@
 """JSON over HTTP with a time limit, a few retries, and one clear line on failure.
 
 A `Server` is asked for JSON. A `Chat` is a client of an OpenAI-compatible server (vLLM, SGLang), for a
-simulator too large for this GPU. Requests run in threads and give futures, so that the engine of rollout.py
-goes on decoding. Two promises: a request ends within `limit` seconds, retries and pauses included; and
-whatever is not a complete, well-formed answer is a `ServerError`, never a text to train on.
+simulator too large for this GPU. Requests give futures, so that the engine of rollout.py goes on decoding.
+Two promises: a request ends within `limit` seconds, retries and pauses included; and whatever is not a
+complete, well-formed answer is a `ServerError`, never a text to train on.
 
 Not a session (a connection serves one request); no streaming, no redirects (they might carry a key away).
-Resolving a host name has the system's own time limit. Proxies of the environment are used (without their
-passwords), but never for this machine.
+Proxies of the environment are used (without their passwords), but never for this machine. A host name that is
+being looked up when the program ends holds it up for as long as the system's own limit.
 
     chat = Chat("http://127.0.0.1:8000/v1")
     chat.complete([{"role": "user", "content": "Who wrote Emma?"}], 0.8, max_tokens=50, seed=0).result()
 """
 
-import http.client
+import asyncio
+import functools
 import ipaddress
 import itertools
 import json
@@ -24,14 +25,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from http.client import HTTPException, HTTPResponse, IncompleteRead
-from queue import SimpleQueue
 from typing import TypeVar
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import quote, quote_plus
 from urllib.request import getproxies, proxy_bypass
+
+import httpx2
 
 Value = TypeVar("Value")
 TRIES = 4  # of a request, where the fault may pass
@@ -57,6 +57,14 @@ def one_line(text: str, most: int = 10_000) -> str:
     return " ".join(UNSEEN.sub("", text).split())[:most]
 
 
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """All requests run here, in one daemon thread: nothing waits for it at exit, which would hold the GPU."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
 @dataclass(eq=False, repr=False)  # a repr would show the key
 class Server:
     """A place to ask for JSON. Raises ValueError for an address that cannot be used."""
@@ -69,119 +77,81 @@ class Server:
     parallel: int = 32  # requests at a time; others wait for their turn, and their time does not run yet
 
     def __post_init__(self):
-        self.scheme, self.host, self.port, self.path = _parts(self.address)
         self.address = self.address.rstrip("/")
+        url = _url(self.address)
+        self.path = url.path.rstrip("/")
         self.secrets = {self.key, quote(self.key), quote_plus(self.key), self.key.replace("/", "\\/")} - {""}
-        self.headers = {"Content-Type": "application/json", "Connection": "close"} | self.headers
-        proxy = "" if _is_here(self.host) or proxy_bypass(self.host) else getproxies().get(self.scheme)
-        self.proxy = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else None
-        self.work, self.threads = SimpleQueue(), iter(range(self.parallel))
-
-    def submit(self, work: Callable[..., Value], *arguments) -> Future[Value]:
-        """Do work in one of `parallel` threads. A future cancelled before its turn is never begun.
-
-        (Not an executor: Python waits for its threads at exit, and a stuck request would hold the GPU.)
-        """
-        future: Future[Value] = Future()
-        self.work.put((future, partial(work, *arguments)))
-        if next(self.threads, None) is not None:
-            threading.Thread(target=self._serve, daemon=True).start()
-        return future
-
-    def _serve(self) -> None:
-        while True:
-            future, work = self.work.get()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work())
-                except BaseException as e:  # it belongs to whoever waits for the future
-                    future.set_exception(e)
+        fixed = {"Content-Type": "application/json", "Connection": "close", "Accept-Encoding": "identity"}
+        self.headers = fixed | self.headers
+        proxy = "" if _is_here(url.host) or proxy_bypass(url.host) else getproxies().get(url.scheme, "")
+        proxy = re.sub("^(.*//)?(.*@)?", "http://", proxy) if proxy else None
+        secure = url.scheme == "https"
+        # Not a client, which logs addresses (SerpApi's hold the key); no limit of its own, `turns` is ours.
+        self.transport = httpx2.AsyncHTTPTransport(secure, limits=httpx2.Limits(), proxy=proxy)
+        self.turns = asyncio.Semaphore(self.parallel)
 
     def ask(
         self, read: Callable[[object], Value], path: str = "", body: dict | None = None, limit: float = 0.0
-    ) -> Value:
-        """GET address + path, or POST a body, and wait: `read` of the answer's JSON. Raises ServerError.
+    ) -> Future[Value]:
+        """GET address + path, or POST a body: `read` of the answer's JSON. The future may raise ServerError.
 
         `read` raises ValueError, "what is wrong", for an answer of another shape. limit: 0 is the server's.
+        A future that is cancelled ends its request, or never begins it.
         """
-        limit, began = limit or self.limit, time.monotonic()
-        for n in itertools.count(1):
-            left = began + limit - time.monotonic()
-            try:
-                return self._value(read, path, body, min(left, limit / 3))
-            except Passing as e:
-                spent, pause = time.monotonic() - began, max(e.wait, PAUSE * 2 ** (n - 1))
-                if n == TRIES or spent + pause >= limit:
-                    fault = e.fault + (f", and asks to wait {e.wait} s" if e.wait else "")
-                    tries = f"{n} {'try' if n == 1 else 'tries'} in {spent:.1f} s"
-                    advice = f"{tries}. See that {self.kind} runs there, then run again"
-                    raise self._error(path, fault, advice) from None
-            time.sleep(pause)
+        return asyncio.run_coroutine_threadsafe(self._ask(read, path, body, limit or self.limit), _loop())
 
-    def _value(self, read: Callable[[object], Value], path: str, body: dict | None, seconds: float) -> Value:
+    async def _ask(
+        self, read: Callable[[object], Value], path: str, body: dict | None, limit: float
+    ) -> Value:
+        async with self.turns:
+            began = time.monotonic()
+            for n in itertools.count(1):
+                left = began + limit - time.monotonic()
+                try:
+                    return await self._once(read, path, body, min(left, limit / 3))
+                except Passing as e:
+                    spent, pause = time.monotonic() - began, max(e.wait, PAUSE * 2 ** (n - 1))
+                    if n == TRIES or spent + pause >= limit:
+                        fault = e.fault + (f", and asks to wait {e.wait} s" if e.wait else "")
+                        tries = f"{n} {'try' if n == 1 else 'tries'} in {spent:.1f} s"
+                        advice = f"{tries}. See that {self.kind} runs there, then run again"
+                        raise self._error(path, fault, advice) from None
+                await asyncio.sleep(pause)
+
+    async def _once(self, read: Callable, path: str, body: dict | None, seconds: float) -> Value:
         """One try. Raises Passing or ServerError."""
-        address = f"Is that the address of {self.kind}?"
+        content = None if body is None else json.dumps(body).encode()
+        method, headers = "GET" if body is None else "POST", self.headers
+        request = httpx2.Request(method, self.address + path, headers=headers, content=content)
+        data, advice = bytearray(), f"Is that the address of {self.kind}?"
         try:
-            response, data = self._exchange(path, body, seconds)
-        except (OSError, HTTPException, UnicodeError) as e:
-            fault = f"no such host ({e})" if isinstance(e, (socket.gaierror, UnicodeError)) else repr(e)
-            raise self._error(path, fault, address) from None
-        said = f": {data.decode('utf-8', 'replace')}" if data else ", without a word"
-        fault = f"answered {response.status} {response.reason}{said}"
-        if response.status == 429 or response.status >= 500:
+            async with asyncio.timeout(seconds):  # httpx's own limits begin again with every byte
+                response = await self.transport.handle_async_request(request)
+                async with aclosing(response):
+                    async for chunk in response.aiter_raw():
+                        data += chunk
+                        if len(data) > LARGEST:
+                            raise self._error(path, f"answered more than {LARGEST // 2**20} MiB", advice)
+        except TimeoutError:
+            raise Passing(f"gave no whole answer within {seconds:.1f} s") from None
+        except httpx2.TransportError as e:
+            raise self._error(path, _fault(e), advice) from None
+        status, said = (
+            response.status_code,
+            f": {data.decode('utf-8', 'replace')}" if data else ", without a word",
+        )
+        fault = f"answered {status} {response.reason_phrase}{said}"
+        if status == 429 or status >= 500:
             wait = response.headers.get("Retry-After", "")  # a date is ignored, since clocks differ
             raise Passing(fault, int(wait) if re.fullmatch("[0-9]{1,6}", wait) else 0)
-        if response.status >= 300:
-            key = response.status in (401, 403)
-            raise self._error(path, fault, "Check the key in the environment" if key else address)
-        if len(data) > LARGEST:
-            raise self._error(path, f"answered more than {LARGEST // 2**20} MiB", address)
+        if status >= 300:
+            key = status in (401, 403)
+            raise self._error(path, fault, "Check the key in the environment" if key else advice)
         try:
             return read(json.loads(data))
         except (ValueError, RecursionError) as e:
             shape = type(e) is ValueError and str(e)
-            raise self._error(path, f"answered {shape or 'no JSON'}{said}", address) from None
-
-    def _exchange(self, path: str, body: dict | None, seconds: float) -> tuple[HTTPResponse, bytes]:
-        """Send and receive. Raises Passing where a connection is refused, lost, or too slow."""
-        deadline, secure, via = time.monotonic() + seconds, self.scheme == "https", self.proxy
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        host, port = (via.hostname, via.port or 80) if via else (self.host, self.port)
-        connection = kind(host, port, timeout=seconds)
-        if via and secure:
-            connection.set_tunnel(self.host, self.port)
-        target = (self.address if via and not secure else self.path) + path or "/"
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            connection.connect()
-            alarm = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [connection.sock])
-            alarm.daemon = True
-            alarm.start()
-            try:
-                connection.request("GET" if body is None else "POST", target, data, self.headers)
-                response = connection.getresponse()
-                data = response.read(LARGEST + 1)
-            finally:
-                alarm.cancel()
-            if time.monotonic() >= deadline:
-                raise TimeoutError
-            if response.length and len(data) <= LARGEST:
-                raise IncompleteRead(data)
-            return response, data
-        except (OSError, HTTPException) as e:
-            if isinstance(e, TimeoutError) or time.monotonic() >= deadline:
-                fault = f"gave no whole answer within {seconds:.1f} s"
-            elif isinstance(e, ConnectionRefusedError):
-                fault = "refused the connection"
-            elif isinstance(e, (ConnectionError, IncompleteRead)):
-                fault = "broke off the connection before its answer was whole"
-            elif isinstance(e, socket.gaierror) and e.errno == socket.EAI_AGAIN:
-                fault = str(e.strerror)
-            else:
-                raise
-            raise Passing(fault) from None
-        finally:
-            connection.close()
+            raise self._error(path, f"answered {shape or 'no JSON'}{said}", advice) from None
 
     def _error(self, path: str, fault: str, advice: str) -> ServerError:
         """An error without secrets: no parameters of the path, no key that the server echoes."""
@@ -191,18 +161,33 @@ class Server:
         return ServerError(f"{where}: {fault[:300]}. {advice}")
 
 
-def _parts(address: str) -> tuple[str, str, int, str]:
-    """Scheme, host, port and path. Raises ValueError."""
+def _fault(error: httpx2.TransportError) -> str:
+    """What went wrong. Raises Passing where a connection is refused or lost."""
+    root: BaseException = error  # what the system said, under httpx's errors; of a host's addresses, the last
+    while under := getattr(root, "exceptions", (root.__cause__ or root.__context__,))[-1]:
+        root = under
+    if isinstance(root, ConnectionRefusedError):
+        raise Passing("refused the connection")
+    if isinstance(root, ConnectionError) or re.search("disconnected|closed connection", str(error)):
+        raise Passing("broke off the connection before its answer was whole")
+    if not isinstance(root, socket.gaierror):
+        return repr(error)
+    if root.errno == socket.EAI_AGAIN:
+        raise Passing(root.strerror)
+    return f"no such host ({root})"
+
+
+def _url(address: str) -> httpx2.URL:
+    """Raises ValueError where an address cannot be used."""
     try:
-        parts = urlsplit(address)
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        if not parts.hostname or not re.fullmatch('[!"$->A-~]+', address):  # printable, without # ? @
-            raise ValueError
-    except (ValueError, KeyError):
+        url = httpx2.URL(address)
+        usable = url.scheme in ("http", "https") and url.host and (url.port or 1) < 2**16
+    except httpx2.InvalidURL:
+        usable = False
+    if not usable or not re.fullmatch('[!"$->A-~]+', address):  # printable, without # ? @
         shown = "an address with a password" if "@" in address else repr(address)
-        wrong = f"{shown} cannot be used: write http://HOST:PORT or https://HOST/PATH"
-        raise ValueError(wrong) from None
-    return parts.scheme, parts.hostname, port, parts.path.rstrip("/")
+        raise ValueError(f"{shown} cannot be used: write http://HOST:PORT or https://HOST/PATH")
+    return url
 
 
 def _is_here(host: str) -> bool:
@@ -210,12 +195,6 @@ def _is_here(host: str) -> bool:
         ip = ipaddress.ip_address(host)
         return ip.is_loopback or ip.is_unspecified
     return host == "localhost"
-
-
-def _hang_up(sock: socket.socket) -> None:
-    """End whatever waits for a socket: its own time limit starts again with every byte that trickles in."""
-    with suppress(OSError):  # it may be closed by now
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def is_address(name: str | None) -> bool:
@@ -245,7 +224,7 @@ class Chat:
         key = environment_key("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.server = Server(address, "an OpenAI-compatible server", key, headers, limit, parallel)
-        self.model = model or self.server.ask(_first_model, "/models", limit=min(limit, 30.0))
+        self.model = model or self.server.ask(_first_model, "/models", limit=min(limit, 30.0)).result()
 
     def complete(
         self, messages: list[dict], temperature: float, max_tokens: int, seed: int, stops: Sequence[str] = ()
@@ -256,7 +235,7 @@ class Chat:
         """
         body = {"model": self.model, "messages": messages, "temperature": temperature, "top_p": 1.0}
         body |= {"max_tokens": max_tokens, "seed": seed} | ({"stop": list(stops)} if stops else {})
-        return self.server.submit(self.server.ask, _said, "/chat/completions", body)
+        return self.server.ask(_said, "/chat/completions", body)
 
 
 def _first_model(answer: object) -> str:
