@@ -3,12 +3,12 @@
 Every question counts: an episode without an answer scores 0. Answers are greedy unless told otherwise. The
 scores are in questions.py, intervals and tables in evaluation/report.py, baselines in evaluation/modes.py.
 
-Not a judge, and no choice of favourites: nothing is filtered.
+Not a judge, and nothing is filtered.
 
     python eval.py --policy 3b --adapter runs/x/policy --data all --limit 500 --search bm25:corpus.jsonl.gz
     python eval.py --policy 3b --data nq,mine.jsonl --mode rag --search http://127.0.0.1:8000 --json rag.json
     python eval.py --compare direct.json rag.json      # is the difference more than luck?
-    python eval.py --ask "colour of Balan?"            # one episode, token by token, in the toy world
+    python eval.py --ask "home Balan?"            # one episode, token by token, in the toy world
     python eval.py --data hotpotqa.jsonl --search bm25:corpus.jsonl.gz      # no policy: the engine alone
 
 With --json FILE each answered question is kept in FILE.part at once; --resume goes on from there.

@@ -96,7 +96,7 @@ def _batch(group: list[tuple[Trajectory, float, float]], device) -> Batch:
 
 
 def hidden(model: Model, batch: Batch, role: int, recompute: bool = False) -> Tensor:
-    """(N, d): the state before each sampled token. The only shift in the repository."""
+    """(N, d): the state before each sampled token."""
     return model(batch.ids, role, batch.lengths, recompute=recompute)[:, :-1][batch.mask[:, 1:]]
 
 

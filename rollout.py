@@ -313,7 +313,10 @@ class Pool:
 
     def __init__(self, model: Model, tok, seats: int, capacity: int, prefill: int, reserve: int):
         if capacity > (most := model.cos.size(0)):
-            raise ValueError(f"seats of {capacity} tokens are longer than the {most} this body can read")
+            raise ValueError(
+                f"seats of {capacity} tokens are longer than the {most} this body can read: "
+                "lower --seat-tokens and --episode-tokens"
+            )
         model.pack(seats)
         self.model, self.tok, self.tensor = model, tok, partial(torch.tensor, device=model.device)
         self.capacity, self.prefill, self.reserve = capacity, prefill, reserve

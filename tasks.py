@@ -91,8 +91,16 @@ def kind(name: str) -> type[Task]:
 
 def defaults(name: str, command: str = "train") -> dict[str, object]:
     """flag -> default, of a task for a command."""
+    if not name:
+        return {}
     usual = kind(name).DEFAULTS
-    return {k: v for k, v in usual.items() if not isinstance(v, dict)} | usual.get(command, {})
+    own = {"policy": body_of(name)} | ({"data": name} if command in ("train", "eval") else {})
+    return own | {k: v for k, v in usual.items() if not isinstance(v, dict)} | usual.get(command, {})
+
+
+def body_of(name: str) -> str:
+    """The body that a task's folder ships, as a flag names it."""
+    return "tiny" if name == FIRST else f"{name}/body"
 
 
 def named(command: str, given: dict[str, object]) -> str:
@@ -100,7 +108,7 @@ def named(command: str, given: dict[str, object]) -> str:
     for flag in ("data", "search"):
         if given.get(flag) in NAMES:
             return given[flag]
-    bodies = {defaults(name).get("policy"): name for name in NAMES}
+    bodies = {body_of(name): name for name in NAMES}
     own = next((bodies[given[flag]] for flag in ("policy", "sim") if given.get(flag) in bodies), "")
     if "data" in given or command == "collect":
         return ""

@@ -295,7 +295,7 @@ def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: i
     """
     out, held, first = {}, {}, []
     for suffix, (label, search, temperature) in s.task.ways(world.engine).items():
-        address = (a.seed, 1_000_000)  # no step is called that
+        address = (a.seed, 1_000_000)  # a step that no run reaches
         runs = judge_of.episodes(s.tok, world.held, search, s.limits, s.words, temperature, address)
         with screen.bar(f"held-out, {label}", len(world.held)) as bar:
             tell = partial(judge_of.show_progress, bar)
@@ -545,7 +545,7 @@ def main(argv: list[str] | None = None) -> None:
         same_inputs(kept.get("inputs", {}), inputs, a.out)
         kept = {"given": given, **kept, "settled": vars(a), "inputs": inputs}
         disk.write_json(Path(a.out) / "args.json", kept)
-        shown = {k.replace("_", "-"): v for k, v in vars(a).items() if v not in ("", None, False)}
+        shown = {k.replace("_", "-"): v for k, v in vars(a).items() if v not in ("", None) and v is not False}
         print(
             *(f"--{k} {v}" for k, v in shown.items() if k not in ("command", "task", "planned")), flush=True
         )

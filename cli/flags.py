@@ -54,7 +54,7 @@ LENGTHS = [
 SIM_TOKENS = Flag("sim-tokens", int, 600, "what the simulator writes for one search", cpu=256)
 SEAT_TOKENS = Flag("seat-tokens", int, 4096, "an episode, or a simulator's prompt and documents", cpu=2048)
 SEATS = Flag("seats", int, 16, "rows decoded together")
-SEED = Flag("seed", int, 0, "of everything that is random", least=0)
+SEED = Flag("seed", int, 0, "of everything that is random", least=0, most=2**31)
 MACHINE = [
     Flag("dtype", tuple(DTYPES), "", "of the bodies (bf16 on a GPU, else fp32)"),
     Flag("device", str, "", "cuda where there is one, else cpu", "NAME"),
@@ -234,7 +234,7 @@ AUDIT: Groups = {
         Flag("rows", str, "", "rows that it was not trained on, as for sft", "FILE"),
         COLUMNS,
         Flag("data", str, "", "instead of rows: a question file; each question is a query", "FILE"),
-        replace(LIMIT, help="of them, from the top (all)"),
+        LIMIT,
         Flag("json", str, "", "write the figures and the flags here", "FILE"),
     ],
     "the machine": [SEED, SEATS, *MACHINE],
@@ -398,8 +398,7 @@ def _eval(a: argparse.Namespace) -> Complaints:
     yield noise, f"--noise is for --search sim and toy: {a.search} returns what it finds"
     other = a.search != "sim" and (a.sim or a.sim_adapter or a.sim_prompt)
     yield other, f"--sim, --sim-adapter and --sim-prompt are for --search sim, not {a.search}"
-    nowhere = a.json and (Path(a.json).is_dir() or not Path(a.json).parent.is_dir())
-    yield nowhere, f"--json {a.json} is not a file in a directory that exists"
+    yield _nowhere(a)
     yield a.resume and not a.json, "--resume goes on with what --json FILE has kept: give both"
 
 
@@ -412,9 +411,15 @@ def _collect(a: argparse.Namespace) -> Complaints:
     yield there, f"--out {a.out} is there already: choose another, or add --resume to go on with it"
 
 
+def _nowhere(a: argparse.Namespace) -> tuple[object, str]:
+    nowhere = a.json and (Path(a.json).is_dir() or not Path(a.json).parent.is_dir())
+    return nowhere, f"--json {a.json} is not a file in a directory that exists"
+
+
 def _audit(a: argparse.Namespace) -> Complaints:
+    yield _nowhere(a)
     both = bool(a.rows) == bool(a.data)
-    yield both, "audit needs --rows, or --data: rows or questions that it was not trained on"
+    yield both, "audit needs --rows, or --data, and not both: rows or questions that it was not trained on"
     yield from _served(a)
 
 

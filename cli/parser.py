@@ -6,6 +6,7 @@ A `Flag` gives its name, type, default, bounds and meaning in one line; the tabl
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass
 
 NEEDED = object()  # as a default: the flag must be given
@@ -53,7 +54,8 @@ class Flag:
         if not math.isfinite(value):
             raise ValueError(f"--{self.name} must be a number, not {value}")
         if not least <= value <= self.most:
-            bound = f"within {least}..{self.most:g}" if self.most < math.inf else f"at least {least}"
+            bound = f"within {least}..1" if self.most == 1 else f"at least {least}"
+            bound = f"at most {self.most}" if value > self.most > 1 else bound
             raise ValueError(f"--{self.name} must be {bound}, not {value}")
 
 
@@ -64,6 +66,9 @@ class OneLine(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage. Flags cannot be abbreviated."""
 
     def __init__(self, *args, **more):
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        if "prog" not in more and spec:  # python -m bench, python -m toy.make
+            more["prog"] = f"-m {spec.name.removesuffix('.__main__')}"
         super().__init__(
             *args, **more, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
         )

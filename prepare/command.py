@@ -18,7 +18,7 @@ from cli.setting import Setting, load
 from model import POLICY, SIMULATOR, Model
 from prepare import sft
 from prepare.collect import Collector, Sorted, agreement, all_rows, collect
-from prepare.rows import read_rows, row_query, write_rows
+from prepare.rows import COLUMNS, read_rows, row_query, write_rows
 from questions import load_questions
 from rollout import Query, Question
 from simulator import Simulator, addressed
@@ -78,6 +78,9 @@ def column_names(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
     if not all(ours and sign and theirs for ours, sign, theirs in pairs):
         raise ValueError(f"--columns is OURS=THEIRS, comma-separated, not {text!r}")
+    known = ("prompt", "earlier", *COLUMNS)
+    if unknown := [ours for ours, _, _ in pairs if ours not in known]:
+        raise ValueError(f"--columns {unknown[0]}=...: there is no such column of ours: {', '.join(known)}")
     return {ours: theirs for ours, _, theirs in pairs}
 
 

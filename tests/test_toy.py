@@ -2,6 +2,7 @@
 
 import ast
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 
 import model as models
 import simulator
+import tasks
 import weights
+from cli import flags
 from prepare import rows as rows_of
 from rollout import Documents, Limits, Query, Question, Trajectory, observation, prompt
 from simulator import messages
@@ -83,7 +86,7 @@ def test_questions_are_distinct_and_answered_by_following_the_facts():
     for q in questions:
         entity, *relations = parse(q.text)
         assert len(relations) == q.hops and q.answers == (world.follow(entity, tuple(relations)),)
-    with pytest.raises(ValueError, match="at most 1000"):
+    with pytest.raises(ValueError, match="different questions"):
         world.questions(3000)
 
 
@@ -295,3 +298,24 @@ def test_a_search_that_skips_a_hop_is_seen():
         question, searches=[(proper, Documents("")), (Query("mayor Kalan", question), Documents(""))]
     )
     assert texts.skipping([t]) == 0.5 and texts.skipping([]) == 0
+
+
+def test_a_copy_of_the_folder_is_another_task(tmp_path, monkeypatch):
+    """A teacher who copies toy/ and changes the copy must not go on with the original, in any part of it."""
+    shutil.copytree(ROOT / "toy", tmp_path / "zoo")
+    world = tmp_path / "zoo" / "world.py"
+    world.write_text(world.read_text().replace("SHOWN = 3", "SHOWN = 2"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(tasks, "NAMES", ["toy", "zoo"])
+    a = flags.settle("train", {"data": "zoo", "eval-questions": 3})
+    assert (a.task, a.policy, a.data, a.steps) == ("zoo", "zoo/body", "zoo", 64)
+    task = tasks.kind("zoo")(a)
+    questions, held, engine = task.to_train()
+    assert len(questions) == 1000 and len(held) == 3
+    with pytest.raises(StopIteration) as end:
+        next(engine(Query("home Kalan", questions[0])))
+    assert len(end.value.value.text.splitlines()) == 2 == task.sim_words.count
+    from zoo import make
+
+    assert str(tmp_path / "zoo" / "body") in {f.default for group in make.FLAGS.values() for f in group}
+    assert tasks.named("train", {"policy": "tiny"}) == "toy" and tasks.named("eval", {}) == "toy"

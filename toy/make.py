@@ -28,8 +28,9 @@ from cli.parser import Flag, parse, with_defaults
 from model import REFERENCE, Config, Model
 from prepare.sft import batches
 from tokenizer import BYTE, Tokenizer
-from toy.texts import Piece, drill, practice, reading, recall, simulation, transcript
-from toy.words import END, LABELS, LEXICON, TAGS
+
+from .texts import Piece, drill, practice, reading, recall, simulation, transcript
+from .words import END, LABELS, LEXICON, TAGS
 
 BODY = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128}
 BODY |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 384}
@@ -182,7 +183,7 @@ def make(out: Path, seed: int = 0) -> None:
 
 FLAGS = {
     "the body": [
-        Flag("out", str, weights.PRESETS["tiny"], "where to write the body", "DIR"),
+        Flag("out", str, str(Path(__file__).parent / "body"), "where to write the body", "DIR"),
         Flag("seed", int, 0, "of the weights and texts", least=0),
         Flag("show", bool, False, "only print a training text of each kind"),
     ]

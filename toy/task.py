@@ -10,9 +10,10 @@ from functools import partial
 
 import tasks
 from rollout import Query, Question, Search, Trajectory
-from toy import texts, world
-from toy.words import JUDGE, SIM_WORDS, WORDS
-from toy.world import World
+
+from . import texts, world
+from .words import JUDGE, SIM_WORDS, WORDS
+from .world import World
 
 FOUND = "\n\n<information>{documents}</information>\n\n"  # as in an episode
 
@@ -21,7 +22,6 @@ class Task(tasks.Task):
     """Questions about a world whose facts can only be looked up, and the world's own lookup engine."""
 
     DEFAULTS = {
-        "policy": "tiny",
         **{
             "turns": 4,
             "prompt-tokens": 16,
@@ -31,10 +31,10 @@ class Task(tasks.Task):
         },
         **{"sim-tokens": 40, "seat-tokens": 256},
         "train": {
-            **{"data": "toy", "steps": 64, "questions": 16, "group": 8, "eval-questions": 400},
+            **{"steps": 64, "questions": 16, "group": 8, "eval-questions": 400},
             **{"lr": 2e-3, "micro-tokens": 4096, "sft-steps": 250},
         },
-        "eval": {"data": "toy", "limit": 300},
+        "eval": {"limit": 300},
         "collect": {"limit": 20_000, "seats": 128, "noise": 0.5},  # without noise there are no noisy rows
     }
     words = dict.fromkeys(("agent", "direct", "cot"), WORDS) | {

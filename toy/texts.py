@@ -15,9 +15,10 @@ from dataclasses import replace
 
 from rollout import Query, Question, Trajectory
 from simulator import messages
-from toy.words import END, SIM_WORDS, TURNS, WORDS
-from toy.world import KIND, LINKS, NAMES, RELATIONS, UNKNOWN, VALUES, World, number, parse, read, say
 from words import fill
+
+from .words import END, SIM_WORDS, TURNS, WORDS
+from .world import KIND, LINKS, NAMES, RELATIONS, UNKNOWN, VALUES, World, number, parse, read, say
 
 Piece = tuple[str, bool]
 Asked = tuple[str, str]  # entity, relation

@@ -1,7 +1,8 @@
 """The prompts of the toy task, and the words that are single tokens in its body's tokenizer."""
 
-from toy.world import BEASTS, COLOURS, ENDINGS, NAMES, RELATIONS, SHOWN, STEMS, UNKNOWN
 from words import JudgeWords, SimWords, Words
+
+from .world import BEASTS, COLOURS, ENDINGS, NAMES, RELATIONS, SHOWN, STEMS, UNKNOWN
 
 WORDS = Words(prompt="Question: {question}\n", notice="\n\nSearch or answer.\n\n", system=None)
 TURNS = 4  # in which an episode may search, before the last

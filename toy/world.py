@@ -100,12 +100,14 @@ class World:
         return Question(text, (self.follow(entity, relations),), text, hops)
 
     def questions(self, n: int) -> list[Question]:
-        """n different questions. ValueError for more than 1000."""
-        if n > 1000:  # of the 1,728 that exist: drawing the last ones would take long
-            raise ValueError(f"the toy world cannot give {n} different questions: ask for at most 1000")
-        rng, found = random.Random(self.seed), {}
+        """n different questions, drawn one by one. ValueError where the world seems to have fewer."""
+        rng, found, again = random.Random(self.seed), {}, 0
         while len(found) < n:
-            found[self.ask(rng)] = None  # a set that keeps its order
+            question, before = self.ask(rng), len(found)
+            found[question] = None  # a set that keeps its order
+            again = 0 if len(found) > before else again + 1
+            if again == 1000:
+                raise ValueError(f"this world has about {before} different questions, not {n}: ask for fewer")
         return list(found)
 
     def documents(self, text: str, rng: random.Random, noisy: bool = False, ranked: bool = False) -> str:
