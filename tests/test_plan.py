@@ -101,7 +101,7 @@ def test_what_is_held_is_exact(family, tied):
 
 
 def test_an_engine_takes_what_was_planned():
-    """The engine's bookkeeping and the adapters' copies are most of what is held besides weights and cache."""
+    """The engine's bookkeeping and the adapters' copies are most of the memory besides weights and cache."""
     body = Model(SMALL)
     for role in (POLICY, SIMULATOR):
         body.add_role(role, rank=8)
