@@ -147,7 +147,7 @@ def write(
 
 
 def engine_for(body: Model | None, simulator: Simulator, queries: list[Query], seats: int) -> Engine:
-    """An engine for the simulator alone, its seats just long enough. body None: it is on a server."""
+    """An engine for the simulator alone, its seats just long enough. body None: it runs on a server."""
     if body is None:
         return Engine({}, seats, 1)
     asked = (prompt(simulator.tok, simulator.words, q, noisy) for q in queries for noisy in (False, True))

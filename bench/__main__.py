@@ -73,7 +73,7 @@ FLAGS = {
         Flag("only", str, ",".join(SECTIONS), "sections, comma-separated", "A,B"),
         Flag("checkpoint", str, "", "a Hugging Face directory, in addition to the toy body", "DIR"),
         Flag("threads", int, os.cpu_count(), "threads for the checkpoint; the toy body has 1"),
-        Flag("seconds", float, 20.0, "for repeating a row (at least 2 runs)"),
+        Flag("seconds", float, 20.0, "spent on repeating a row (at least 2 runs)"),
         Flag("quick", bool, False, "a smoke run: tiny sizes, meaningless figures"),
         Flag("write", bool, False, "put the tables into --file"),
         Flag("file", str, "BENCH.md", "what --write writes to", "FILE"),
@@ -126,15 +126,15 @@ def main(argv: list[str] | None = None) -> None:
     print(about(), flush=True)
     for name in a.only:
         section, rows = SECTIONS[name], []
-        told = " ".join(section.__doc__.split())
-        print(f"\n{name}: {told}\n", flush=True)
+        doc = " ".join(section.__doc__.split())
+        print(f"\n{name}: {doc}\n", flush=True)
         for row in section.rows(p):
             rows.append(row)
             print("  ".join(cell for cell in row.cells() if cell), flush=True)
         if a.write:
             file = Path(a.file)
             text = file.read_text(encoding="utf-8") if file.exists() else "# Bench\n"
-            body = f"{told}\n{about()}.\n\n{markdown(rows)}"
+            body = f"{doc}\n{about()}.\n\n{markdown(rows)}"
             file.write_text(put(text, name, body), encoding="utf-8")
 
 

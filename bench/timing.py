@@ -64,7 +64,7 @@ def absent(name: str) -> Row:
 
 
 def progress(*words: object) -> None:
-    """What is being measured, on stderr, so that stdout is the table alone."""
+    """What is being measured, on stderr, so that stdout is only the table."""
     print("...", *words, file=sys.stderr, flush=True)
 
 
@@ -166,7 +166,7 @@ def metered(call: Callable[[], object]) -> Meter:
 
 
 def resident() -> tuple[int, int]:
-    """This process's resident bytes and their peak since `forget_peak`; zeros where there is no /proc."""
+    """This process's resident bytes and their peak since `forget_peak`; zeros without /proc."""
     status = Path("/proc/self/status")
     text = status.read_text() if status.exists() else "VmRSS: 0 kB VmHWM: 0 kB"
     return tuple(int(re.search(rf"{key}:\s*(\d+) kB", text)[1]) * 1024 for key in ("VmRSS", "VmHWM"))

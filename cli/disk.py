@@ -189,8 +189,8 @@ class Rows:
     def add(self, row: dict) -> None:
         """Append a row. Once this returns, the row survives the end of this process."""
         if self.path is not None:
-            begun = self.settings is None or (self.path.exists() and self.path.stat().st_size)
-            first = "" if begun else json.dumps({"flags": self.settings}) + "\n"
+            started = self.settings is None or (self.path.exists() and self.path.stat().st_size)
+            first = "" if started else json.dumps({"flags": self.settings}) + "\n"
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(first + json.dumps(row) + "\n")

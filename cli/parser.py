@@ -38,11 +38,11 @@ class Flag:
             "toy": task.get(self.name) if self.kind is not str else None,
             "cpu": self.cpu,
         }
-        told = [
+        defaults = [
             f"{k} {v}".strip() for k, v in usual.items() if v not in (None, "", NEEDED) and v is not False
         ]
         text = self.help + (
-            f" [{', '.join(told)}]" if told else " (required)" if self.default is NEEDED else ""
+            f" [{', '.join(defaults)}]" if defaults else " (required)" if self.default is NEEDED else ""
         )
         return text.replace("%", "%%")
 

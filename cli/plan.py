@@ -95,7 +95,7 @@ def adapter(c: Config, rank: int) -> int:
 
 
 def packed_type(c: Config, s: Settings) -> torch.dtype | None:
-    """The type of the copies that `Model.pack` makes on a CPU; None where it makes none."""
+    """The type of the copies that `Model.pack` makes on a CPU; None if it makes none."""
     dtype = None if s.kernels else kernels.fast_type(s.dtype, s.seats)
     return dtype if dtype and packs(parameters(c) * dtype.itemsize) else None
 
@@ -171,7 +171,7 @@ def acting(c: Config, s: Settings) -> dict[str, float]:
         fed = 4 * (c.d + c.ffn) * (packed_type(c, s) or s.dtype).itemsize
         feeding = tokens * (fed + s.seat_tokens * size)
         logits = s.seats * c.vocab * (16 + (size if size < 4 else 0))
-    return {"prompts and documents, fed": feeding, "logits of all seats": logits}
+    return {"prefill of prompts and documents": feeding, "logits of all seats": logits}
 
 
 def budget(bodies: Bodies, s: Settings) -> dict[str, int]:

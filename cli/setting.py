@@ -103,7 +103,7 @@ def policy_words(a: argparse.Namespace, task: Task) -> Words:
     mode = getattr(a, "mode", "agent")
     words = load_policy_words(a.policy_prompt) if a.policy_prompt else task.words[mode]
     if mode == "rag" and "{documents}" not in words.prompt:
-        raise ValueError(f"{a.policy_prompt}: for --mode rag, prompt must contain {{documents}}")
+        raise ValueError(f"{a.policy_prompt}: for --mode rag, prompt must say where the {{documents}} go")
     return words
 
 

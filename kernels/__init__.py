@@ -8,9 +8,9 @@ on a CPU needs TRITON_INTERPRET=1). launch.py says how to write a kernel file.
     python -m kernels                      # list, test and measure them
     python -m kernels --files attention    # one of them
 
-`kernels` is also the name of a Hugging Face library that transformers looks for. kernels-0.dist-info tells it
-that this is another package, whether or not that library is installed; there is no `__version__` here, and
-nothing that makes the import slow.
+`kernels` is also the name of a Hugging Face library, which transformers uses if its version is recent enough.
+kernels-0.dist-info gives this package version 0, whether or not that library is installed. Without it,
+transformers would import this file to look for a `__version__`: there is none, and nothing slow to import.
 """
 
 from .attention import attention

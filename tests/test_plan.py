@@ -110,7 +110,7 @@ def test_what_is_held_is_exact(family, tied):
 
 
 def test_an_engine_takes_what_was_planned():
-    """The engine's columns and the adapters' copies are most of what is held beside weights and cache."""
+    """The engine's bookkeeping and the adapters' copies are most of the memory besides weights and cache."""
     body = Model(SMALL)
     for role in (POLICY, SIMULATOR):
         body.add_role(role, rank=8)
@@ -143,7 +143,7 @@ def test_packed_copies_are_foreseen(monkeypatch, packable, seats, dtype):
 
 
 def test_the_most_seats_are_found_where_more_may_take_less(monkeypatch):
-    """Copies that few seats have and many have not (too large in fp32) would end a bisection at too few."""
+    """If few seats get packed copies and many none (too large in fp32), a single bisection stops too low."""
     monkeypatch.setattr(plan, "packed", lambda c, s: 10**9 * (s.seats < 16))
     s = Settings(0, 64, 64, dtype=torch.bfloat16, kernels=False)
     most = [plan._seats([SMALL], room, s, 40) for room in (5e8, 2e9)]
@@ -155,8 +155,8 @@ def test_the_most_seats_are_found_where_more_may_take_less(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_the_peak_of_acting_is_foreseen(temperature, dtype):
-    """Logits of all seats are the height of a decode step where the vocabulary is large; on a CPU sampling
-    makes tables of them."""
+    """With a large vocabulary the logits of all seats are the peak of a decode step; on a CPU, sampling makes
+    further tables of their size."""
     c = replace(SMALL, vocab=20000)
     body, seats = Model(c).init(0).to(dtype), 24
     engine = Engine({POLICY: (body, Silent())}, seats, 40)

@@ -229,7 +229,7 @@ def test_other_bad_question_files(tmp_path):
     "name, more", [("./hotpotqa", ""), ("hotpot", r", and no such set \(nq, .*bamboogle\)")]
 )
 def test_a_mistyped_name_is_told_as_what_it_was_meant(name, more, tmp_path, monkeypatch):
-    """Whoever mistypes the name of a set, and is told of a file alone, does not learn what sets there are."""
+    """A mistyped name of a set must list the sets, not only say that there is no such file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.load_dataset", None)
     with pytest.raises(FileNotFoundError, match=f"^there is no file {name}{more}$"):

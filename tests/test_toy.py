@@ -70,7 +70,7 @@ def test_facts_are_of_the_right_kind_and_another_seed_is_another_world():
 
 
 def test_the_first_entity_never_has_the_last_relation():
-    """If it had, asking for it would be a proper query, and the simulator could not tell the short cut."""
+    """If it had, asking for it would be a valid query, and the simulator could not recognise the shortcut."""
     assert len(CHAINS) == 18
     for first, last in CHAINS:
         has, leads = RELATIONS[first]
@@ -149,7 +149,7 @@ def test_every_word_is_one_token(tok):
 
 
 def test_transcripts_are_what_an_episode_would_write(tok):
-    """A body that was trained on other tokens than it meets in an episode would fail in silence."""
+    """A body pre-trained on other tokens than those of an episode would fail without an error."""
     rng, seen = random.Random(0), set()
     for _ in range(200):
         pieces = texts.transcript(rng)
@@ -269,7 +269,7 @@ def test_the_tokenizer_that_is_written_is_the_shipped_one(tmp_path):
 
 
 def test_the_task_is_light():
-    """Whoever asks the task for questions must not load the script that made the body."""
+    """Asking the task for questions must not import the script that made the body."""
     for path in (ROOT / "toy").glob("*.py"):
         if path.stem != "make":
             tree = ast.walk(ast.parse(path.read_text()))
@@ -279,7 +279,7 @@ def test_the_task_is_light():
 
 
 def test_the_shipped_body_reads_and_guesses():
-    """What is shipped must be what `python -m toy.make` makes: it reads nearly all facts, and knows none."""
+    """The shipped body must be what `python -m toy.make` makes: it reads nearly all facts, and knows none."""
     body, tok = weights.load("tiny"), Tokenizer.load(weights.resolve("tiny"))
     assert make.reading_accuracy(body, tok, 24, seed=1) > 0.95
     assert body.config.family == "qwen2" and replace(body.config).tied
