@@ -145,6 +145,17 @@ def test_the_page_of_a_long_run_is_small(tok, tmp_path):
     assert 1e6 < size < 3e6
 
 
+def test_a_page_that_would_be_too_large_says_what_it_leaves_out(tok, tmp_path, monkeypatch):
+    """Several runs, or an evaluation of thousands of questions, are more than a page holds."""
+    out = write_run(tmp_path / "run", tok)
+    monkeypatch.setattr(look, "LIMIT", 2_000)
+    look.main([str(out)])
+    page = (out / "look.html").read_text()
+    told = re.search(r"of (\d+) questions \(one in (\d+) of the 10 that were kept", page)
+    every = int(told[2])
+    assert every > 1 and int(told[1]) == page.count('"eps":') == -(-10 // every)
+
+
 # ------------------------------------------------------------------------------------------------ the figures
 
 
@@ -152,7 +163,7 @@ def test_the_story_of_the_committed_runs():
     """Whoever opens the page of a run and its control must read that one learnt, the other did not, and where
     the first one fails."""
     learnt, control = (look.story(look.read(ROOT / "docs" / name, name)) for name in ("seed0", "shuffled"))
-    assert "more than luck" in learnt[1] and "no more" not in learnt[1]
+    assert "0.191 to 0.904, +0.713" in learnt[1] and ", more than luck; searches 0.36 to 1.62" in learnt[1]
     assert "control" in control[1] and "no more than luck" in control[2]
     assert any("held-out questions after training" in line and "wrong" in line for line in learnt)
 
@@ -294,12 +305,14 @@ def test_hostile_documents_do_no_harm(tok, tmp_path):
         """$("when").value = "1"; filter(); const docs = document.querySelector(".docs");
         return { text: docs.textContent, scripts: document.scripts.length, images: document.images.length,
                  inside: docs.querySelectorAll("script, img, pre").length,
-                 wide: document.documentElement.scrollWidth - innerWidth };""",
+                 wide: document.documentElement.scrollWidth - innerWidth,
+                 cut: [...document.querySelectorAll("pre")].some(e => e.scrollWidth > e.clientWidth) };""",
         width=500,
     )
     assert "<script>document.title = 'hacked'</script>" in told["text"] and "x" * 10_000 in told["text"]
     assert "\u202e" not in told["text"]
-    assert told["scripts"] == 4 and told["images"] == 0 and told["inside"] == 0 and told["wide"] <= 0
+    assert told["scripts"] == 4 and told["images"] == 0 and told["inside"] == 0
+    assert told["wide"] <= 0 and not told["cut"]
 
 
 @browser
