@@ -209,11 +209,29 @@ def observation(tok, documents: str, limit: int) -> list[int]:
     return head + tok.encode(documents)[: max(0, limit - len(head) - len(tail))] + tail
 
 
+def recalled(t: Trajectory, tok, limit: int, turn: Turn) -> Generator:
+    """Documents that the policy writes itself, as if it were the engine (SSRL, arXiv 2508.10874): sampled in
+    the seat of `turn`, but given as far as the mask is concerned. Returns them, and the tokens now fed."""
+    head, closing = tok.encode("\n\n<information>"), "</information>"
+    limit -= len(observation(tok, "", 0))
+    if limit < 1:
+        t.add(observation(tok, "", 0))
+        return Documents(""), len(t.ids) - len(observation(tok, "", 0))
+    t.add(head)
+    address = (*turn.address[:-1], DOCUMENTS)
+    sampled = yield replace(turn, ids=head, limit=limit, stops=(closing,), address=address)
+    t.add(sampled.ids)
+    fed = len(t.ids)
+    t.add(tok.encode("\n\n" if sampled.end == "stop" else f"{closing}\n\n"))
+    return Documents(tok.decode(sampled.ids).partition(closing)[0]), fed
+
+
 def episode(
-    question: Question, search: Search, tok, limits: Limits = Limits(), words: Words = WORDS,
+    question: Question, search: Search | None, tok, limits: Limits = Limits(), words: Words = WORDS,
     temperature: float = 1.0, address: tuple[int, ...] = (0, 0, 0, 0),
 ) -> Episode:  # fmt: skip
     """One trajectory, told in the order in which it happens. address: (seed, step, question, sibling).
+    search None: the policy writes its own documents.
 
     Only what the policy sampled in the current turn is parsed: prompts and documents may hold any tag. Near
     the length limit documents are cut, so that there is always room for an answer.
@@ -242,10 +260,13 @@ def episode(
         if kind == "search":
             earlier = tuple((q.text, d.text) for q, d in t.searches)
             query = Query(text, question, (*address, call), earlier)
-            documents = yield from search(query)
+            room = min(limits.observation, limits.episode - len(t.ids) - answer_room)
+            if search is None:
+                documents, fed = yield from recalled(t, tok, room, turn)
+            else:
+                documents = yield from search(query)
+                t.add(observation(tok, documents.text, room))
             t.searches.append((query, documents))
-            room = limits.episode - len(t.ids) - answer_room
-            t.add(observation(tok, documents.text, min(limits.observation, room)))
         else:
             t.add(notice)
 

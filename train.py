@@ -67,8 +67,8 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             rewards = judge(a, trajectories)
             figures = learn(a, s, step, *resample(a, s, world, step, trajectories, rewards), optimizer)
             t2 = time.monotonic()
-            row = figures_of(trajectories, rewards, s.simulator.words.count) | figures
-            row |= health(trajectories, rewards, s.tok)
+            row = figures_of(trajectories, rewards, s.simulator.words.count if s.simulator else 0)
+            row |= figures | health(trajectories, rewards, s.tok)
             row |= {"seconds_act": t1 - t0, "seconds_learn": t2 - t1}
             row |= {"tokens_per_second": decoded / (t1 - t0)}
             row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)} | s.task.figures(trajectories)
@@ -107,7 +107,7 @@ def ask(a: argparse.Namespace, questions: list[Question], step: int) -> list[tup
 def act(a: argparse.Namespace, s: Setting, step: int, asked: list[tuple[int, Question]]) -> list[Trajectory]:
     """`group` episodes a question against the simulator at this step's noise; siblings in a row."""
     noise = p_noise(step, max(1, a.steps - 1), a.noise_start, a.noise_end, a.noise_shape)
-    search = s.task.shown(replace(s.simulator, p_noise=noise))
+    search = s.task.shown(replace(s.simulator, p_noise=noise)) if s.simulator else None
     episodes = [
         episode(question, search, s.tok, s.limits, s.words, 1.0, (a.seed, step, number, sibling))
         for number, question in asked
@@ -274,7 +274,7 @@ def table_of(s: Setting, world: World, **times: dict[str, dict]) -> str:
 
 def prepare(a: argparse.Namespace, s: Setting, world: World) -> dict:
     """What comes before the first step: held-out questions, and a task's simulator tuned and audited."""
-    facts: dict = {"before": {}, "documents": {}}
+    facts: dict = {"before": {}, "documents": {}, "simulator": {}}
     if world.held:
         facts["before"] = measure(a, s, world)
         print(table_of(s, world, before=facts["before"]), flush=True)
@@ -283,8 +283,9 @@ def prepare(a: argparse.Namespace, s: Setting, world: World) -> dict:
         home = Path(a.out) / "simulator"
         weights.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
         save_words(s.simulator.words, home / WORDS_FILE)
-    preview(s, world.questions[0])
-    facts["simulator"] = {} if s.simulator.server else s.task.audit(partial(write, s))
+    if s.simulator:
+        preview(s, world.questions[0])
+        facts["simulator"] = {} if s.simulator.server else s.task.audit(partial(write, s))
     if facts["simulator"]:
         print("simulator: ", *(f"{k} {v:.3f} " for k, v in facts["simulator"].items()), flush=True)
     return facts
@@ -488,7 +489,7 @@ def main(argv: list[str] | None = None) -> None:
         world = World(*task.to_train())
         s = load(a, task, world.questions + world.held)
         inputs = {"questions": world.questions, "held-out questions": world.held}
-        inputs |= {"policy's words": s.words, "simulator's words": s.simulator.words}
+        inputs |= {"policy's words": s.words, "simulator's words": s.simulator and s.simulator.words}
         inputs = {what: disk.fingerprint(value) for what, value in inputs.items()}
         same_inputs(kept.get("inputs", {}), inputs, a.out)
         kept = {"given": given, **kept, "settled": vars(a), "inputs": inputs}

@@ -34,7 +34,7 @@ def thoughts(t: Trajectory, tok) -> str:
 
 def health(trajectories: list[Trajectory], rewards: Tensor, tok) -> dict[str, float | None]:
     """rewards (Q, G). Shares of episodes without an answer, of repeated 3-grams in thoughts, of groups
-    without a difference; mean log-prob of a token in episodes of reward 1, when sampled (None: there was none)."""
+    without a difference; mean log-prob when sampled of a token in episodes of reward 1 (None without any)."""
     right = [t for t, r in zip(trajectories, rewards.flatten().tolist()) if r >= 1 and any(t.mask)]
     return {
         "unanswered": sum(t.answer is None for t in trajectories) / len(trajectories),
