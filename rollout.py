@@ -328,6 +328,7 @@ class Stats:
 
 
 Tell = Callable[[int, int, Stats], None]
+Warp = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 EARLY = 128  # episodes begun before they have a seat, at least: they keep a server busy
 NUMBERS = ("last id", "length", "count", "on", "limit", "kind of stops", "role")  # that a row has
 
@@ -353,6 +354,7 @@ class Pool:
         self.closers = torch.zeros(0, model.config.vocab, dtype=torch.bool, device=model.device)
         self.stack: Stack | None = None
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by rows
+        self.warp: Warp | None = None
 
         def column(dtype, *more):
             return torch.zeros(seats, *more, dtype=dtype, device=model.device)
@@ -364,7 +366,7 @@ class Pool:
         self.ids, self.logps = column(torch.long, capacity), column(torch.float32, capacity)
         self.clear()
 
-    def clear(self) -> None:
+    def clear(self, warp: "Warp | None" = None) -> None:
         """Empty every seat and read the adapters anew: the start of a run."""
         self.rows: list[Seat | None] = [None] * self.cache.seats
         self.busy = 0
@@ -373,9 +375,9 @@ class Pool:
         self.seated: dict[int, Seat] = {}  # id of a context -> its seat
         self.prompts: dict[tuple, Seat] = {}  # (role, prompt) -> a seat that holds it
         stack = self.model.stacked(self.stack)
-        if stack is not self.stack:
+        if stack is not self.stack or warp is not self.warp:
             self.graphs.clear()  # they read the old one
-        self.stack = stack
+        self.stack, self.warp = stack, warp
 
     def move(self, seat: Seat, row: int) -> None:
         """Put a seat on another row; whoever sits there takes the seat's old row."""
@@ -520,7 +522,10 @@ class Pool:
         window = self.cache.window(slice(0, n), upto, self.length[:n], on)
         h = self.model(self.last[:n, None], role, window=window, lora=self.stack.rows(role))  # (n, 1, d)
         u = self.u[:n].gather(1, at)[:, 0]
-        ids, logps = kernels.sample(self.model.logits(h[:, 0]), u, self.temperature[:n])
+        logits = self.model.logits(h[:, 0])
+        if self.warp is not None:
+            logits = self.warp(logits, self.role[:n])
+        ids, logps = kernels.sample(logits, u, self.temperature[:n])
         self.ids[:n].scatter_(1, at, ids[:, None])
         self.logps[:n].scatter_(1, at, logps[:, None])
         self.last[:n] = ids
@@ -595,15 +600,16 @@ class Engine:
         self.early = max(seats, EARLY)
 
     @torch.inference_mode()
-    def run(self, generators: Iterable[Episode], tell: Tell | None = None) -> list:
+    def run(self, generators: Iterable[Episode], tell: Tell | None = None, warp: Warp | None = None) -> list:
         """Run every generator; returns their values in order. tell(done, of, stats) is called as they end.
+        warp: (logits (B, V), roles (B,)) -> logits that are sampled from instead.
 
         What a generator raises comes through: ValueError (a prompt too long), OSError (an engine that fails).
         """
         began, self.stats = time.perf_counter(), Stats()
         pools = dict.fromkeys(self.pools.values())
         for pool in pools:
-            pool.clear()
+            pool.clear(warp)
         tasks = deque(Task(i, g) for i, g in enumerate(generators))  # not begun yet
         results: list = [None] * len(tasks)
         ready, early, done = deque(), set(), 0  # early: begun, but never seated

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+import compat
 import eval as judge_of
 import grpo
 import simulator as simulators
@@ -36,7 +37,7 @@ from cli.setting import Setting, find_bodies, load
 from evaluation.health import alarm, health
 from model import CRITIC, POLICY, SIMULATOR
 from prepare.sft import sft
-from questions import exact_match, f1
+from questions import cover_em, exact_match, f1
 from recipes import ALONE, Objective, advantages, informative, shuffle_siblings
 from rollout import Query, Question, Search, Trajectory, episode, show
 from simulator import audit_figures, p_noise
@@ -108,18 +109,25 @@ def act(a: argparse.Namespace, s: Setting, step: int, asked: list[tuple[int, Que
     """`group` episodes a question against the simulator at this step's noise; siblings in a row."""
     noise = p_noise(step, max(1, a.steps - 1), a.noise_start, a.noise_end, a.noise_shape)
     search = s.task.shown(replace(s.simulator, p_noise=noise)) if s.simulator else None
+    defects = compat.chosen(a.compat)
+    if search and "pairing" in defects:
+        search = compat.mispaired(search, asked, a.group)
     episodes = [
         episode(question, search, s.tok, s.limits, s.words, 1.0, (a.seed, step, number, sibling))
         for number, question in asked
         for sibling in range(a.group)
     ]
     with screen.bar(f"step {step + 1}", len(episodes)) as bar:
-        return s.engine.run(episodes, lambda done, of, stats: screen.move(bar, done))
+        warp = (compat.nucleus,) if "top-p" in defects else ()
+        trajectories = s.engine.run(episodes, lambda done, of, stats: screen.move(bar, done), *warp)
+    for t in trajectories if "example" in defects else ():
+        t.answer = compat.example(t, s.tok) if t.answer is None else t.answer
+    return trajectories
 
 
 def judge(a: argparse.Namespace, trajectories: list[Trajectory]) -> torch.Tensor:
     """Rewards (Q, G): the metric itself, of the sampled answer against the golden ones."""
-    score = f1 if a.reward == "f1" else exact_match
+    score = {"f1": f1, "em": exact_match, "cover-em": cover_em}[a.reward]
     return torch.tensor([score(t.answer, t.question.answers) for t in trajectories]).view(-1, a.group)
 
 
@@ -165,6 +173,11 @@ def learn(
     for group, lr in zip(optimizer.param_groups, (a.lr, a.critic_lr)):
         group["lr"] = lr * (1 - step / a.steps)
     objective = Objective(**{f.name: getattr(a, f.name) for f in fields(Objective)})
+    defects = compat.chosen(a.compat)
+    if "kl-sign" in defects and a.kl_in == "loss":
+        objective = replace(objective, kl=-objective.kl)
+    if defects & compat.RETOLD:
+        trajectories = [compat.retold(t, s.tok, defects) for t in trajectories]
     longest = min(a.episode_tokens, (a.turns + 1) * a.turn_tokens)
     updates = []
     for part in range(a.updates):

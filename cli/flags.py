@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import compat
 import tasks
 from cli.parser import NEEDED, Flag, Groups, parse, parse_verb
 from evaluation.modes import MODES
@@ -119,7 +120,8 @@ TRAIN: Groups = {
         Flag("grad-clip", float, 1.0, "largest norm of a gradient"),
         Flag("weight-decay", float, 0.01, "of AdamW"),
         Flag("updates", int, 1, "optimiser steps a rollout: more than one makes the clip matter"),
-        Flag("reward", ("f1", "em"), "f1", "score of an answer that is its reward"),
+        Flag("reward", ("f1", "em", "cover-em"), "f1", "score of an answer that is its reward"),
+        Flag("compat", str, "", "defects of the authors' code (compat.py): zerosearch is all", "NAME,..."),
         Flag("shuffle-rewards", bool, False, "a control: shuffled among siblings, rewards can teach nothing"),
     ],
     "lengths, in tokens": [*LENGTHS, SIM_TOKENS, SEAT_TOKENS],
@@ -320,6 +322,8 @@ def follow(a: argparse.Namespace, given: dict[str, object]) -> None:
         for part, usual in zip(PARTS, RECIPES[a.algorithm]):
             if part.replace("_", "-") not in given:
                 setattr(a, part, usual)
+        if "substring" in compat.chosen(a.compat):
+            a.reward = "cover-em"
         a.critic_lr = 10 * a.lr if a.critic_lr is None else a.critic_lr
         a.data, a.sim = a.data or "nq,hotpotqa", a.sim or a.policy
         if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter or a.sim == OWN):
