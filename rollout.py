@@ -209,11 +209,29 @@ def observation(tok, documents: str, limit: int) -> list[int]:
     return head + tok.encode(documents)[: max(0, limit - len(head) - len(tail))] + tail
 
 
+def recalled(t: Trajectory, tok, limit: int, turn: Turn) -> Generator:
+    """Documents that the policy writes itself, as if it were the engine (SSRL, arXiv 2508.10874): sampled in
+    the seat of `turn`, but given as far as the mask is concerned. Returns them, and the tokens now fed."""
+    head, closing = tok.encode("\n\n<information>"), "</information>"
+    limit -= len(observation(tok, "", 0))
+    if limit < 1:
+        t.add(observation(tok, "", 0))
+        return Documents(""), len(t.ids) - len(observation(tok, "", 0))
+    t.add(head)
+    address = (*turn.address[:-1], DOCUMENTS)
+    sampled = yield replace(turn, ids=head, limit=limit, stops=(closing,), address=address)
+    t.add(sampled.ids)
+    fed = len(t.ids)
+    t.add(tok.encode("\n\n" if sampled.end == "stop" else f"{closing}\n\n"))
+    return Documents(tok.decode(sampled.ids).partition(closing)[0]), fed
+
+
 def episode(
-    question: Question, search: Search, tok, limits: Limits = Limits(), words: Words = WORDS,
+    question: Question, search: Search | None, tok, limits: Limits = Limits(), words: Words = WORDS,
     temperature: float = 1.0, address: tuple[int, ...] = (0, 0, 0, 0),
 ) -> Episode:  # fmt: skip
     """One trajectory, told in the order in which it happens. address: (seed, step, question, sibling).
+    search None: the policy writes its own documents.
 
     Only what the policy sampled in the current turn is parsed: prompts and documents may hold any tag. Near
     the length limit documents are cut, so that there is always room for an answer.
@@ -242,10 +260,13 @@ def episode(
         if kind == "search":
             earlier = tuple((q.text, d.text) for q, d in t.searches)
             query = Query(text, question, (*address, call), earlier)
-            documents = yield from search(query)
+            room = min(limits.observation, limits.episode - len(t.ids) - answer_room)
+            if search is None:
+                documents, fed = yield from recalled(t, tok, room, turn)
+            else:
+                documents = yield from search(query)
+                t.add(observation(tok, documents.text, room))
             t.searches.append((query, documents))
-            room = limits.episode - len(t.ids) - answer_room
-            t.add(observation(tok, documents.text, min(limits.observation, room)))
         else:
             t.add(notice)
 
@@ -297,6 +318,7 @@ class Stats:
 
 
 Tell = Callable[[int, int, Stats], None]
+Warp = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 EARLY = 128  # episodes begun before they have a seat, at least: they keep a server busy
 NUMBERS = ("last id", "length", "count", "on", "limit", "kind of stops", "role")  # that a row has
 
@@ -325,6 +347,7 @@ class Pool:
         self.closers = torch.zeros(0, model.config.vocab, dtype=torch.bool, device=model.device)
         self.stack: Stack | None = None
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by rows
+        self.warp: Warp | None = None
 
         def column(dtype, *more):
             return torch.zeros(seats, *more, dtype=dtype, device=model.device)
@@ -336,7 +359,7 @@ class Pool:
         self.ids, self.logps = column(torch.long, capacity), column(torch.float32, capacity)
         self.clear()
 
-    def clear(self) -> None:
+    def clear(self, warp: "Warp | None" = None) -> None:
         """Empty every seat and read the adapters anew: the start of a run."""
         self.rows: list[Seat | None] = [None] * self.cache.seats
         self.busy = 0
@@ -345,9 +368,9 @@ class Pool:
         self.seated: dict[int, Seat] = {}  # id of a context -> its seat
         self.prompts: dict[tuple, Seat] = {}  # (role, prompt) -> a seat that holds it
         stack = self.model.stacked(self.stack)
-        if stack is not self.stack:
+        if stack is not self.stack or warp is not self.warp:
             self.graphs.clear()  # they read the old one
-        self.stack = stack
+        self.stack, self.warp = stack, warp
 
     def move(self, seat: Seat, row: int) -> None:
         """Put a seat on another row; whoever sits there takes the seat's old row."""
@@ -492,7 +515,10 @@ class Pool:
         window = self.cache.window(slice(0, n), upto, self.length[:n], on)
         h = self.model(self.last[:n, None], role, window=window, lora=self.stack.rows(role))  # (n, 1, d)
         u = self.u[:n].gather(1, at)[:, 0]
-        ids, logps = kernels.sample(self.model.logits(h[:, 0]), u, self.temperature[:n])
+        logits = self.model.logits(h[:, 0])
+        if self.warp is not None:
+            logits = self.warp(logits, self.role[:n])
+        ids, logps = kernels.sample(logits, u, self.temperature[:n])
         self.ids[:n].scatter_(1, at, ids[:, None])
         self.logps[:n].scatter_(1, at, logps[:, None])
         self.last[:n] = ids
@@ -567,15 +593,16 @@ class Engine:
         self.early = max(seats, EARLY)
 
     @torch.inference_mode()
-    def run(self, generators: Iterable[Episode], tell: Tell | None = None) -> list:
+    def run(self, generators: Iterable[Episode], tell: Tell | None = None, warp: Warp | None = None) -> list:
         """Run every generator; returns their values in order. tell(done, of, stats) is called as they end.
+        warp: (logits (B, V), roles (B,)) -> logits that are sampled from instead.
 
         What a generator raises comes through: ValueError (a prompt too long), OSError (an engine that fails).
         """
         began, self.stats = time.perf_counter(), Stats()
         pools = dict.fromkeys(self.pools.values())
         for pool in pools:
-            pool.clear()
+            pool.clear(warp)
         tasks = deque(Task(i, g) for i, g in enumerate(generators))  # not begun yet
         results: list = [None] * len(tasks)
         ready, early, done = deque(), set(), 0  # early: begun, but never seated

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+import compat
 import eval as judge_of
 import grpo
 import simulator as simulators
@@ -39,7 +40,7 @@ from evaluation.kept import Kept
 from evaluation.live import shown
 from model import CRITIC, POLICY, SIMULATOR
 from prepare.sft import sft
-from questions import exact_match, f1
+from questions import cover_em, exact_match, f1
 from recipes import ALONE, Objective, advantages, informative, shuffle_siblings
 from rollout import Query, Question, Search, Trajectory, episode
 from simulator import audit_figures, p_noise
@@ -74,8 +75,8 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             rewards = judge(a, trajectories)
             figures = learn(a, s, step, *resample(a, s, world, step, trajectories, rewards), optimizer)
             t2 = time.monotonic()
-            row = figures_of(trajectories, rewards, s.simulator.words.count) | figures
-            row |= health(trajectories, rewards, s.tok)
+            row = figures_of(trajectories, rewards, s.simulator.words.count if s.simulator else 0)
+            row |= figures | health(trajectories, rewards, s.tok)
             row |= {"seconds_act": t1 - t0, "seconds_learn": t2 - t1}
             row |= {"tokens_per_second": decoded / (t1 - t0)}
             row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)} | s.task.figures(trajectories)
@@ -118,19 +119,26 @@ def ask(a: argparse.Namespace, questions: list[Question], step: int) -> list[tup
 def act(a: argparse.Namespace, s: Setting, step: int, asked: list[tuple[int, Question]]) -> list[Trajectory]:
     """`group` episodes a question against the simulator at this step's noise; siblings in a row."""
     noise = p_noise(step, max(1, a.steps - 1), a.noise_start, a.noise_end, a.noise_shape)
-    search = s.task.shown(replace(s.simulator, p_noise=noise))
+    search = s.task.shown(replace(s.simulator, p_noise=noise)) if s.simulator else None
+    defects = compat.chosen(a.compat)
+    if search and "pairing" in defects:
+        search = compat.mispaired(search, asked, a.group)
     episodes = [
         episode(question, search, s.tok, s.limits, s.words, 1.0, (a.seed, step, number, sibling))
         for number, question in asked
         for sibling in range(a.group)
     ]
     with screen.bar(f"step {step + 1}", len(episodes), delay=2) as bar:
-        return s.engine.run(episodes, lambda done, of, stats: screen.move(bar, done))
+        warp = (compat.nucleus,) if "top-p" in defects else ()
+        trajectories = s.engine.run(episodes, lambda done, of, stats: screen.move(bar, done), *warp)
+    for t in trajectories if "example" in defects else ():
+        t.answer = compat.example(t, s.tok) if t.answer is None else t.answer
+    return trajectories
 
 
 def judge(a: argparse.Namespace, trajectories: list[Trajectory]) -> torch.Tensor:
     """Rewards (Q, G): the metric itself, of the sampled answer against the golden ones."""
-    score = f1 if a.reward == "f1" else exact_match
+    score = {"f1": f1, "em": exact_match, "cover-em": cover_em}[a.reward]
     return torch.tensor([score(t.answer, t.question.answers) for t in trajectories]).view(-1, a.group)
 
 
@@ -173,6 +181,11 @@ def learn(
     for group, lr in zip(optimizer.param_groups, (a.lr, a.critic_lr)):
         group["lr"] = lr * (1 - step / a.steps)
     objective = Objective(**{f.name: getattr(a, f.name) for f in fields(Objective)})
+    defects = compat.chosen(a.compat)
+    if "kl-sign" in defects and a.kl_in == "loss":
+        objective = replace(objective, kl=-objective.kl)
+    if defects & compat.RETOLD:
+        trajectories = [compat.retold(t, s.tok, defects) for t in trajectories]
     longest = min(a.episode_tokens, (a.turns + 1) * a.turn_tokens)
     updates = []
     for part in range(a.updates):
@@ -321,7 +334,7 @@ def table_of(s: Setting, world: World, **times: dict[str, dict]) -> str:
 
 def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict:
     """What comes before the first step: held-out questions, and a task's simulator tuned and audited."""
-    facts: dict = {"before": {}, "documents": {}}
+    facts: dict = {"before": {}, "documents": {}, "simulator": {}}
     kept.rows.keep(0)
     if world.held:
         facts["before"] = measure(a, s, world, kept, 0)
@@ -331,9 +344,10 @@ def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict
         home = Path(a.out) / "simulator"
         weights.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
         save_words(s.simulator.words, home / WORDS_FILE)
-    preview(s, world.questions[0])
-    with screen.waiting("auditing the simulator"):
-        facts["simulator"] = {} if s.simulator.server else s.task.audit(partial(write, s))
+    if s.simulator:
+        preview(s, world.questions[0])
+        with screen.waiting("auditing the simulator"):
+            facts["simulator"] = {} if s.simulator.server else s.task.audit(partial(write, s))
     if facts["simulator"]:
         print("simulator: ", *(f"{k} {v:.3f} " for k, v in facts["simulator"].items()), flush=True)
     return facts
@@ -540,7 +554,7 @@ def main(argv: list[str] | None = None) -> None:
         world = World(*task.to_train())
         s = load(a, task, world.questions + world.held)
         inputs = {"questions": world.questions, "held-out questions": world.held}
-        inputs |= {"policy's words": s.words, "simulator's words": s.simulator.words}
+        inputs |= {"policy's words": s.words, "simulator's words": s.simulator and s.simulator.words}
         inputs = {what: disk.fingerprint(value) for what, value in inputs.items()}
         same_inputs(kept.get("inputs", {}), inputs, a.out)
         kept = {"given": given, **kept, "settled": vars(a), "inputs": inputs}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import compat
 import tasks
 from cli.parser import NEEDED, Flag, Groups, parse, parse_verb
 from evaluation.modes import MODES
@@ -33,6 +34,7 @@ LABELS = ("judge", "answer", "trajectory")
 POLICY = Flag("policy", str, "", "the body that searches: " + BODY, "BODY")
 ADAPTER = Flag("adapter", str, "", "PEFT directory of the policy's adapter (none: the body as it is)", "DIR")
 SIM = Flag("sim", str, "", "the simulator's body (the policy's: one copy), or http://HOST:PORT/v1", "BODY")
+OWN = "self"  # --sim self: the policy writes its own documents
 SIM_ADAPTER = Flag("sim-adapter", str, "", "PEFT directory of a fine-tuned simulator (none: prompted)", "DIR")
 POLICY_PROMPT = Flag("policy-prompt", str, "", "JSON: the policy's prompt, notice, system", "FILE")
 SIM_PROMPT = Flag("sim-prompt", str, "", "sft, prompted, JSON; else its adapter's, else prompted", "FILE")
@@ -70,7 +72,7 @@ RESUME = Flag("resume", bool, False, "go on with the run in --out")
 TRAIN: Groups = {
     "bodies": [
         replace(POLICY, help="the body that learns to search: " + BODY),
-        SIM,
+        replace(SIM, help=SIM.help + f"; {OWN}: the policy writes its own documents"),
         replace(ADAPTER, help="start from this PEFT adapter of the policy"),
         SIM_ADAPTER,
         POLICY_PROMPT,
@@ -118,7 +120,8 @@ TRAIN: Groups = {
         Flag("grad-clip", float, 1.0, "largest norm of a gradient"),
         Flag("weight-decay", float, 0.01, "of AdamW"),
         Flag("updates", int, 1, "optimiser steps a rollout: more than one makes the clip matter"),
-        Flag("reward", ("f1", "em"), "f1", "score of an answer that is its reward"),
+        Flag("reward", ("f1", "em", "cover-em"), "f1", "score of an answer that is its reward"),
+        Flag("compat", str, "", "defects of the authors' code (compat.py): zerosearch is all", "NAME,..."),
         Flag("shuffle-rewards", bool, False, "a control: shuffled among siblings, rewards can teach nothing"),
     ],
     "lengths, in tokens": [*LENGTHS, SIM_TOKENS, SEAT_TOKENS],
@@ -320,9 +323,11 @@ def follow(a: argparse.Namespace, given: dict[str, object]) -> None:
         for part, usual in zip(PARTS, RECIPES[a.algorithm]):
             if part.replace("_", "-") not in given:
                 setattr(a, part, usual)
+        if "substring" in compat.chosen(a.compat):
+            a.reward = "cover-em"
         a.critic_lr = 10 * a.lr if a.critic_lr is None else a.critic_lr
         a.data, a.sim = a.data or "nq,hotpotqa", a.sim or a.policy
-        if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter):
+        if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter or a.sim == OWN):
             a.sft_steps = 0  # that simulator has been fine-tuned already
         if "seat-tokens" not in given:
             a.seat_tokens = max(a.seat_tokens, a.episode_tokens)
@@ -352,7 +357,9 @@ Complaints = Iterator[tuple[object, str]]
 
 def _train(a: argparse.Namespace) -> Complaints:
     room = a.episode_tokens - a.prompt_tokens - 2 * min(a.turn_tokens, 64)
-    served = is_address(a.sim) and (a.sim_adapter or a.sft_steps)
+    tuned = a.sim_adapter or a.sft_steps
+    served = is_address(a.sim) and tuned
+    yield a.sim == OWN and tuned, f"--sim {OWN} has no simulator for --sim-adapter or --sft-steps"
     alone = a.advantage in ALONE
     yield a.group < 2 and not alone, "--group 1 has no siblings to be compared with: use 2 or more"
     yield a.strata and alone, f"--strata is for comparisons: --advantage {a.advantage} makes none"

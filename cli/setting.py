@@ -17,6 +17,7 @@ import model
 import weights
 from cli import plan, screen
 from cli.disk import read_json
+from cli.flags import OWN
 from model import CRITIC, POLICY, REFERENCE, SIMULATOR, Model
 from rollout import Engine, Limits, Question, prompt
 from servers import Chat, is_address
@@ -85,6 +86,8 @@ def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) 
 
 def simulated(a: argparse.Namespace) -> bool:
     """Whether the command has a simulator."""
+    if a.command == "train":
+        return a.sim != OWN
     return hasattr(a, "sim") and (a.command != "eval" or a.search == "sim")
 
 
@@ -171,7 +174,8 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
     )  # fmt: skip
     if a.planned:
         return f"as planned at the start: {settings}"
-    useful = a.questions * a.group * (1 if is_address(a.sim) else 2)  # all may wait for documents at once
+    waiting = simulated(a) and not is_address(a.sim)  # all may wait for documents at once
+    useful = a.questions * a.group * (1 + waiting)
     settings, budget = plan.fit(shapes, memory, settings, useful)
     a.seats, a.micro_tokens, a.recompute = settings.seats, settings.micro_tokens, bool(settings.recompute)
     a.planned = True

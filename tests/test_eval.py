@@ -550,7 +550,7 @@ def test_without_a_policy_the_engine_is_measured(tmp_path, capsys):
         ("--policy X --search none --resume", "give both"),
         ("--policy X --search sim --sim http://127.0.0.1:1/v1 --sim-adapter D", "cannot be sent to a server"),
         ("--policy X --search none --turn-tokens 0", "--turn-tokens must be at least 1"),
-        ("--policy X --search none --data D --mode rag --policy-prompt W", "must contain {documents}"),
+        ("--policy X --search none --data D --mode rag --policy-prompt W", "where the {documents} go"),
         ("--policy X --search google", "unknown search engine"),
         ("--policy X --search none --noise .5", "--noise is for"),
         ("--policy X --search toy --noise 1.5", "within 0..1"),

@@ -22,6 +22,7 @@ FLOORS = {
     "rollout": 3,
     "recipes": 1,
     "grpo": 4,
+    "compat": 4,
     "evaluation.modes": 4,
     "search": 4,
     "questions": 5,

@@ -32,7 +32,7 @@ def test_repetition_is_of_thoughts_that_were_sampled():
     how a policy begins to degenerate, long before its reward falls."""
     loop, sane = "<think>go on and go on and go on and", "<think>first one thing then another</think>"
     assert repetition(["a b c a b c a b c"]) == pytest.approx(4 / 7) and repetition(["a b", ""]) == 0
-    episodes = [told(("x x x x x x x", 0), (sane + "<answer>a a a a a a</answer>", 1))]
+    episodes = [told(("<think>x x x x x x x</think>", 0), (sane + "<answer>a a a a a a</answer>", 1))]
     assert health(episodes, torch.zeros(1, 1), Letters())["repetition"] == 0
     episodes.append(told((loop, 1), ("x x x x x x x", 0)))
     assert health(episodes, torch.zeros(2, 1), Letters())["repetition"] > 0.3
@@ -56,7 +56,7 @@ def test_a_run_that_gets_worse_is_told_and_one_that_gets_better_is_not(bad):
     """A warning that never comes is useless, one that always comes is too."""
     begun, good = [GOOD | bad] * 3 * WINDOW, [GOOD] * 3 * WINDOW
     assert not alarm(good) and not alarm(begun + good) and not alarm([*good, GOOD | bad])
-    assert not alarm([GOOD] * 2 + [GOOD | bad] * (2 * WINDOW - 3))  # too young
+    assert not alarm([GOOD] * WINDOW + [GOOD | bad] * (WINDOW - 1))  # too young
     (value,) = bad.values()
     assert f"{value:.2f}" in alarm(good + [GOOD | bad] * WINDOW)
     assert not alarm(good + [GOOD | {"logp_correct": None}] * WINDOW)

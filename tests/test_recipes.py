@@ -217,6 +217,14 @@ def test_a_recipe_is_its_formula(name, off, more):
         assert recipes.value_loss(value, batch.value, target).tolist() == pytest.approx(errors)
 
 
+@pytest.mark.parametrize("kind", ["token", "sequence", "prompt", "constant"])
+def test_a_normaliser_is_its_formula(kind):
+    """What weighs alike decides whom the policy learns from: tokens, trajectories, questions."""
+    lengths = [3, 1, 4, 1, 5, 9, 2, 6]
+    got = recipes.token_weights(kind, lengths, "aaaabbbb", 10)
+    assert got == pytest.approx(weights_by_loops(kind, lengths, 4, 10))
+
+
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_a_ratio_has_the_gradient_of_its_formula(ratio):
     """gspo and cispo stop a part of the gradient: their values say nothing about it. By finite differences of
@@ -364,6 +372,8 @@ def test_flags_override_one_part_of_a_recipe():
     for name, row in RECIPES.items():
         a = flags.settle("train", {"algorithm": name})
         assert tuple(getattr(a, part) for part in PARTS) == row
+    bounds = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "gmpo": (0.4, 0.4), "cispo": (1, 4)}  # the papers'
+    assert all(RECIPES[name][2:4] == bounds.get(name, (0.2, 0.2)) for name in RECIPES)
     a = flags.settle("train", {"algorithm": "dapo", "clip-high": 0.5, "resample": 0, "kl-in": "loss"})
     assert (a.clip_low, a.clip_high, a.resample, a.kl_in, a.advantage) == (0.2, 0.5, 0, "loss", "grpo")
     for wrong, words in [

@@ -229,7 +229,7 @@ def test_groups_without_a_difference_give_way_to_others(tiny, monkeypatch):
 
     monkeypatch.setattr(train, "act", act)
     monkeypatch.setattr(train, "judge", judge)
-    world, rounds = train.World(list(range(8)), [], None), set()
+    world, rounds, others = train.World(list(range(8)), [], None), set(), set()
     for step in range(9):
         asked.clear()
         first = act(a, None, step, train.ask(a, world.questions, step))
@@ -241,8 +241,10 @@ def test_groups_without_a_difference_give_way_to_others(tiny, monkeypatch):
         numbers = [n for part in asked for n in part]
         assert len(set(numbers)) == len(numbers) and len(asked) <= 1 + a.resample == 4
         assert all(new[q, 0] != new[q, 1] for q in range(3)) or len(asked) == 4
+        if len(asked) > 1:
+            others |= {n % 8 for n in asked[1]} - {n % 8 for n in asked[0]}
         rounds.add((len(asked), len(kept), int(recipes.informative(new).sum())))
-    assert any(after > before for _, before, after in rounds)
+    assert any(after > before for _, before, after in rounds) and len(others) > 3
     a.resample = 0
     assert train.resample(a, None, world, 0, first, rewards)[0] == first
 
