@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rollout import Query, Question, Trajectory
+from search import number
 from simulator import messages
 from toy.words import END, SIM_WORDS, TURNS, WORDS
-from toy.world import KIND, LINKS, NAMES, RELATIONS, UNKNOWN, VALUES, World, number, parse, read, say
+from toy.world import KIND, LINKS, NAMES, RELATIONS, UNKNOWN, VALUES, World, parse, read, say
 from words import fill
 
 Piece = tuple[str, bool]
