@@ -7,20 +7,18 @@ serpapi                  Google's first page through serpapi.com, titles and sni
                          the key; SERPAPI_BASE_URL, if set, another address
 
 A document from the network becomes one line, whatever it holds. A failed request is an error (servers.py),
-never a document. Queries to a server are cut to 500 characters.
+never a document.
 
 Not an engine for all of Wikipedia (this BM25 suits up to a million passages); no stemmer, no reranker, no
 index on disk: indexing takes seconds.
 
     python search.py bm25:corpus.jsonl.gz "who founded The Comics Journal"
 
-Words are lower-cased runs of letters and digits without accents; title and text count once each. The usual
-refinements were measured and left out. Share of questions with a golden answer in the top 10, 32,504
-Wikipedia passages, 466 and 454 questions (yes/no excluded), standard error .02: as it is, HotpotQA .850,
-2WikiMultiHopQA .681; without Lucene's 33 stop words .863, .676; plurals stemmed .848, .672; the title counted
-twice .845, .676; k1 .9 with b .4 .809, .661. `python eval.py --search bm25:CORPUS --data FILE`, without a
-policy, prints that share for any corpus and questions. Indexing took 3 to 4 s, a query 1.4 and .8 ms (2-core
-Intel Xeon, no GPU, one thread, 2026-11-22).
+The usual refinements were measured and left out. Share of questions with a golden answer in the top 10 of
+32,504 Wikipedia passages, standard error .02: as it is, HotpotQA .850, 2WikiMultiHopQA .681; without Lucene's
+33 stop words .863, .676; plurals stemmed .848, .672; the title counted twice .845, .676; k1 .9 with b .4
+.809, .661. `python eval.py --search bm25:CORPUS --data FILE` prints that share for any corpus and questions.
+Indexing took 3 to 4 s, a query about 1 ms (one thread of a 2-core Intel Xeon, 2026-11-22).
 """
 
 import gzip
@@ -63,10 +61,12 @@ def read_lines(path: str | Path, parse: Callable[[dict], Row]) -> Iterator[Row]:
                 if not isinstance(row, dict):
                     raise ValueError("is not a JSON object")
                 parsed = parse(row)
+            except json.JSONDecodeError as e:
+                raise ValueError(
+                    f"{path}, line {number}: is not JSON ({e.msg} at column {e.colno})"
+                ) from None
             except ValueError as e:
-                broken = isinstance(e, json.JSONDecodeError)
-                what = f"is not JSON ({e.msg} at column {e.colno})" if broken else e
-                raise ValueError(f"{path}, line {number}: {what}") from None
+                raise ValueError(f"{path}, line {number}: {e}") from None
             yield parsed
 
 
@@ -122,21 +122,18 @@ class BM25:
     def __init__(self, passages: Iterable[tuple[str, str]], k1: float = 1.2, b: float = 0.75):
         self.passages: list[tuple[str, str]] = []
         self.vocabulary: dict[str, int] = {}
-        terms, lengths = array("i"), array("i")
+        terms, lengths = array("i"), array("i")  # word ids of all passages end to end; words per passage
         for title, text in passages:
             words = tokenise(title) + tokenise(text)
             terms.extend([self.vocabulary.setdefault(w, len(self.vocabulary)) for w in words])
             lengths.append(len(words))
             self.passages.append((title, text))
-        if not self.passages:
+        if not (n := len(self.passages)):
             raise ValueError("the corpus holds no passages")
-        self._post(np.array(terms, np.int64), np.array(lengths, np.int64), k1, b)
-
-    def _post(self, terms: np.ndarray, lengths: np.ndarray, k1: float, b: float) -> None:
-        """Word ids of all passages end to end (T,), words per passage (N,) -> postings (P,), by word."""
-        n = len(lengths)
-        holder = np.repeat(np.arange(n), lengths)  # (T,)
-        pairs, f = np.unique(terms * n + holder, return_counts=True)  # (P,)
+        terms, lengths = np.array(terms, np.int64), np.array(lengths, np.int64)  # (T,), (N,)
+        pairs, f = np.unique(
+            terms * n + np.repeat(np.arange(n), lengths), return_counts=True
+        )  # (P,), by word
         self.holder = (pairs % n).astype(np.int32)  # (P,)
         n_t = np.bincount(pairs // n, minlength=len(self.vocabulary))  # (V,)
         self.start = np.concatenate([[0], np.cumsum(n_t)])  # (V + 1,)
@@ -166,17 +163,18 @@ class BM25:
 
 def render(passages: Iterable[tuple[str, str]]) -> str:
     """(title, text) as lines "Doc 1: (Title: X) text": one per passage, whatever it holds."""
-    lines = (f"(Title: {one_line(title)}) {one_line(text)}" for title, text in passages)
-    return "\n".join(f"Doc {n}: {line}".rstrip() for n, line in enumerate(lines, 1))
+    return number(f"(Title: {one_line(title)}) {one_line(text)}" for title, text in passages)
 
 
-DOCUMENT = re.compile(r"^Doc (\d+): ?", re.MULTILINE)
+def number(texts: Iterable[str]) -> str:
+    """Texts as lines "Doc 1: ..."; `split_documents` is the inverse."""
+    return "\n".join(f"Doc {n}: {text}".rstrip() for n, text in enumerate(texts, 1))
 
 
 def split_documents(documents: str) -> list[str]:
     """The documents in a text, without their "Doc 1:"; a text without these labels is one document."""
-    parts = DOCUMENT.split(documents)
-    texts = parts[2::2] if len(parts) > 1 else parts
+    first, *labelled = re.split(r"(?m)^Doc \d+: ?", documents)
+    texts = labelled or [first]
     return [text.strip() for text in texts if text.strip()]
 
 
@@ -186,7 +184,7 @@ def shortened(search: Search, words: int) -> Search:
     def short(query: Query):
         documents = yield from search(query)
         texts = (" ".join(text.split()[:words]) for text in split_documents(documents.text))
-        return replace(documents, text="\n".join(f"Doc {i}: {text}" for i, text in enumerate(texts, 1)))
+        return replace(documents, text=number(texts))
 
     return short
 
@@ -199,29 +197,29 @@ QUERY = 500  # characters; anything longer is hardly a query, and too long for a
 def retrieved(answer: object) -> list[tuple[str, str]]:
     """(title, text) of each passage in {"result": [[passage, ...]]}, the answer to one query.
 
-    A passage may be wrapped as {"document": passage, "score"}. Raises ValueError for any other shape.
+    A passage may be wrapped as {"document": passage, "score"}. The first line of "contents" is the title, as
+    in wiki-18, unless there is another. Raises ValueError for any other shape.
     """
+
+    def read(item: object) -> tuple[str, str]:
+        match item["document"] if isinstance(item, dict) and "document" in item else item:
+            case {"title": str(title), "text": str(text)}:
+                return title, text
+            case {"contents": str(contents), "title": str(title)}:
+                first, _, rest = contents.partition("\n")
+                return title, rest if first.strip('"') == title else contents
+            case {"contents": str(contents)} | str(contents):
+                first, _, rest = contents.partition("\n")
+                return first.strip('"'), rest
+        raise ValueError('a passage without "contents"')
+
     match answer:
         case {"result": [[*items]]}:
-            return [_retrieved(item) for item in items]
+            return [read(item) for item in items]
     raise ValueError('no {"result": [[passage, ...]]} for the one query')
 
 
-def _retrieved(item: object) -> tuple[str, str]:
-    """(title, text). The first line of "contents" is the title, as in wiki-18, unless there is another."""
-    match item["document"] if isinstance(item, dict) and "document" in item else item:
-        case {"title": str(title), "text": str(text)}:
-            return title, text
-        case {"contents": str(contents), "title": str(title)}:
-            first, _, rest = contents.partition("\n")
-            return title, rest if first.strip('"') == title else contents
-        case {"contents": str(contents)} | str(contents):
-            first, _, rest = contents.partition("\n")
-            return first.strip('"'), rest
-    raise ValueError('a passage without "contents"')
-
-
-def retriever(address: str, count: int, limit: float = 60.0) -> Search:
+def retriever(address: str, count: int, limit: float) -> Search:
     """Search-R1's protocol: POST {"queries": [query], "topk": count, "return_scores": true}."""
     server = Server(address, "a /retrieve server", limit=limit)
     path, fixed = "" if server.path else "/retrieve", {"topk": count, "return_scores": True}
@@ -235,7 +233,10 @@ def organic(answer: object) -> list[tuple[str, str]]:
     """
     match answer:
         case {"organic_results": [*results]}:
-            return [_organic(result) for result in results]
+            if not all(isinstance(r, dict) and isinstance(r.get("title"), str) for r in results):
+                raise ValueError("a result without a title")
+            snippets = (r.get("snippet") for r in results)
+            return [(r["title"], s if isinstance(s, str) else "") for r, s in zip(results, snippets)]
         case {"search_metadata": {"status": "Success"}}:
             return []
         case {"error": str(words)}:
@@ -243,30 +244,17 @@ def organic(answer: object) -> list[tuple[str, str]]:
     raise ValueError('no "organic_results"')
 
 
-def _organic(result: object) -> tuple[str, str]:
-    match result:
-        case {"title": str(title)}:
-            return title, snippet if isinstance(snippet := result.get("snippet"), str) else ""
-    raise ValueError("a result without a title")
-
-
-def serpapi(count: int, limit: float = 60.0) -> Search:
+def serpapi(count: int, limit: float) -> Search:
     """Google's first page, about ten results. Raises ValueError without a key."""
     key = environment_key("SERPAPI_API_KEY")
     if not key:
         raise ValueError("serpapi needs a key: set SERPAPI_API_KEY in the environment")
     server = Server(os.environ.get("SERPAPI_BASE_URL") or "https://serpapi.com", "SerpApi", key, limit=limit)
-
-    fixed = {"engine": "google", "api_key": key}
-    return remote(
-        server, organic, count, lambda text: ("/search.json?" + urlencode({"q": text} | fixed), None)
-    )
+    path, fixed = "/search.json?", {"engine": "google", "api_key": key}
+    return remote(server, organic, count, lambda text: (path + urlencode({"q": text} | fixed), None))
 
 
-Request = Callable[[str], tuple[str, dict | None]]
-
-
-def remote(server: Server, read: Callable, count: int, request: Request) -> Search:
+def remote(server: Server, read: Callable, count: int, request: Callable[[str], tuple]) -> Search:
     """A search by a server; other rows decode while it waits. request: the query's text -> path, body."""
 
     def search(query: Query) -> Generator:
@@ -327,15 +315,10 @@ def ask(search: Search, text: str) -> str:
             return end.value.text
 
 
+ENGINE = "bm25:CORPUS (or just the file), http://HOST:PORT[/PATH], serpapi, none"
 FLAGS = {
     "the query": [
-        Flag(
-            "engine",
-            str,
-            NEEDED,
-            "bm25:CORPUS (or just the file), http://HOST:PORT[/PATH], serpapi, none",
-            bare=True,
-        ),
+        Flag("engine", str, NEEDED, ENGINE, bare=True),
         Flag("query", str, NEEDED, "what to search for", "WORD", many="+", bare=True),
     ]
 }
@@ -343,13 +326,13 @@ FLAGS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Print an engine's documents for a query, and how long it took."""
-    given = parse(__doc__, FLAGS, argv)
-    engine, began = given["engine"], time.perf_counter()
-    search = open_search(f"bm25:{engine}" if Path(engine).is_file() else engine)
-    opened = time.perf_counter()
+    given, began = parse(__doc__, FLAGS, argv), time.perf_counter()
+    engine = given["engine"]
+    search, opened = open_search(f"bm25:{engine}" if Path(engine).is_file() else engine), time.perf_counter()
     print(ask(search, " ".join(given["query"])) or "nothing found")
-    found = time.perf_counter()
-    print(f"engine ready in {opened - began:.1f} s, the query in {1e3 * (found - opened):.1f} ms")
+    print(
+        f"engine ready in {opened - began:.1f} s, the query in {1e3 * (time.perf_counter() - opened):.1f} ms"
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rollout import Query, Question, Trajectory
+from search import number
 from simulator import messages
 from words import fill
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 from rollout import Documents, Query, Question, Search
+from search import number, split_documents
 
 STEMS = "Ba Cle Dor Fi Gra Hel Ju Ka Lo Mer Ni Os Per Sta Tu Val".split()  # noqa: SIM905
 ENDINGS = {
@@ -60,11 +61,6 @@ def parse(text: str) -> tuple[str, ...]:
 def say(entity: str, *relations: str) -> str:
     """The inverse of `parse`. The entity comes last: in a document the object follows it directly."""
     return " ".join((*reversed(relations), entity))
-
-
-def number(facts: list[str]) -> str:
-    """Facts as the lines "Doc 1: ..."."""
-    return "\n".join(f"Doc {i}: {fact}" for i, fact in enumerate(facts, 1))
 
 
 def read(documents: str, asked: tuple[str, ...]) -> str:
@@ -156,7 +152,7 @@ def shuffled(search: Search) -> Search:
 
     def mixed(query: Query):
         documents = yield from search(query)
-        facts = [line.split(": ", 1)[-1] for line in documents.text.splitlines()]
+        facts = split_documents(documents.text)
         random.Random(f"{query.address} {query.text}").shuffle(facts)
         return replace(documents, text=number(facts))
 
