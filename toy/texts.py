@@ -19,7 +19,7 @@ from simulator import messages
 from words import fill
 
 from .words import END, SIM_WORDS, TURNS, WORDS
-from .world import KIND, LINKS, NAMES, RELATIONS, UNKNOWN, VALUES, World, number, parse, read, say
+from .world import KIND, LINKS, NAMES, RELATIONS, UNKNOWN, VALUES, World, parse, read, say
 
 Piece = tuple[str, bool]
 Asked = tuple[str, str]  # entity, relation
