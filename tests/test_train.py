@@ -128,6 +128,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not(tiny, whole, tmp_path, monk
     monkeypatch.setattr(train, "learn", learn)
     run("--out", cut, "--resume")
     assert log_of(cut) == log_of(whole)
+    assert (cut / "episodes.jsonl").read_text() == (whole / "episodes.jsonl").read_text()
     for part in ("policy", "simulator"):
         same = [(d / part / "adapter_model.safetensors").read_bytes() for d in (whole, cut)]
         assert same[0] == same[1]
