@@ -141,7 +141,10 @@ def test_a_defect_reaches_the_run(defect, clean, tmp_path, monkeypatch):
     if defect in ("example", "zerosearch"):  # the toy prompt has no example
         monkeypatch.setattr(compat, "example", lambda t, tok: t.question.answers[0])
         monkeypatch.setattr(train, "episode", cut(train.episode))
+    cuts, nucleus = [], compat.nucleus
+    monkeypatch.setattr(compat, "nucleus", lambda *args: cuts.append(1) or nucleus(*args))
     policy, seen = trained(tmp_path / "run", "--compat", defect)
+    assert bool(cuts) == (defect in ("top-p", "zerosearch"))
     assert torch.isfinite(policy).all() and (not torch.equal(policy, clean[0]) or defect == "substring")
     signs = {o.kl > 0 for o, _ in seen}
     assert signs == {defect not in ("kl-sign", "zerosearch")}
