@@ -20,23 +20,15 @@ from torch import Tensor
 from cli.disk import read_json, save_tensors, whole, write_json
 from model import Adapter, Config, Model
 
-HERE = Path(__file__).resolve().parent
-PRESETS = {
-    "tiny": str(HERE / "toy" / "body"),
-    "0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
-    "1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
-    "3b": "Qwen/Qwen2.5-3B-Instruct",
-    "7b": "Qwen/Qwen2.5-7B-Instruct",
-    "14b": "Qwen/Qwen2.5-14B-Instruct",
-    "0.5b-base": "Qwen/Qwen2.5-0.5B",
-    "1.5b-base": "Qwen/Qwen2.5-1.5B",
-    "3b-base": "Qwen/Qwen2.5-3B",
-    "7b-base": "Qwen/Qwen2.5-7B",
-    "14b-base": "Qwen/Qwen2.5-14B",
-    "llama-1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama-3b": "meta-llama/Llama-3.2-3B-Instruct",
-    "llama-1b-base": "meta-llama/Llama-3.2-1B",
-    "llama-3b-base": "meta-llama/Llama-3.2-3B",
+PRESETS = {"tiny": str(Path(__file__).resolve().parent / "toy" / "body")}
+PRESETS |= {
+    f"{family}{size}{kind}": f"{hub}{size.upper()}{end}"
+    for family, hub, sizes in (
+        ("", "Qwen/Qwen2.5-", ("0.5b", "1.5b", "3b", "7b", "14b")),
+        ("llama-", "meta-llama/Llama-3.2-", ("1b", "3b")),
+    )
+    for kind, end in (("", "-Instruct"), ("-base", ""))
+    for size in sizes
 }
 
 # --------------------------------------------------------------------------------------------------- adapters
@@ -48,7 +40,7 @@ def _peft_tensors(model: Model, adapter: Adapter) -> dict[str, Tensor]:
     for i, layer in enumerate(model.layers):
         for linear in layer.linears():
             A, Bs = next(pieces)
-            for (part, _), a, b in zip(linear.parts.items(), A.split(adapter.rank), Bs):
+            for part, a, b in zip(linear.parts, A.split(adapter.rank), Bs):
                 name = f"base_model.model.model.layers.{i}.{_home(part)}.{part}"
                 out[name + ".lora_A.weight"], out[name + ".lora_B.weight"] = a.detach(), b.detach()
     return out
@@ -66,17 +58,9 @@ def save_adapter(model: Model, role: int, path: str | Path, base: str = "") -> N
     path, adapter = Path(path), model.roles[role]
     path.mkdir(parents=True, exist_ok=True)
     parts = [part for linear in model.layers[0].linears() for part in linear.parts]
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name(base),
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": parts,
-        "inference_mode": True,
-    }
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name(base)}
+    config |= {"r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0, "bias": "none"}
+    config |= {"target_modules": parts, "inference_mode": True}
     tensors = {k: v.cpu().contiguous() for k, v in _peft_tensors(model, adapter).items()}
     with whole(path / "adapter_model.safetensors") as part:
         save_tensors(part, tensors, {"format": "pt"})
@@ -89,6 +73,9 @@ def base_name(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
+UNSUPPORTED = "use_dora use_rslora rank_pattern alpha_pattern modules_to_save fan_in_fan_out"
+
+
 def load_adapter(model: Model, role: int, path: str | Path) -> None:
     """Read a PEFT LoRA adapter into a role. Modules that it does not adapt get B = 0.
 
@@ -96,14 +83,7 @@ def load_adapter(model: Model, role: int, path: str | Path) -> None:
     """
     path = Path(path)
     c = read_json(path / "adapter_config.json", "a PEFT adapter directory", r=int, lora_alpha=(int, float))
-    for key in (
-        "use_dora",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "fan_in_fan_out",
-    ):
+    for key in UNSUPPORTED.split():
         if c.get(key):
             raise ValueError(f"{path}: the adapter sets {key}, which is not supported")
     if c.get("peft_type") != "LORA" or c.get("bias", "none") != "none":
@@ -113,11 +93,15 @@ def load_adapter(model: Model, role: int, path: str | Path) -> None:
     for name, theirs in _read_safetensors(path / "adapter_model.safetensors"):
         if name not in mine:
             raise ValueError(f"{path}: {name} adapts a module that this body does not have")
-        if theirs.shape != mine[name].shape:
-            raise ValueError(
-                f"{path}: {name} is {tuple(theirs.shape)}, the body needs {tuple(mine[name].shape)}"
-            )
-        mine[name].copy_(theirs)
+        _copy(theirs, mine[name], f"{path}: {name}")
+
+
+def _copy(theirs: Tensor, mine: Tensor, what: str) -> None:
+    if theirs.shape != mine.shape:
+        raise ValueError(
+            f"{what} is {tuple(theirs.shape)}, the body's config.json implies {tuple(mine.shape)}"
+        )
+    mine.copy_(theirs)
 
 
 # ----------------------------------------------------------------------------------------------------- bodies
@@ -130,20 +114,16 @@ def resolve(name: str | Path) -> Path:
     if Path(where).is_dir():
         return Path(where)
     if where.count("/") != 1 or where.startswith((".", "/", "~")):
-        raise ValueError(
-            f"no checkpoint {name!r}: give a directory, a hub id, or a preset: {' '.join(PRESETS)}"
-        )
+        presets = " ".join(PRESETS)
+        raise ValueError(f"no checkpoint {name!r}: give a directory, a hub id, or a preset: {presets}")
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model"]
     try:
-        return Path(
-            snapshot_download(where, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
-        )
+        return Path(snapshot_download(where, allow_patterns=wanted))
     except Exception as e:  # the hub client raises dozens of types for one failure
-        reason = str(e).strip().splitlines()[0]
-        raise ValueError(
-            f"could not download {where!r}: {reason}. A local directory works without a network"
-        ) from None
+        why = f"{str(e).strip().splitlines()[0]}. A local directory works without a network"
+        raise ValueError(f"could not download {where!r}: {why}") from None
 
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
@@ -161,32 +141,17 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
             linear.weight.data = linear.weight.data.t().contiguous().t()
     model.rotary()
     mine = hf_tensors(model)
-    seen = set()
+    missing = set(mine)
     for file in _shards(path):
-        for tensor_name, theirs in _read_safetensors(file):
-            if tensor_name not in mine:
-                if _expected_extra(tensor_name, config):
-                    continue
-                raise ValueError(
-                    f"{file}: unexpected tensor {tensor_name}: not a plain {config.family} checkpoint"
-                )
-            if theirs.shape != mine[tensor_name].shape:
-                need = tuple(mine[tensor_name].shape)
-                raise ValueError(
-                    f"{file}: {tensor_name} is {tuple(theirs.shape)}, config.json implies {need}"
-                )
-            mine[tensor_name].copy_(theirs)
-            seen.add(tensor_name)
-    missing = sorted(set(mine) - seen)
+        for key, theirs in _read_safetensors(file):
+            if key in mine:
+                _copy(theirs, mine[key], f"{file}: {key}")
+                missing.discard(key)
+            elif not (key.endswith("rotary_emb.inv_freq") or (config.tied and key == "lm_head.weight")):
+                raise ValueError(f"{file}: unexpected tensor {key}: not a plain {config.family} checkpoint")
     if missing:
-        raise ValueError(
-            f"{path}: {len(missing)} of {len(mine)} tensors are missing, the first is {missing[0]}"
-        )
+        raise ValueError(f"{path}: {len(missing)} of {len(mine)} tensors are missing, e.g. {min(missing)}")
     return model.eval()
-
-
-def _expected_extra(name: str, c: Config) -> bool:
-    return name.endswith("rotary_emb.inv_freq") or (c.tied and name == "lm_head.weight")
 
 
 def hf_tensors(model: Model) -> dict[str, Tensor]:
@@ -202,12 +167,9 @@ def hf_tensors(model: Model) -> dict[str, Tensor]:
             out[pre + "self_attn.q_norm.weight"] = layer.q_norm.data
             out[pre + "self_attn.k_norm.weight"] = layer.k_norm.data
         for linear in layer.linears():
-            widths = list(linear.parts.values())
-            for part, w in zip(linear.parts, linear.weight.data.split(widths)):
-                out[f"{pre}{_home(part)}.{part}.weight"] = w
-            if linear.bias is not None:
-                for part, b in zip(linear.parts, linear.bias.data.split(widths)):
-                    out[f"{pre}{_home(part)}.{part}.bias"] = b
+            for kind, p in linear.named_parameters():  # weight, and bias if there is one
+                for part, view in zip(linear.parts, p.data.split(list(linear.parts.values()))):
+                    out[f"{pre}{_home(part)}.{part}.{kind}"] = view
     return out
 
 

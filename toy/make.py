@@ -168,9 +168,8 @@ def make(out: Path, seed: int = 0) -> None:
         seen += tokens
         done, spent = step + 1, time.monotonic() - began
         if done % 50 == 0 or done == STEPS:
-            left = spent / (done - first) * (STEPS - done)
             reads = f"   reads {reading_accuracy(model, tok):.3f}" if done % 200 == 0 else ""
-            pace = f"{seen / spent:,.0f} tokens/s   {left:.0f} s left"
+            pace = f"{seen / spent:,.0f} tokens/s   {spent / (done - first) * (STEPS - done):.0f} s left"
             print(f"step {done:5d}/{STEPS}   loss {loss:.3f}   {pace}{reads}", flush=True)
         if done % SAVE == 0:
             tensors = {f"model.{name}": t for name, t in model.state_dict().items()}

@@ -1,7 +1,6 @@
 """The toy world as a task: its questions, its engine, its prompts, and the figures that only it has.
 
-To make another task, copy this folder: `python train.py --data FOLDER` finds the class `Task` in it. tasks.py
-says what each method is for.
+`python train.py --data FOLDER` finds the class `Task` in a folder. tasks.py says what each method is for.
 """
 
 from collections.abc import Callable
@@ -16,20 +15,15 @@ from .words import JUDGE, SIM_WORDS, WORDS
 from .world import World
 
 FOUND = "\n\n<information>{documents}</information>\n\n"  # as in an episode
+RAG = replace(WORDS, prompt=WORDS.prompt + FOUND)
 
 
 class Task(tasks.Task):
     """Questions about a world whose facts can only be looked up, and the world's own lookup engine."""
 
     DEFAULTS = {
-        **{
-            "turns": 4,
-            "prompt-tokens": 16,
-            "episode-tokens": 192,
-            "turn-tokens": 20,
-            "observation-tokens": 32,
-        },
-        **{"sim-tokens": 40, "seat-tokens": 256},
+        **{"turns": 4, "prompt-tokens": 16, "episode-tokens": 192, "turn-tokens": 20},
+        **{"observation-tokens": 32, "sim-tokens": 40, "seat-tokens": 256},
         "train": {
             **{"steps": 64, "questions": 16, "group": 8, "eval-questions": 400},
             **{"lr": 2e-3, "micro-tokens": 4096, "sft-steps": 250},
@@ -37,11 +31,8 @@ class Task(tasks.Task):
         "eval": {"limit": 300},
         "collect": {"limit": 20_000, "seats": 128, "noise": 0.5},  # without noise there are no noisy rows
     }
-    words = dict.fromkeys(("agent", "direct", "cot"), WORDS) | {
-        "rag": replace(WORDS, prompt=WORDS.prompt + FOUND)
-    }
-    sim_words = SIM_WORDS
-    judge = JUDGE
+    words = dict.fromkeys(("agent", "direct", "cot"), WORDS) | {"rag": RAG}
+    sim_words, judge = SIM_WORDS, JUDGE
 
     def to_train(self) -> tuple[list[Question], list[Question], Search]:
         """Two worlds: the facts of one are false in the other."""

@@ -1,9 +1,9 @@
 """The body's pre-training texts, the rows for the simulator's fine-tuning, and the audit of a simulator.
 
-In these texts agents search well and badly, and engines answer well and badly: RL and fine-tuning then select
-among behaviours that the body already has, as with an instruct model. A text is a list of pieces (text,
-learned), which are encoded one by one, as sampled and given text are in an episode; only learned pieces carry
-the loss. A two-hop question goes through a *bridge*, the entity that its first relation leads to.
+Agents search and engines answer well and badly: RL and fine-tuning then select among behaviours that the
+body already has, as with an instruct model. A text is a list of pieces (text, learned), encoded one by one as
+in an episode; only learned ones carry the loss. A two-hop question goes through a *bridge*, the entity that
+its first relation leads to.
 
 Not a data set: every text is drawn at random, about a world of its own.
 """
@@ -75,8 +75,7 @@ def transcript(rng: random.Random) -> list[Piece]:
         found = read(documents, asked)
         if rng.random() < MISREAD:
             found = rng.choice(VALUES[RELATIONS[asked[1]][1]])
-        thought = f"<think> {say(*asked)} {found}</think>"
-        last = asked[1] == relations[-1]
+        thought, last = f"<think> {say(*asked)} {found}</think>", asked[1] == relations[-1]
         if found == UNKNOWN:
             if rng.random() >= RETRY:
                 break
@@ -158,9 +157,9 @@ def answered(rng: random.Random, tuning: bool = False) -> tuple[Query, str, bool
 
 def rows(n: int, seed: int = 0) -> list[dict]:
     """n rows for the simulator's fine-tuning (collect.py), from worlds that are used nowhere else."""
-    rng = random.Random(f"rows {seed}")
-    out = []
-    for query, documents, noisy in (answered(rng, tuning=True) for _ in range(n)):
+    rng, out = random.Random(f"rows {seed}"), []
+    for _ in range(n):
+        query, documents, noisy = answered(rng, tuning=True)
         row = {"query": query.text, "question": query.question.text, "answer": query.question.answers[0]}
         row |= {"documents": documents, "quality": "noisy" if noisy else "useful"}
         out.append(row | {"earlier": [list(search) for search in query.earlier]})
@@ -211,9 +210,8 @@ def states(documents: str, asked: tuple[str, ...], answer: str = "") -> bool:
 
 
 def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: int = 0) -> dict[str, float]:
-    """How well a simulator plays the engine, on n held-out searches of each kind.
+    """How well a simulator plays the engine, on n held-out searches of each kind; write: see tasks.py.
 
-    write(queries, noisy) returns the documents that the simulator writes when asked for useful or noisy ones.
     useful_hit   useful documents state the asked fact (for the last relation: with the golden answer)
     noisy_hit    noisy documents state a fact about the asked entity and relation
     leak         useful documents hold the golden answer though the query skips a hop ("shortcut")
@@ -227,15 +225,12 @@ def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: i
     def mean(seen: Callable[[str, Query], bool], queries: list[Query], noisy: bool = False) -> float:
         return sum(map(seen, write(queries, noisy), queries)) / len(queries)
 
-    def leaks(documents: str, query: Query) -> bool:
-        return query.question.answers[0] in documents
-
     proper, shortcut, invented = draw("first") + draw("second"), draw("shortcut"), draw("invented")
     return {
         "useful_hit": mean(lambda d, q: states(d, parse(q.text), golden(q)), proper),
         "noisy_hit": mean(lambda d, q: states(d, parse(q.text)), proper, noisy=True),
-        "leak": mean(leaks, shortcut),
-        "invented": mean(leaks, invented),
+        "leak": mean(lambda d, q: q.question.answers[0] in d, shortcut),
+        "invented": mean(lambda d, q: q.question.answers[0] in d, invented),
     }
 
 

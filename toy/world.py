@@ -119,12 +119,11 @@ class World:
     def distractor(self, asked: tuple[str, ...], rng: random.Random) -> str:
         """A true fact about another entity; half of the time with a relation that was asked for."""
         wanted = [word for word in asked if word in RELATIONS]
-        relation = rng.choice(wanted) if wanted and rng.random() < 0.5 else rng.choice(list(RELATIONS))
+        relation = rng.choice(wanted if wanted and rng.random() < 0.5 else list(RELATIONS))
         entity = rng.choice(VALUES[RELATIONS[relation][0]])
         found = self.fact(entity, relation)
-        if entity in asked or found in asked:
-            return self.distractor(asked, rng)
-        return f"{say(entity, relation)} {found}"
+        again = entity in asked or found in asked
+        return self.distractor(asked, rng) if again else f"{say(entity, relation)} {found}"
 
     def lookup(self, query: Query, noise: float = 0.0, ranked: bool = False):
         """The world's search engine, a search as in rollout.py; noise: probability that it finds nothing."""
@@ -142,13 +141,12 @@ def fresh_questions(n: int, seed: int) -> list[Question]:
 
 
 def lookup_anywhere(query: Query, noise: float = 0.0):
-    """The search engine of the world that the query's question is about (`fresh_questions`), best fact first:
-    the order that a simulator is taught. The policy reads facts in any order (`shuffled`)."""
+    """The engine of the question's own world (`fresh_questions`); best fact first, as simulators learn it."""
     return (yield from World(int(query.question.id)).lookup(query, noise, ranked=True))
 
 
 def shuffled(search: Search) -> Search:
-    """The same engine with its facts in random order: simulators write the best first, `lookup` does not."""
+    """The same engine with its facts in random order, as the policy is to read them."""
 
     def mixed(query: Query):
         documents = yield from search(query)
