@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count
+from itertools import accumulate, count, islice
 from queue import SimpleQueue
 
 import numpy as np
@@ -141,18 +141,35 @@ class Trajectory:
         self.logps += [0.0] * len(ids) if logps is None else logps
 
 
-BLOCK = re.compile(r"<(think|search|answer)>(.*?)</\1>|<search>", re.DOTALL)
+TAG = re.compile(r"<(/?)(think|search|answer)>")
 STOPS = ("</search>", "</answer>")
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
     """(kind, text) of each search or answer block, ("open", "") for a query that is not closed.
 
-    A closed thought is skipped with all it holds; one that is never closed (base models) hides nothing.
+    A closed thought is skipped with all it holds, inner thoughts included; one that is never closed (base
+    models) hides nothing.
     """
-    for block in BLOCK.finditer(text):
-        if block[1] != "think":
-            yield block[1] or "open", (block[2] or "").strip()
+    at = 0
+    while tag := TAG.search(text, at):
+        at, kind = tag.end(), tag[2]
+        if tag[1]:
+            continue  # it closes nothing
+        if kind == "think":
+            depth = accumulate((-1 if t[1] else 1 for t in thoughts(text, at)), initial=1)
+            ends = (t.end() for t, d in zip(thoughts(text, at), islice(depth, 1, None)) if d == 0)
+            at = next(ends, at)
+        elif (end := text.find(f"</{kind}>", at)) >= 0:
+            yield kind, text[at:end].strip()
+            at = end
+        elif kind == "search":
+            yield "open", ""
+
+
+def thoughts(text: str, at: int) -> Iterator[re.Match]:
+    """The tags that open and close thoughts, from a place on."""
+    return (tag for tag in TAG.finditer(text, at) if tag[2] == "think")
 
 
 def action(text: str) -> tuple[str, str] | None:

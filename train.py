@@ -555,6 +555,8 @@ def main(argv: list[str] | None = None) -> None:
         s = load(a, task, world.questions + world.held)
         inputs = {"questions": world.questions, "held-out questions": world.held}
         inputs |= {"policy's words": s.words, "simulator's words": s.simulator and s.simulator.words}
+        inputs |= {"bodies": sorted({disk.contents(home) for home in find_bodies(a).values()})}
+        inputs |= {"adapters": [disk.contents(Path(x)) for x in (a.adapter, a.sim_adapter) if x]}
         inputs = {what: disk.fingerprint(value) for what, value in inputs.items()}
         same_inputs(kept.get("inputs", {}), inputs, a.out)
         kept = {"given": given, **kept, "settled": vars(a), "inputs": inputs}

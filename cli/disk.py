@@ -136,6 +136,17 @@ def unpack_optimizer(
     opt.load_state_dict(opt.state_dict() | {"state": state})
 
 
+def contents(folder: Path) -> str:
+    """A fingerprint of the JSON and safetensors files in a directory, of the latter's ends alone (fast)."""
+    parts = []
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        with open(path, "rb") as file:
+            first, size = file.read(2**16), path.stat().st_size
+            file.seek(max(0, size - 2**16))
+            parts.append((path.name, size, first, file.read()))
+    return fingerprint(parts)
+
+
 # ------------------------------------------------------------------------------------------------------- rows
 
 
@@ -220,6 +231,25 @@ def free_name(folder: str) -> str:
     raise ValueError(f"{folder} holds a thousand runs of this second: give --out")
 
 
+def lock(out: Path) -> int | None:
+    """Make the directory and lock it: a handle to be closed. ValueError if another process holds the lock."""
+    while True:
+        out.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
+        handle = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(out)):
+                return handle
+        except FileNotFoundError:
+            pass  # removed meanwhile by the run that held it: make it again
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(f"another run is writing into {out}: wait, or choose another --out") from None
+        os.close(handle)
+
+
 @contextmanager
 def claimed(out: Path, resume: bool) -> Iterator[None]:
     """Lock the directory `out` for one run. It is made if missing, and removed if the block leaves it empty.
@@ -228,16 +258,9 @@ def claimed(out: Path, resume: bool) -> Iterator[None]:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: choose another")
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY) if fcntl else None
+    handle = lock(out)
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise ValueError(f"another run is writing into {out}: wait, or choose another --out") from None
-    try:
-        if not resume and any(out.iterdir()):
+        if not resume and any(path.suffix != ".tmp" for path in out.iterdir()):
             raise ValueError(
                 f"--out {out} already holds something: choose another, or --resume the run in it"
             )
@@ -245,5 +268,5 @@ def claimed(out: Path, resume: bool) -> Iterator[None]:
     finally:
         with suppress(OSError):  # not empty, as a rule
             out.rmdir()
-        if fcntl:
+        if handle is not None:
             os.close(handle)

@@ -5,6 +5,7 @@ A random body in the toy task. Rewards are a function of the answer's text, so t
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,11 +232,11 @@ def test_a_full_disk_is_one_line_and_the_old_state_stays(whole, tmp_path, capsys
         raise disk.SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        at_step(3, OSError("log: no space"), patch, "tell")
-        run_before = disk.save_file
-        patch.setattr(disk, "save_file", lambda *a: (full if steps_taken(out) else run_before)(*a))
+        at_step(3, OSError("no space for the log"), patch, "act")
+        plain = disk.save_file
+        patch.setattr(disk, "save_file", lambda *a: (full if steps_taken(out) else plain)(*a))
         told = fails(capsys, "--out", out, *SHORT)
-    assert "go on with --out" in told and steps_of(out) == 0
+    assert "as this one failed" in told and "os error 28" in told and steps_of(out) == 0
     assert not list(out.rglob("*.tmp"))
     run("--out", out, "--resume")
     equal_ends(out, whole)
@@ -345,6 +346,9 @@ def test_other_questions_are_refused(body, tmp_path, capsys, monkeypatch):
     data.write_text("".join([*lines, lines[0]]))
     assert "the questions are not those" in fails(capsys, "--out", out, "--resume")
     data.write_text("".join(lines))
+    (tmp_path / "sim.json").write_text(json.dumps(sim | {"useful": "Useful {query}"}))
+    assert "simulator's words" in fails(capsys, "--out", out, "--resume")
+    (tmp_path / "sim.json").write_text(json.dumps(sim))
     words.write_text(json.dumps({"prompt": "? {question}", "notice": "!"}))
     assert "policy's words" in fails(capsys, "--out", out, "--resume")
     words.write_text(json.dumps({"prompt": "{question}", "notice": "!"}))
@@ -409,3 +413,54 @@ def test_ppo_goes_on_as_if_it_had_not_been_cut(tmp_path, monkeypatch):
     assert state["value"].abs().max() > 0 and state["critic"].numel() == state["policy"].numel()
     rows = [json.loads(line) for line in (cut / "log.jsonl").read_text().splitlines()]
     assert all(row["value_loss"] > 0 and row["critic_norm"] > 0 and not row["skipped_groups"] for row in rows)
+
+
+def test_a_directory_that_was_removed_is_not_owned(tmp_path, monkeypatch):
+    """A run that leaves its directory empty removes it: whoever has opened it meanwhile would lock nothing,
+    while a third run makes it again and owns it too."""
+    out, opened = tmp_path / "run", os.open
+
+    def late(path, flags):
+        handle = opened(path, flags)
+        if len(calls) == 0:
+            calls.append(1)
+            out.rmdir()  # the first owner leaves between our opening and our locking
+        return handle
+
+    calls = []
+    monkeypatch.setattr(os, "open", late)
+    with disk.claimed(out, resume=False):
+        monkeypatch.undo()
+        assert calls and out.is_dir()
+        with pytest.raises(ValueError, match="another run"), disk.claimed(out, resume=False):
+            pass
+
+
+def test_a_kill_before_the_first_file_is_whole_leaves_no_dead_directory(tmp_path):
+    """Half of args.json is nothing to resume, and must not be in the way of a new run either."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "args.json.tmp").write_text("{")
+    with disk.claimed(out, resume=False):
+        pass
+
+
+def test_another_body_is_refused(cut, body, tmp_path, capsys, monkeypatch):
+    """Other weights under the same name would go on as if they had learnt."""
+    other = tmp_path / "other"
+    shutil.copytree(body, other)
+    save_model(Model(Config.from_hf(json.loads((other / "config.json").read_text()))).init(7, 0.1), other)
+    monkeypatch.setitem(weights.PRESETS, "tiny", str(other))
+    assert "the bodies are not those" in fails(capsys, "--out", cut, "--resume")
+
+
+def test_other_held_out_questions_are_refused(cut, capsys, monkeypatch):
+    """Before and after would be scores of different questions."""
+    plain = Task.to_train
+
+    def other(self):
+        questions, _, engine = plain(self)
+        return questions, questions[:2], engine
+
+    monkeypatch.setattr(Task, "to_train", other)
+    assert "held-out questions" in fails(capsys, "--out", cut, "--resume")

@@ -296,7 +296,9 @@ def test_turns_of_siblings_are_the_same_in_any_company(body, monkeypatch, seats,
     (want, copied), clear = talk(64), Pool.clear
     assert copied > 0
     if not shared:
-        monkeypatch.setattr(Pool, "clear", lambda pool: (clear(pool), setattr(pool, "prompts", Nothing())))
+        monkeypatch.setattr(
+            Pool, "clear", lambda pool, *a: (clear(pool, *a), setattr(pool, "prompts", Nothing()))
+        )
     got, copied = talk(seats)
     assert [g[0] for g in got] == [w[0] for w in want] and (copied > 0) == (shared and seats > 1)
     assert max(abs(a - b) for g, w in zip(got, want) for a, b in zip(g[1], w[1])) < 1e-4
@@ -317,7 +319,9 @@ def test_shared_prompts_change_no_result(body, monkeypatch):
     """A sibling's copy of a prompt must be what its own prefill would have made."""
     want, _ = roam(body, 5)
     clear = Pool.clear
-    monkeypatch.setattr(Pool, "clear", lambda pool: (clear(pool), setattr(pool, "prompts", Nothing())))
+    monkeypatch.setattr(
+        Pool, "clear", lambda pool, *a: (clear(pool, *a), setattr(pool, "prompts", Nothing()))
+    )
     got, stats = roam(body, 5)
     assert stats.copied == 0 and [g[0] for g in got] == [w[0] for w in want]
 
@@ -662,3 +666,30 @@ def test_the_picture_of_the_mask():
     """What the policy sampled must be told from what it was given at a glance."""
     t, _ = play(["<answer>Jane</answer>"])
     assert shown(t, TOK, colour=False) == "[Q: who wrote Emma?\n]<answer>Jane</answer>"
+
+
+def test_logits_that_are_not_finite_end_the_run(monkeypatch):
+    """NaN log-probs would be trained on; the cause is the type, and the error says so."""
+    script = Script([97] * 9, 1)
+    plain = script.logits
+    monkeypatch.setattr(script, "logits", lambda h: plain(h) * float("nan"))
+
+    def one():
+        yield Turn(TOK.encode("a"), POLICY, 3, 1.0, (), (0,))
+
+    with pytest.raises(ValueError, match="not finite"):
+        Engine({POLICY: (script, TOK)}, 1, 64).run([one()])
+
+
+@pytest.mark.parametrize(
+    "said, found",
+    [
+        ("<think>a <think>b</think> I might <search> it</think><answer>Jane</answer>", ("answer", "Jane")),
+        ("<think>a <think>b</think> <answer>Jane</answer>", ("answer", "Jane")),
+        ("</think><think>x</think></think><search>q</search>", ("search", "q")),
+        ("<think><think></think></think> <search> open", None),
+    ],
+)
+def test_inner_thoughts_are_part_of_the_outer_one(said, found):
+    """The end of an inner thought is not the end of the outer one: what follows it is still thought."""
+    assert rollout.action(said) == found
