@@ -1,17 +1,15 @@
-"""What answered questions come to: rows on disk, means and how sure they are, tables, two runs compared.
+"""Means of answered questions with confidence intervals, as tables, and two evaluations compared.
 
 A *row* is one answered question, as eval.py writes it: {"set", "id", "question", "hops", "answer", "end",
 "f1", "em", "cover_em", "searches", "found", "seconds", ...}. Everything here is made from rows.
 
-Intervals are bootstrap percentiles: the questions of a set are drawn again, with replacement, 10,000 times
-from a fixed seed, and 95 % of the resampled means lie within [low, high]. For the average of sets each set is
-resampled by itself: sets are what they are, questions are a sample. Where all resampled means are the same
-there is no interval: it would have no width, and claim a certainty. Two runs of the same questions are
-compared pair by pair (`compare`); whether they differ by more than luck is a test of its own (`p_value`),
-since an interval of this kind is too narrow where few questions differ. Sources: Efron and Tibshirani 1993,
-An Introduction to the Bootstrap; for the test, Fisher 1935, The Design of Experiments.
+Intervals are 95 % bootstrap percentiles over 10,000 resamples of a set's questions, from a fixed seed (Efron
+and Tibshirani 1993, An Introduction to the Bootstrap). For the average of sets each set is resampled by
+itself: the sets are fixed, the questions a sample. Where all questions score alike there is no interval, for
+it would have no width. Two evaluations of the same questions are compared pair by pair, with a sign-flip test
+(Fisher 1935, The Design of Experiments): a bootstrap interval is too narrow where few questions differ.
 
-What this is not: a claim about other questions, other seeds of training, or other words in the prompt.
+Not a claim about other questions, other seeds of training, or other words in the prompt.
 """
 
 from collections import Counter
@@ -37,8 +35,7 @@ EXACT = 12  # questions that differ, up to which every pattern of signs is looke
 def means(rows: list[dict]) -> dict:
     """{"n", "f1", "em", "cover_em", "searches", "found"} of rows.
 
-    "found" is the share of those whose documents held a golden answer, of questions that are not answered by
-    yes or no (which their rows say with a null); None where there are no others.
+    "found": the share whose documents held a golden answer, yes/no questions (null) excluded, or None.
     """
     return {"n": len(rows)} | {key: _mean([row[key] for row in rows]) for key in MEANS}
 
@@ -50,10 +47,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def summary(rows: list[dict]) -> dict:
-    """Means over all rows, ends by cause, and the means by hops where the questions tell them.
-
-    {"n", "f1", "em", "cover_em", "searches", "found", "ends": {cause: rows}, "by_hop": {"1": means, ...}}
-    """
+    """`means` of all rows, with "ends": {cause: rows} and "by_hop": {"1": means, ...} of known hops."""
     hops = sorted({row["hops"] for row in rows} - {0})
     return {
         **means(rows),
@@ -63,46 +57,37 @@ def summary(rows: list[dict]) -> dict:
 
 
 def average(sets: dict[str, dict]) -> dict:
-    """The mean of the sets' means, whatever their sizes, as the paper's tables have it; "n" is the sum.
-
-    A set that lacks a figure (None) has no part in its mean.
-    """
-    parts = list(sets.values())
-    if len(parts) == 1:
-        return parts[0]
-    names = [k for k, v in parts[0].items() if v is None or isinstance(v, float)]
+    """The unweighted mean of the sets' means, as in the paper's tables, without the None; "n" is the sum."""
+    first, *others = parts = list(sets.values())
+    names = [k for k, v in first.items() if v is None or isinstance(v, float)]
     shared = {k: _mean(part[k] for part in parts) for k in names}
-    return {"n": sum(p["n"] for p in parts)} | shared
+    return {"n": sum(p["n"] for p in parts)} | shared if others else first
 
 
 # ------------------------------------------------------------------------------------------------ uncertainty
 
 
 def resampled(values: np.ndarray, stream: int, draws: int = DRAWS) -> np.ndarray:
-    """Means of `draws` samples of the rows of values (n, m), n with replacement each -> (draws, m).
+    """Means of `draws` resamples, with replacement, of the rows of values (n, m) -> (draws, m).
 
-    The same stream and n draw the same questions: what is paired stays so.
+    The same stream and n draw the same questions, so pairs stay pairs.
     """
     n, rng = len(values), np.random.default_rng([0, stream])
     return np.stack([values[rng.integers(n, size=n)].mean(0) for _ in range(draws)])
 
 
 def interval(drawn: np.ndarray) -> list[list[float] | None]:
-    """The [low, high] of each column of resampled means (draws, m) that 95 % of them lie within.
-
-    None where it has no width: questions that all score alike do not say how sure their mean is.
-    """
+    """95 % interval [low, high] of each column of resampled means (draws, m); None without width."""
     ends = np.percentile(drawn, [2.5, 97.5], axis=0).T.tolist()
     return [[low, high] if high - low > 1e-9 else None for low, high in ends]  # less is rounding
 
 
 def p_value(differences: np.ndarray, stream: int, draws: int = DRAWS) -> float:
-    """Two-sided, of paired differences (n,), each in its weight: does their sum differ from 0 by luck?
+    """Two-sided sign-flip test of weighted paired differences (n,): does their sum differ from 0 by luck?
 
-    If nothing but luck tells the two runs apart, each difference could as well have had the other sign. p is
-    the share of patterns of signs whose sum lies as far from 0 as the one that was seen, or farther: of all
-    2^k patterns where k questions differ, k <= EXACT; else of `draws` patterns, drawn from a fixed seed, and
-    the one that was seen, so that it is never 0 (Phipson and Smyth 2010).
+    p is the share of sign patterns whose sum is at least as far from 0 as the observed one: of all 2^k where
+    k <= EXACT questions differ; else of `draws` random ones and the observed, so that p is never 0 (Phipson
+    and Smyth 2010).
     """
     differ = differences[differences != 0]
     if len(differ) <= EXACT:
@@ -117,18 +102,17 @@ def p_value(differences: np.ndarray, stream: int, draws: int = DRAWS) -> float:
 
 
 def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
-    """set -> its rows, in the order of the rows."""
-    sets: dict[str, list[dict]] = {}
-    for row in rows:
-        sets.setdefault(row["set"], []).append(row)
-    return sets
+    """set -> its rows, both in the order of the rows."""
+    rows = list(rows)
+    return {
+        name: [row for row in rows if row["set"] == name] for name in dict.fromkeys(r["set"] for r in rows)
+    }
 
 
 def figures(rows: list[dict], draws: int = DRAWS) -> dict:
     """The `average` of all sets and, under "sets", each one's `summary`.
 
-    Both with "intervals": {"em": [low, high] or None, "cover_em": ..., "f1": ...}, and "seconds" that were
-    spent.
+    Both with "intervals": {"f1": [low, high] or None, "em": ..., "cover_em": ...} and "seconds" spent.
     """
     sets, drawn = {}, []
     for stream, (name, part) in enumerate(by_set(rows).items()):
@@ -155,8 +139,8 @@ UNTRAINED = {"direct": 15.00, "cot": 14.69, "rag": 25.09}  # Qwen2.5-3B, the ave
 AVERAGE = "mean of sets"
 PAPER = (
     "paper: its cover_em (which it calls EM) for this body, as an agent after its training; its own engine, "
-    "500 questions and words (arXiv 2505.04588)"
 )
+PAPER += "500 questions and words (arXiv 2505.04588)"
 
 
 def papers(policy: str, mode: str) -> dict[str, float]:
@@ -187,13 +171,11 @@ def results(whole: dict, paper: dict[str, float]) -> str:
         lines |= {f"  {hops} hop": means for hops, means in part["by_hop"].items()}
     if len(sets) > 1:
         lines[AVERAGE] = _line(whole, paper.get(AVERAGE))
-    notes = ["(low-high): 95 % bootstrap interval over questions; (-): none, as all of them score alike"]
-    notes += [
+    notes = "(low-high): 95 % bootstrap interval over questions; (-): none, as all of them score alike\n"
+    notes += (
         "found: share of questions whose golden answer is in the retrieved documents (yes/no ones excluded)"
-    ]
-    if paper.keys() & lines.keys():
-        notes += [PAPER]
-    return "\n".join([table(lines), *notes])
+    )
+    return "\n".join([table(lines), notes, *([PAPER] if paper.keys() & lines.keys() else [])])
 
 
 def _line(part: dict, paper: float | None) -> dict:
@@ -215,9 +197,8 @@ def read_result(path: str) -> dict[tuple, dict]:
     """The answered questions of eval.py's JSON file: (set, id, question, how many alike before) -> row."""
     rows, seen = read_json(Path(path), "a place of results").get("questions"), Counter()
     if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and "f1" in r for r in rows):
-        raise ValueError(
-            f"{path} holds no answered questions: make it with eval.py --policy ... --json {path}"
-        )
+        how = f"make it with eval.py --policy ... --json {path}"
+        raise ValueError(f"{path} holds no answered questions: {how}")
     keyed = {}
     for row in rows:
         key = (row["set"], row["id"], row["question"])
@@ -229,16 +210,15 @@ def read_result(path: str) -> dict[tuple, dict]:
 def compare(a: str, b: str, draws: int = DRAWS) -> dict[str, dict]:
     """Two result files of the same questions -> {"SET SCORE": {"n", "A", "B", "B - A", "95 %", "p"}}.
 
-    Paired: the differences, question by question, are resampled (`interval`), and their signs flipped
-    (`p_value`). Raises ValueError where the files do not hold the same questions.
+    The paired differences are resampled for the interval; p is `p_value`. Raises ValueError where the
+    questions are not the same.
     """
     left, right = read_result(a), read_result(b)
     for one, other, path in ((left, right, a), (right, left, b)):
         if alone := [key for key in one if key not in other]:
-            raise ValueError(
-                f"{a} and {b} cannot be compared: {len(alone)} questions are in {path} alone, the first is "
-                f"{alone[0][2][:60]!r} of {alone[0][0]}"
-            )
+            first = f"the first is {alone[0][2][:60]!r} of {alone[0][0]}"
+            alone = f"{len(alone)} questions are in {path} alone, {first}"
+            raise ValueError(f"{a} and {b} cannot be compared: {alone}")
     out, sets = {}, []
     for stream, name in enumerate(by_set(left.values())):
         keys = [key for key in left if key[0] == name]
@@ -256,31 +236,20 @@ def _compared(
     name: str, a: np.ndarray, b: np.ndarray, shares: np.ndarray, drawn: np.ndarray, stream: int, draws: int
 ) -> dict[str, dict]:
     """The lines of a set: means a, b (3,), a question's share in b - a (n, 3), resampled b - a (draws, 3)."""
-    return {
-        f"{name} {score}": {
-            "n": len(shares),
-            "A": float(a[i]),
-            "B": float(b[i]),
-            "B - A": float(b[i] - a[i]),
-            "95 %": interval(drawn[:, i : i + 1])[0],
-            "p": p_value(shares[:, i], stream, draws),
-        }
-        for i, score in enumerate(SCORES)
-    }
+    p = [p_value(column, stream, draws) for column in shares.T]
+    columns = zip(a.tolist(), b.tolist(), (b - a).tolist(), interval(drawn), p)
+    names = ("n", "A", "B", "B - A", "95 %", "p")
+    return {f"{name} {s}": dict(zip(names, (len(shares), *c))) for s, c in zip(SCORES, columns)}
 
 
 def comparison(lines: dict[str, dict]) -> str:
     """The table of `compare`."""
     shown = {}
     for name, line in lines.items():
-        ends = line["95 %"]
-        shown[name] = line | {
-            "B - A": f"{line['B - A']:+.3f}",
-            "95 %": f"{ends[0]:+.3f} .. {ends[1]:+.3f}" if ends else "-",
-            "p": f"{line['p']:.4f}",
-        }
-    return table(shown) + (
-        "\n95 %: bootstrap interval of B - A, paired by question (-: none, as all differ alike); too narrow "
-        "where few differ\np: two-sided, how often B - A is as large if the sign of each question's "
-        "difference is random"
+        ends = "{:+.3f} .. {:+.3f}".format(*line["95 %"]) if line["95 %"] else "-"
+        shown[name] = line | {"B - A": f"{line['B - A']:+.3f}", "95 %": ends, "p": f"{line['p']:.4f}"}
+    notes = (
+        "95 %: bootstrap interval of B - A, paired by question (-: none, as all differ alike); too narrow "
     )
+    notes += "where few differ\np: two-sided, how often B - A is as large if the sign of each question's "
+    return f"{table(shown)}\n{notes}difference is random"

@@ -1,15 +1,14 @@
-"""Rows for the simulator's fine-tuning, collected from a real engine and labelled.
+"""Collect rows for the simulator's fine-tuning from a real engine, and label them useful or noisy.
 
 A policy answers questions with a real engine; each of its searches is a row: query, question, answer,
 documents. Three labels say whether the documents are useful:
 
     judge        the body without an adapter, asked whether they suffice to answer the query (the paper, v3)
-    answer       a golden answer stands in them
+    answer       a golden answer appears in them
     trajectory   the episode that read them reached the answer (the paper, v1)
 
-One of them becomes the row's quality; of both qualities equally many rows are kept. Every episode is one line
-of a log, written when it ends: nothing is lost or done twice, whatever interrupts a run, and another label
-or more rows cost no second run.
+One of them becomes the row's quality, and the set is balanced. Every episode is one line of a log, written
+when it ends: an interrupted run resumes, and another label or more rows cost no second run.
 
 Not the fine-tuning (sft.py), not an engine (search.py), and not a filter: what is not used is counted.
 
@@ -31,8 +30,6 @@ from questions import cover_em, holds_answer
 from rollout import Documents, Engine, Limits, Query, Question, Search, Turn, episode
 from words import JUDGE, JudgeWords, Words, fill
 
-# ------------------------------------------------------------------------------------------------- the judge
-
 JUDGED = 4  # the judge's stream of randomness
 VERDICT = 8  # tokens, within which yes or no must come
 
@@ -46,10 +43,9 @@ def verdict(text: str, words: JudgeWords) -> bool | None:
 
 
 def judged(tok, words: JudgeWords, query: Query, documents: str, room: int) -> Generator:
-    """A generator that asks the judge about one search: returns its verdict.
+    """A generator that asks the judge about one search and returns its verdict.
 
-    Documents are cut until the prompt fits `room`; where the query leaves none for them, there is no verdict:
-    None.
+    Documents are cut to fit `room` tokens; None where the query leaves no room for them.
     """
 
     def asked(text: str) -> list[int]:
@@ -96,9 +92,8 @@ class Collector:
             return documents
 
         reading = self.shown(noted) if self.shown else noted
-        t = yield from episode(
-            question, reading, self.tok, self.limits, self.words, self.temperature, address
-        )
+        told = (self.tok, self.limits, self.words, self.temperature)
+        t = yield from episode(question, reading, *told, address)
         forced = self.force and not found
         if forced:
             yield from noted(Query(question.text, question, (*address, 0)))
@@ -106,25 +101,16 @@ class Collector:
         rows = []
         for query, documents in found:
             says = yield from judged(self.tok, self.judge, query, documents.text, self.room)
-            labels = {
-                "judge": says,
-                "answer": holds_answer(documents.text, question.answers),
-                "trajectory": reached,
-            }
+            labels = dict(zip(LABELS, (says, holds_answer(documents.text, question.answers), reached)))
             rows.append(raw_row(query, documents.text) | {"labels": labels})
         return {"forced": forced, "rows": rows}
 
 
 def raw_row(query: Query, documents: str) -> dict:
-    """A row that has no quality yet. Its answer is the first golden one that stands in the documents."""
-    question = query.question
-    held = [gold for gold in question.answers if holds_answer(documents, [gold])]
-    row = {
-        "query": query.text,
-        "question": question.text,
-        "answer": (held or question.answers)[0],
-        "documents": documents,
-    }
+    """A row without a quality. Its answer is the first golden one in the documents, else the first."""
+    answers = query.question.answers
+    answer = next((gold for gold in answers if holds_answer(documents, [gold])), answers[0])
+    row = {"query": query.text, "question": query.question.text, "answer": answer, "documents": documents}
     return row | ({"earlier": [list(search) for search in query.earlier]} if query.earlier else {})
 
 
@@ -139,10 +125,10 @@ def collect(
     seed: int = 0,
     rounds: int = 64,
 ) -> "Sorted":
-    """Episodes, until n // 2 rows of each quality are there or every question was asked `samples` times.
+    """Run episodes until there are n // 2 rows of each quality or every question was asked `samples` times.
 
-    Each episode has a number and an address of its own, so that it does not matter which of them are run
-    together; those that stand in the log are not run again. rounds: episodes between two looks at the rows.
+    An episode's number gives its address, so results do not depend on which run together; logged ones are
+    skipped. rounds: episodes between two looks at the rows.
     """
     left = [i for i in range(samples * len(questions)) if i not in log.rows]
     count = sort_rows(log.rows, label)
@@ -163,7 +149,7 @@ def collect(
 
 @dataclass(frozen=True)
 class Sorted:
-    """The rows of a log by quality, in the order of their episodes, and how many were left aside, and why."""
+    """The rows of a log by quality, in the order of their episodes, and how many were left out and why."""
 
     useful: list[dict]
     noisy: list[dict]
@@ -174,10 +160,8 @@ class Sorted:
         return 2 * min(len(self.useful), len(self.noisy), n // 2)
 
     def rows(self, n: int) -> list[dict]:
-        """A balanced set of at most n rows, the first of each quality, one after the other."""
-        half = self.balanced(n) // 2
-        pairs = zip(self.useful[:half], self.noisy[:half])
-        return [row for pair in pairs for row in pair]
+        """A balanced set of at most n rows: the first of each quality, alternating."""
+        return [row for pair in zip(self.useful, self.noisy) for row in pair][: self.balanced(n)]
 
 
 def all_rows(episodes: dict[int, dict]) -> list[dict]:

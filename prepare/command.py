@@ -31,10 +31,8 @@ STATE_FILE, RESULT_FILE = "state.safetensors", "sft.json"
 def main(argv: list[str] | None = None) -> None:
     verb, given = flags.given_to_verb(simulators.__doc__, argv)
     a = flags.settle(verb, given)
-    run = {"collect": command_collect, "sft": command_sft, "audit": command_audit, "write": command_write}[
-        verb
-    ]
-    run(a, kind(a.task)(a))
+    verbs = {"collect": command_collect, "sft": command_sft, "audit": command_audit, "write": command_write}
+    verbs[verb](a, kind(a.task)(a))
 
 
 # -------------------------------------------------------------------------------------------- audit and write
@@ -151,11 +149,9 @@ def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
     if not (out / STATE_FILE).exists():
         raise ValueError(f"{out} holds no unfinished run to resume")
     state, facts = disk.load_state(out / STATE_FILE)
-    changed = sorted(k for k in settings if settings[k] != facts["flags"].get(k))
-    if changed:
-        raise ValueError(
-            f"{out} was begun with another --{changed[0].replace('_', '-')}: resume with the same"
-        )
+    if changed := sorted(k for k in settings if settings[k] != facts["flags"].get(k)):
+        flag = changed[0].replace("_", "-")
+        raise ValueError(f"{out} was begun with another --{flag}: resume with the same")
     return state, facts
 
 
@@ -203,19 +199,16 @@ def command_collect(a: argparse.Namespace, task: Task) -> None:
     questions = task.to_collect()
     questions = random.Random(a.seed).sample(questions, len(questions))
     search = task.engine(a.search)
-    log = disk.Rows(
-        out.with_name(f"{out.name}.episodes"), settings, a.resume, lambda row: row["episode"], must=True
-    )
+    path = out.with_name(f"{out.name}.episodes")
+    log = disk.Rows(path, settings, a.resume, lambda row: row["episode"], must=True)
     s = load(a, task)
     room = s.engine.pools[POLICY].capacity
-    collector = Collector(
-        s.tok, search, s.limits, s.words, task.judge, a.temperature, a.force_search, room, task.shown
-    )
+    how = (task.judge, a.temperature, a.force_search, room, task.shown)
+    collector = Collector(s.tok, search, s.limits, s.words, *how)
     go_on = f"the episodes so far are in {log.path}: the same command with --resume goes on"
     try:
-        found = collect(
-            s.engine, collector, questions, log, a.judge, a.rows, a.samples, a.seed, rounds=4 * a.seats
-        )
+        wanted = (a.judge, a.rows, a.samples, a.seed)
+        found = collect(s.engine, collector, questions, log, *wanted, rounds=4 * a.seats)
     except OSError as e:  # an engine that fails
         raise OSError(f"{e}; {go_on}") from None
     except KeyboardInterrupt:
@@ -228,7 +221,7 @@ def command_collect(a: argparse.Namespace, task: Task) -> None:
 
 
 def tally(log: disk.Rows, found: Sorted, a: argparse.Namespace) -> str:
-    """What was collected, what the labels say of it, and what is left aside."""
+    """What was collected, what the labels say of it, and what is left out."""
     raw, forced = all_rows(log.rows), sum(e["forced"] for e in log.rows.values())
     used = found.balanced(a.rows)
     surplus = len(found.useful) + len(found.noisy) - used
@@ -243,15 +236,11 @@ def tally(log: disk.Rows, found: Sorted, a: argparse.Namespace) -> str:
 def check_found(log: disk.Rows, found: Sorted, a: argparse.Namespace) -> None:
     """Raise ValueError, with advice, where there is nothing to write; say so where there is too little."""
     if not all_rows(log.rows):
-        raise ValueError(
-            f"{a.policy} made no search in {len(log.rows)} episodes: --force-search searches for the "
-            "question itself; else take a larger policy, or one with an --adapter"
-        )
+        advice = "--force-search searches for the question itself; else take a larger policy, or an --adapter"
+        raise ValueError(f"{a.policy} made no search in {len(log.rows)} episodes: {advice}")
     if not found.balanced(a.rows):
         lacking = "useful" if not found.useful else "noisy"
-        raise ValueError(
-            f"no row is {lacking} by --judge {a.judge}: try another --judge with --resume, "
-            "more questions, or more --samples"
-        )
+        advice = "try another --judge with --resume, more questions, or more --samples"
+        raise ValueError(f"no row is {lacking} by --judge {a.judge}: {advice}")
     if found.balanced(a.rows) < a.rows // 2 * 2:
         print(f"fewer than {a.rows} rows: --resume with more --samples goes on")

@@ -24,10 +24,6 @@ ASKED = re.compile(
 )
 
 
-def _two_texts(pair: object) -> bool:
-    return isinstance(pair, list) and [type(text) for text in pair] == [str, str]
-
-
 def check_row(row: dict) -> dict:
     """The row itself. Raises ValueError with what is wrong with it."""
     for column in COLUMNS:
@@ -37,7 +33,10 @@ def check_row(row: dict) -> dict:
         raise ValueError(f"quality is {row['quality']!r}: it must be useful or noisy")
     if unknown := sorted(row.keys() - {*COLUMNS, "earlier"}):
         raise ValueError(f"unknown columns: {', '.join(unknown)}")
-    if not (isinstance(row.get("earlier", []), list) and all(map(_two_texts, row.get("earlier", [])))):
+    earlier = row.get("earlier", [])
+    if not isinstance(earlier, list) or any(
+        not isinstance(pair, list) or [*map(type, pair)] != [str, str] for pair in earlier
+    ):
         raise ValueError("earlier must be a list of [query, documents]")
     return row
 
@@ -65,10 +64,8 @@ def released(prompt: str, documents: str) -> dict:
     """
     found = ASKED.search(prompt)
     if found is None:
-        end = " ".join(prompt[-80:].split())
-        raise ValueError(
-            f"its prompt does not end in 'Query: ...' and 'Useful Output:' or 'Noisy Output:': {end!r}"
-        )
+        layout = "'Query: ...' and 'Useful Output:' or 'Noisy Output:'"
+        raise ValueError(f"its prompt does not end in {layout}: {' '.join(prompt[-80:].split())!r}")
     listed = re.match(r"\[\s*(['\"])(.*?)\1", found["answer"], re.DOTALL)  # a list of answers, written out
     answer = listed[2] if listed else found["answer"]
     row = {"query": found["query"].strip(), "question": found["question"], "answer": answer}
@@ -99,13 +96,12 @@ def parse_row(row: dict, columns: dict[str, str] | None = None) -> dict:
 def read_rows(source: str | Path, columns: dict[str, str] | None = None) -> list[dict]:
     """Rows {"query", "question", "answer", "documents", "quality": "useful" | "noisy"} of a file or hub set.
 
-    A row may also hold "earlier": [[query, documents], ...], the searches before it. The file is JSON lines
-    (plain or gzip), a JSON list, or parquet; what is no file, nor a path, but OWNER/NAME comes from the hub.
-    The authors' released sets (SimulationTuning_wiki_dataset and SimulationTuning_google_dataset of
-    Alibaba-NLP) are a JSON file each. Their columns are documented nowhere that we found: they are mapped by
-    `exchange` and `released`, and where they are called otherwise `columns` names them. (ZeroSearch_dataset
-    holds questions, no documents.) Raises ValueError that names file and line, or row, for what is broken;
-    FileNotFoundError where there is no such file.
+    A row may also hold "earlier": [[query, documents], ...], the searches before it. A file is JSON lines
+    (plain or gzip), a JSON list, or parquet; OWNER/NAME, where no such file exists, is a hub set. The columns
+    of the authors' released sets (Alibaba-NLP/SimulationTuning_wiki_dataset, ..._google_dataset; a JSON file
+    each) are documented nowhere: `exchange` and `released` guess them, `columns` overrides. (Their
+    ZeroSearch_dataset holds questions, no documents.) Raises ValueError with file and
+    line, or row; FileNotFoundError.
     """
     name, path, parse = str(source), Path(source), partial(parse_row, columns=columns)
     if path.exists():
@@ -136,8 +132,8 @@ def _listed(path: Path) -> list[dict] | None:
 
 def row_query(row: dict) -> Query:
     """A row's query, with its question."""
-    earlier = tuple((query, documents) for query, documents in row.get("earlier", ()))
-    return Query(row["query"], Question(row["question"], (row["answer"],)), (), earlier)
+    question = Question(row["question"], (row["answer"],))
+    return Query(row["query"], question, (), tuple(map(tuple, row.get("earlier", ()))))
 
 
 def write_rows(rows: list[dict], path: Path) -> None:

@@ -1,11 +1,9 @@
-"""Supervised fine-tuning of one role's adapter on examples: a prompt, and what should follow it.
+"""Supervised fine-tuning of one role's adapter on prompts and completions (ZeroSearch, arXiv 2505.04588).
 
-The simulator's lightweight fine-tuning (ZeroSearch, arXiv 2505.04588). Only the completion is trained,
-batches hold rows of like length, and all order comes from a seed, so that an interrupted run goes on as if it
-had never stopped.
+Only the completion is trained, batches hold rows of similar length, and the order comes from a seed, so that
+an interrupted run resumes exactly.
 
-What this is not: a Trainer. `fine_tune` is a generator of progress; what a row is, and where results are
-saved, is its caller's affair (simulator.py).
+Not a Trainer: `fine_tune` is a generator of progress, and its caller (command.py) saves the results.
 """
 
 import random
@@ -16,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kernels import linear_logp
 from model import SIMULATOR, Model
@@ -36,10 +35,9 @@ class Example:
 def steps_of(
     rows: list[dict], encode: Callable[[dict], Example], tokens: int, seed: int
 ) -> Iterator[list[Example]]:
-    """An endless stream of steps: rows in a new seeded order each time round, as many as `tokens` hold.
+    """An endless stream of steps of up to `tokens` tokens (or one longer row), reshuffled each epoch.
 
-    Rows are encoded when their turn comes, so that a large set costs nothing at the start. A row longer than
-    `tokens` is a step of its own.
+    Rows are encoded when their turn comes, so that a large set costs nothing at the start.
     """
     order, step, size = random.Random(seed), [], 0
     while True:
@@ -52,9 +50,9 @@ def steps_of(
 
 
 def batches(examples: list[Example], tokens: int) -> list[list[Example]]:
-    """Examples cut into batches of like length, each of at most `tokens` with its padding (or of one row).
+    """Examples sorted by length and cut into batches of at most `tokens`, padding included (or of one row).
 
-    Unsorted, half of a batch is padding in the toy world, whose rows have 31 to 108 tokens; so cut, 7 %.
+    In the toy task (31 to 108 tokens a row) 7 % of a batch is padding; unsorted it would be half.
     """
     out = [[]]
     for e in sorted(examples, key=lambda e: len(e.ids)):
@@ -66,12 +64,12 @@ def batches(examples: list[Example], tokens: int) -> list[list[Example]]:
 
 def completion_logps(model: Model, role: int, batch: list[Example]) -> Tensor:
     """Log-probabilities (N,) of a batch's completion tokens, fp32, differentiable in the role's adapter."""
-    T = max(len(e.ids) for e in batch)
-    if model.config.context < T:
-        raise ValueError(f"a row has {T} tokens, this body reads {model.config.context}: shorten it")
-    ids = torch.tensor([e.ids + [0] * (T - len(e.ids)) for e in batch], device=model.device)  # (B, T)
-    lengths = torch.tensor([len(e.ids) for e in batch], device=model.device)  # (B,)
-    starts = torch.tensor([e.start for e in batch], device=model.device)  # (B,)
+    ids = pad_sequence([torch.tensor(e.ids) for e in batch], batch_first=True).to(model.device)  # (B, T)
+    T, context = ids.size(1), model.config.context
+    if context < T:
+        raise ValueError(f"a row has {T} tokens, this body reads {context}: shorten it")
+    spans = [[len(e.ids) for e in batch], [e.start for e in batch]]
+    lengths, starts = torch.tensor(spans, device=model.device)  # (B,) each, contiguous
     at = torch.arange(T, device=model.device)
     mask = (at >= starts[:, None]) & (at < lengths[:, None])  # (B, T)
     h = model(ids, role, lengths)[:, :-1][mask[:, 1:]]  # (N, d)
@@ -134,11 +132,10 @@ def fine_tune(
 ) -> Iterator[Progress]:
     """Fine-tune a role's adapter on rows: a generator of one Progress a step (iterate to run it).
 
-    AdamW on `model.adapter(role)` alone, lr falling linearly to 0, about `tokens` tokens a step and at most
-    `micro`, with padding, a pass; the loss is on the completions. exam: held-out rows, whose loss is measured
-    after the first step, every `every` steps and at the end.
-    With the adapter and `optimizer` as they were after `done` steps, a run goes on as if it had never
-    stopped. Raises ValueError for a row longer than the body can read.
+    AdamW on `model.adapter(role)`, lr falling linearly to 0, about `tokens` tokens a step, at most `micro`
+    (padding included) a pass. exam: held-out rows, whose loss is measured after the first step, every `every`
+    steps and at the end. done: steps that `optimizer` and the adapter have behind them. Raises ValueError for
+    a row longer than the body's context.
     """
     exam = [encode(row) for row in exam]
     optimizer = optimizer or adamw(model, role)
@@ -178,6 +175,5 @@ def sft(
     model: Model, tok: Tokenizer, words: SimWords, rows: list[dict], steps: int, lr: float, **options
 ) -> Iterator[Progress]:
     """Fine-tune the simulator's adapter on rows (`read_rows`); options are those of `sft.fine_tune`."""
-    return fine_tune(
-        model, SIMULATOR, rows, partial(example, tok, words, end_of_turn(tok)), steps, lr, **options
-    )
+    encode = partial(example, tok, words, end_of_turn(tok))
+    return fine_tune(model, SIMULATOR, rows, encode, steps, lr, **options)

@@ -124,6 +124,17 @@ def test_runs_are_compared_question_by_question(tmp_path):
     assert lines["q f1"]["A"] == pytest.approx(np.mean(scores))
 
 
+def test_each_score_has_its_own_interval(tmp_path):
+    """The interval of one score beside the mean of another would look as sound as its own."""
+    rng = random.Random(0)
+    left = [row(0.0, number=n) for n in range(40)]
+    right = [old | {"f1": rng.uniform(0.1, 0.3), "cover_em": rng.uniform(0.6, 0.9)} for old in left]
+    lines = compare(*files(tmp_path, left, right), 200)
+    for score in ("f1", "cover_em"):
+        low, high = lines[f"q {score}"]["95 %"]
+        assert low < lines[f"q {score}"]["B - A"] < high
+
+
 def test_chance_alone_is_not_found_significant(tmp_path):
     """Two runs that differ by luck must differ at p < .05 in about one case of twenty."""
     small = 0
