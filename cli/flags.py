@@ -112,7 +112,7 @@ TRAIN: Groups = {
         Flag("critic-lr", float, None, "of the critic of ppo (ten times --lr)"),
         *ADAPTED,
         Flag("kl", float, 1e-3, "coefficient of the KL to the reference (0 saves its forward pass)"),
-        Flag("gamma", float, 1.0, "discount a sampled token (whitened, gae)", most=1),
+        Flag("gamma", float, 1.0, "discount of a reward, a sampled token", most=1),
         Flag("lam", float, 1.0, "lambda of gae", most=1),
         Flag("entropy", float, 0.0, "coefficient of the entropy bonus"),
         Flag("strata", float, 0.0, "share of comparing siblings of as many searches (2510.06214)", most=1),
