@@ -27,32 +27,26 @@ from cli import plan, screen
 from cli.disk import read_json
 from cli.parser import Flag, parse, with_defaults
 
-from . import episodes, gpu, growth, memory, profile, sampling, training
-from .timing import HEADS, Row, Run
+from .decoding import episodes, profile, sampling
+from .gpu import gpu
+from .growth import growth, memory
+from .timing import HEADS, Run
+from .training import training
 from .work import installed
 
-# Each is a file: its docstring says what is measured, its `rows(p)` measures it.
-ALL = (sampling, episodes, profile, training, growth, memory, gpu)
-SECTIONS = {section.__name__.removeprefix("bench."): section for section in ALL}
+# Each yields its rows, given a Run; its docstring says what is measured.
+SECTIONS = {f.__name__: f for f in (sampling, episodes, profile, training, growth, memory, gpu)}
 
 
 def about() -> str:
     """The machine, the versions and the date, in one line."""
-    if torch.cuda.is_available():
-        where = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-        where = f"{os.cpu_count()}-core {found[1] if found else platform.processor()}, no GPU"
-    names = ("torch", "transformers", "peft", "trl")
-    versions = ", ".join(f"{name} {version(name)}" for name in names if installed(name))
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    cpu = f"{os.cpu_count()}-core {found[1] if found else platform.processor()}, no GPU"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    names = filter(installed, ("torch", "transformers", "peft", "trl"))
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
     return f"{where}; Python {platform.python_version()}, {versions}; {time.strftime('%Y-%m-%d')}"
-
-
-def markdown(rows: list[Row]) -> str:
-    """The rows as a table in Markdown."""
-    lines = [HEADS, ("---",) * len(HEADS), *(r.cells() for r in rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def put(text: str, name: str, body: str) -> str:
@@ -125,17 +119,16 @@ def main(argv: list[str] | None = None) -> None:
     p = Run(a.checkpoint, a.quick, a.threads, a.seconds)
     print(about(), flush=True)
     for name in a.only:
-        section, rows = SECTIONS[name], []
-        doc = " ".join(section.__doc__.split())
-        print(f"\n{name}: {doc}\n", flush=True)
-        for row in section.rows(p):
-            rows.append(row)
-            print("  ".join(cell for cell in row.cells() if cell), flush=True)
+        told, table = " ".join(SECTIONS[name].__doc__.split()), [HEADS, ("---",) * len(HEADS)]
+        print(f"\n{name}: {told}\n", flush=True)
+        for row in SECTIONS[name](p):
+            table.append(row.cells())
+            print("  ".join(filter(None, table[-1])), flush=True)
         if a.write:
             file = Path(a.file)
             text = file.read_text(encoding="utf-8") if file.exists() else "# Bench\n"
-            body = f"{doc}\n{about()}.\n\n{markdown(rows)}"
-            file.write_text(put(text, name, body), encoding="utf-8")
+            lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+            file.write_text(put(text, name, f"{told}\n{about()}.\n\n{lines}"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Random weights in the shape of Qwen2.5-3B, bf16. Without a GPU this is a dry run: shapes and bytes on the
-meta device, and the same code on the CPU with a small body."""
+"""A 3B model on a GPU: decoding, prefill, training and whole steps, as shares of what the GPU can do."""
 
 import statistics
 from collections.abc import Iterator
@@ -20,7 +19,9 @@ from .work import DEVICE, SMALL, Workload, engine, learner, random_body, threads
 BF16 = torch.bfloat16
 
 
-def rows(p: Run) -> Iterator[Row]:
+def gpu(p: Run) -> Iterator[Row]:
+    """Random weights in the shape of Qwen2.5-3B, bf16. Without a GPU this is a dry run: shapes and bytes on
+    the meta device, and the same code on the CPU with a small body."""
     c, small = plan.shape("3b"), replace(plan.shape("tiny"), vocab=512)
     if DEVICE == "cpu":
         yield from dry_run(replace(c, layers=2) if p.quick else c)
@@ -115,12 +116,12 @@ def step_row(name: str, c: Config, w: Workload, s: plan.Settings) -> Row:
     learning = timed(learner(body, ts, w.group, s.micro_tokens, recompute=bool(s.recompute)))
     planned, real = plan.budget([c], s)["total"], peak()
     ours = f"act {acting:.3g} s ({w.decoded() / acting:,.0f} tok/s), learn {learning:.3g} s"
-    shown = f"peak {real / 2**30:.2f} GiB, planned {planned / 2**30:.2f}" if DEVICE == "cuda" else ""
-    return Row(f"{name}: {s}", ours, note=shown)
+    note = f"peak {real / 2**30:.2f} GiB, planned {planned / 2**30:.2f}" if DEVICE == "cuda" else ""
+    return Row(f"{name}: {s}", ours, note=note)
 
 
 def dry_run(c: Config) -> Iterator[Row]:
-    """On the meta device, which computes nothing: the shapes and bytes of a decode step and of training."""
+    """On the meta device, which computes nothing: shapes and bytes of decode steps, the peak of training."""
     with torch.device("meta"):
         body = Model(c).to(BF16)
         body.cos, body.sin = (torch.empty(x.shape) for x in (body.cos, body.sin))
@@ -139,24 +140,19 @@ def dry_run(c: Config) -> Iterator[Row]:
         name = f"dry run, decode, {seats} seats, 512 cached tokens"
         note = f"meta; the cache of 640 tokens a seat has {planned / 2**30:.2f} GiB"
         yield Row(name, f"{decode_bytes(c, seats, 576, body.dtype) / 1e9:.2f} GB a step", note=note)
-    for recompute in (False, True):
-        yield dry_training(body, recompute)
-
-
-def dry_training(body: Model, recompute: bool) -> Row:
-    """A micro-batch on meta, where the references run: its peak against the planner's. Rows are short,
-    because on meta, and only there, attention keeps its T x T weights."""
-    progress("gpu", "dry run", "training")
+    # A micro-batch, through the references. Its rows are short: on meta alone, attention keeps T x T weights.
     ids = torch.empty(64, 32, dtype=torch.long, device="meta")
 
-    def update() -> None:
+    def update(recompute: bool) -> None:
         h = body(ids, POLICY, recompute=recompute).flatten(0, 1)
         linear_logp(h, body.head, ids.flatten())[0].sum().backward()
 
-    measured = metered(update).peak
-    body.adapter(POLICY).grad = None
-    s = plan.Settings(seat_tokens=2048, micro_tokens=2048, recompute=recompute, kernels=False)
-    planned = sum(plan.learning(body.config, s).values())
-    name = f"dry run, training, 2,048 tokens, activations {'computed again' if recompute else 'kept'}"
-    shown = (f"{measured / 2**30:.2f} GiB", f"planned {planned / 2**30:.2f} GiB")
-    return Row(name, *shown, planned / measured, note="meta")
+    for recompute, how in ((False, "kept"), (True, "computed again")):
+        progress("gpu", "dry run", "training")
+        measured = metered(partial(update, recompute)).peak
+        body.adapter(POLICY).grad = None
+        s = plan.Settings(seat_tokens=2048, micro_tokens=2048, recompute=recompute, kernels=False)
+        planned = sum(plan.learning(c, s).values())
+        shown = (f"{measured / 2**30:.2f} GiB", f"planned {planned / 2**30:.2f} GiB")
+        name = f"dry run, training, 2,048 tokens, activations {how}"
+        yield Row(name, *shown, planned / measured, note="meta")

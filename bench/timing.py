@@ -9,8 +9,8 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ HEADS = ("", "ours", "theirs", "ratio", "spread", "")
 clock = time.perf_counter
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A line of the table. ratio: theirs / ours, more than 1 where ours is better, or a fitted exponent."""
 
     name: str
@@ -41,8 +40,7 @@ class Row:
         return self.name, self.ours, self.theirs, ratio, spread, self.note
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """How to run. checkpoint: a directory, or "" for the toy body alone."""
 
     checkpoint: str = ""
@@ -138,14 +136,13 @@ class Meter(TorchDispatchMode):
         out = f(*args, **(kwargs or {}))
         for storage, shape in self.storages(out):
             key, size = storage._cdata, storage.nbytes()
-            if key in given or key in self.known:
-                continue
-            self.known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            if size > self.largest:
-                self.largest, self.largest_shape = size, shape
-            weakref.finalize(storage, self.forget, key, size)
+            if key not in given and key not in self.known:
+                self.known.add(key)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                if size > self.largest:
+                    self.largest, self.largest_shape = size, shape
+                weakref.finalize(storage, self.forget, key, size)
         return out
 
     @staticmethod
@@ -165,23 +162,18 @@ def metered(call: Callable[[], object]) -> Meter:
     return meter
 
 
-def resident() -> tuple[int, int]:
-    """This process's resident bytes and their peak since `forget_peak`; zeros without /proc."""
+def peak(key: str = "VmHWM") -> int:
+    """Peak bytes since `forget_peak`, on the GPU if there is one; 0 where there is no /proc."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    text = status.read_text() if status.exists() else "VmRSS: 0 kB VmHWM: 0 kB"
-    return tuple(int(re.search(rf"{key}:\s*(\d+) kB", text)[1]) * 1024 for key in ("VmRSS", "VmHWM"))
+    return int(re.search(rf"{key}:\s*(\d+)", status.read_text())[1]) * 1024 if status.exists() else 0
 
 
 def forget_peak() -> int:
-    """Reset the peak of memory. Returns the bytes held now, on the GPU if there is one."""
+    """Reset the peak of memory. Returns the bytes held now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if Path("/proc/self/clear_refs").exists():
+    elif Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
-    return resident()[0]
-
-
-def peak() -> int:
-    """Peak bytes since `forget_peak`."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident()[1]
+    return peak("VmRSS")  # on a GPU a peak that was just reset is what is held

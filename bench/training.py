@@ -1,5 +1,4 @@
-"""A whole update against TRL's GRPOTrainer with PEFT's LoRA of rank 16 on all seven matrices, fp32. Neither
-samples, so the packed copies of the weights that our engine makes on a CPU are not in the peak."""
+"""Our learner beside TRL's, each in a process of its own."""
 
 import io
 import multiprocessing
@@ -9,7 +8,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import replace
 
 import torch
 
@@ -19,18 +17,21 @@ from .timing import Row, Run, absent, forget_peak, now, peak, progress, timed, v
 from .work import DEVICE, SHORT, Body, Lesson, installed, learner, rewards
 
 
-def rows(p: Run) -> Iterator[Row]:
+def training(p: Run) -> Iterator[Row]:
+    """A whole update against TRL's GRPOTrainer with PEFT's LoRA of rank 16 on all seven matrices, fp32.
+    Neither samples, so the packed copies of the weights that our engine makes on a CPU are not in the
+    peak."""
     for b in p.bodies(torch.float32):
         full = Lesson(questions=2, steps=5) if b == Body() else Lesson()
         for recompute in p.few((True,), (True, False)):
             name = f"{b}, activations {'computed again' if recompute else 'kept'}"
             if installed("trl", "peft", "datasets"):
-                yield from training(p, name, b, replace(p.few(SHORT, full), recompute=recompute))
+                yield from update(p, name, b, p.few(SHORT, full)._replace(recompute=recompute))
             else:
                 yield absent(name)
 
 
-def training(p: Run, name: str, b: Body, lesson: Lesson) -> Iterator[Row]:
+def update(p: Run, name: str, b: Body, lesson: Lesson) -> Iterator[Row]:
     """The rows of time and of memory, from two runs of each side (one with --quick), alternating."""
     sides: tuple[list[dict], list[dict]] = ([], [])
     for _ in range(p.few(1, 2)):

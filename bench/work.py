@@ -3,13 +3,14 @@
 Not real text: except in prompts, ids are random, which does not change the cost.
 """
 
-import importlib.util
 import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -35,7 +36,12 @@ def threads(n: int) -> Iterator[None]:
 
 
 def installed(*names: str) -> bool:
-    return all(importlib.util.find_spec(name) for name in names)
+    return all(map(find_spec, names))
+
+
+def draw(rng: random.Random, vocab: int, n: int) -> list[int]:
+    """n ids from 1..vocab-1."""
+    return [rng.randrange(1, vocab) for _ in range(n)]
 
 
 class Silent:
@@ -50,8 +56,7 @@ class Silent:
         return ""
 
 
-@dataclass(frozen=True)
-class Body:
+class Body(NamedTuple):
     """A checkpoint, and the type and the number of threads that it is run with."""
 
     name: str = "toy"
@@ -144,7 +149,7 @@ class Workload:
     longest: int = 100
     documents: int = 250
     order: int = 150  # the simulator's prompt, to which the query is added
-    vocab: int = 512  # ids are drawn from 1..vocab-1
+    vocab: int = 512
 
     @property
     def rows(self) -> int:
@@ -157,8 +162,7 @@ class Workload:
         return max(episode, self.order + self.longest + self.documents)
 
     def ids(self, *key: int, n: int) -> list[int]:
-        rng = random.Random(str(key))
-        return [rng.randrange(1, self.vocab) for _ in range(n)]
+        return draw(random.Random(str(key)), self.vocab, n)
 
     def lengths(self, row: int) -> list[int]:
         rng = random.Random(row)
@@ -174,14 +178,14 @@ class Workload:
 
     def episode(self, row: int) -> Episode:
         """One episode. To the engine it looks like `rollout.episode`."""
-        t, lengths, fed = Trajectory(Question("", ())), self.lengths(row), 0
-        t.add(self.ids(0, row // self.group, n=self.prompt))
-        for call, length in enumerate(lengths):
-            address = (0, 0, row // self.group, row % self.group, call)
+        t, fed, (question, sibling) = Trajectory(Question("", ())), 0, divmod(row, self.group)
+        t.add(self.ids(0, question, n=self.prompt))
+        for call, length in enumerate(self.lengths(row)):
+            address = (0, 0, question, sibling, call)
             sampled = yield Turn(t.ids[fed:], POLICY, length, 1.0, (), (*address, TOKENS), t)
             t.add(sampled.ids, sampled.logps)
             fed = len(t.ids)
-            if call + 1 < len(lengths):
+            if call + 1 < self.turns:
                 order = self.ids(1, n=self.order) + sampled.ids
                 t.add((yield Turn(order, SIMULATOR, self.documents, 1.0, (), (*address, DOCUMENTS))).ids)
         return t
@@ -190,11 +194,7 @@ class Workload:
         return engine.run([self.episode(row) for row in range(self.rows)])
 
 
-SMALL = Workload(2, 2, 20, 2, 2, 6, 8, 10)  # for a smoke run
-
-
-@dataclass(frozen=True)
-class Lesson:
+class Lesson(NamedTuple):
     """Trajectories to learn from, and how. Each micro-batch has `micro` rows, ours and theirs."""
 
     questions: int = 1
@@ -210,20 +210,18 @@ class Lesson:
     def trajectories(self, vocab: int) -> list[Trajectory]:
         rng, out = random.Random(0), []
         for question in range(self.questions):
-            prompt = [rng.randrange(1, vocab) for _ in range(self.prompt)]
+            prompt = draw(rng, vocab, self.prompt)
             for _ in range(self.group):
-                t = Trajectory(Question(str(question), ()))
-                t.add(prompt)
+                out.append(Trajectory(Question(str(question), ())))
+                out[-1].add(prompt)
                 for turn in range(3):
+                    out[-1].add(draw(rng, vocab, self.documents if turn else 0))
                     n = rng.randint(self.sampled // 2, self.sampled * 3 // 2)
-                    t.add([rng.randrange(1, vocab) for _ in range(n)], [-math.log(vocab)] * n)
-                    if turn < 2:
-                        t.add([rng.randrange(1, vocab) for _ in range(self.documents)])
-                out.append(t)
+                    out[-1].add(draw(rng, vocab, n), [-math.log(vocab)] * n)
         return out
 
 
-SHORT = Lesson(2, 2, 12, 6, 4)  # for a smoke run
+SMALL, SHORT = Workload(2, 2, 20, 2, 2, 6, 8, 10), Lesson(2, 2, 12, 6, 4)  # for a smoke run
 
 
 def rewards(n: int) -> list[float]:

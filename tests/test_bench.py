@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 import model as models
 from bench import __main__ as command
-from bench import episodes, gpu, growth, memory, profile, sampling, timing, training, work
+from bench import decoding, gpu, growth, timing, training, work
 from bench.timing import Meter, Row, Run
 from bench.work import Lesson, Silent, Workload
 from cli import plan, screen
@@ -109,7 +109,7 @@ def test_the_meter_passes_over_packed_copies(monkeypatch):
 
 def test_the_peak_of_the_process_is_seen():
     """A peak that was there before the step, or is missed within it, would be charged to the wrong side."""
-    if not timing.resident()[0] or torch.cuda.is_available():
+    if not timing.peak() or torch.cuda.is_available():
         pytest.skip("no /proc, or a GPU")
     big = torch.ones(1 << 26)
     del big
@@ -148,7 +148,7 @@ def test_both_ways_do_the_same_episodes(body):
     engine = Engine({r: (body, Silent()) for r in (POLICY, SIMULATOR)}, 9, w.context + 1)
     ts = w.act(engine)
     theirs = Counting()
-    assert sum(len(t.ids) for t in ts) == episodes.lock_step(theirs, w)
+    assert sum(len(t.ids) for t in ts) == decoding.lock_step(theirs, w)
     assert [sum(t.mask) for t in ts] == [sum(w.lengths(row)) for row in range(w.rows)]
     assert engine.stats.decoded == w.decoded()
     assert max(len(t.ids) for t in ts) <= w.context
@@ -179,10 +179,10 @@ def test_agreement_tells_a_near_tie_from_an_error():
             return type("Out", (), {"logits": z})
 
     rows, b = [[1, 2]], [[4, 4, 4, 4]]
-    assert sampling.agreement(Logits(), rows, b, b) == "greedy ids equal"
-    assert "50.0% of greedy ids equal" in sampling.agreement(Logits(), rows, [[4, 4, 3, 3]], b)
-    assert "within 1 steps" in sampling.agreement(Logits(), rows, [[4, 4, 3, 3]], b)
-    assert "within 49 steps" in sampling.agreement(Logits(), rows, [[4, 5, 4, 4]], b)
+    assert decoding.agreement(Logits(), rows, b, b) == "greedy ids equal"
+    assert "50.0% of greedy ids equal" in decoding.agreement(Logits(), rows, [[4, 4, 3, 3]], b)
+    assert "within 1 steps" in decoding.agreement(Logits(), rows, [[4, 4, 3, 3]], b)
+    assert "within 49 steps" in decoding.agreement(Logits(), rows, [[4, 5, 4, 4]], b)
 
 
 def test_nothing_ends_a_silent_turn(body):
@@ -210,7 +210,11 @@ def test_a_written_table_holds_the_machine_and_the_rows(tmp_path, monkeypatch, c
     """A figure without its machine, versions and date cannot be judged."""
 
     row = Row("a row", "1 s", "2 s", 2.0, (1.5, 2.5), "note")
-    section = SimpleNamespace(__doc__="What it is.", rows=lambda p: [row])
+
+    def section(p):
+        """What it is."""
+        yield row
+
     monkeypatch.setitem(command.SECTIONS, "memory", section)
     file = tmp_path / "BENCH.md"
     command.main(["--only", "memory", "--write", "--file", str(file)])
@@ -253,9 +257,9 @@ def test_the_shares_of_a_profile_add_up(body):
     """A function that the model no longer goes through would show as nothing, and its time as the rest."""
     w = Workload(2, 2, 20, 2, 2, 6, 8, 10, SHAPE.vocab)
     before = kernels.rms_norm
-    row = profile.shares("x", partial(w.act, w.engine(body)), 1)
+    row = decoding.shares("x", partial(w.act, w.engine(body)), 1)
     parts = {part: int(share) for part, share in re.findall(r"(\w[\w ]*?) (\d+)%", row.note)}
-    assert [*parts] == [*profile.PARTS, "the rest"] and abs(sum(parts.values()) - 100) <= 4
+    assert [*parts] == [*decoding.PARTS, "the rest"] and abs(sum(parts.values()) - 100) <= 4
     assert kernels.rms_norm is before
 
 
@@ -281,7 +285,7 @@ def test_a_profile_calls_each_part_by_its_name(body, monkeypatch, module, name, 
 
     monkeypatch.setattr(timing, "clock", lambda: ticks[0])
     monkeypatch.setattr(module, name, tick)
-    assert profile.shares("x", partial(w.act, w.engine(body)), 1).note == f"{part} 100%"
+    assert decoding.shares("x", partial(w.act, w.engine(body)), 1).note == f"{part} 100%"
 
 
 def test_the_products_alone_are_all_matrices_once_a_token(body, monkeypatch):
@@ -293,10 +297,10 @@ def test_the_products_alone_are_all_matrices_once_a_token(body, monkeypatch):
             call()
         return counter.get_total_flops()
 
-    monkeypatch.setattr(sampling, "timed", flops)
+    monkeypatch.setattr(decoding, "timed", flops)
     matrices = SHAPE.layers * sum(d_in * sum(parts) for d_in, parts in plan.linears(SHAPE))
     wanted = 2 * 3 * (7 + 5) * matrices + 2 * 3 * 5 * SHAPE.vocab * SHAPE.d
-    assert sampling.products_alone(body, 3, 7, 5) == wanted
+    assert decoding.products_alone(body, 3, 7, 5) == wanted
 
 
 def test_the_row_without_adapters_is_the_one_without(monkeypatch):
@@ -313,8 +317,8 @@ def test_the_row_without_adapters_is_the_one_without(monkeypatch):
         return [1.0 + calls[0] - before]
 
     monkeypatch.setattr(models, "adapt", count)
-    monkeypatch.setattr(episodes, "alternate", lambda p, *sides: [adapted(side) for side in sides])
-    both, neither = episodes.rows(QUICK)
+    monkeypatch.setattr(decoding, "alternate", lambda p, *sides: [adapted(side) for side in sides])
+    both, neither = decoding.episodes(QUICK)
     assert both.ratio < 1 == neither.ratio
     assert "no adapters" in neither.name and "no adapters" not in both.name
 
@@ -333,10 +337,10 @@ def test_a_training_row_says_what_was_trained(monkeypatch):
 
     monkeypatch.setattr(training, "installed", lambda *names: True)
     monkeypatch.setattr(training, "apart", apart)
-    again, kept = training.rows(Run())
+    again, kept = training.training(Run())
     assert (again.name, again.ratio) == ("toy fp32, activations computed again: a step", 3.0)
     assert (kept.name, kept.ratio) == ("toy fp32, activations kept: a step", 6.0)
-    step, peak = training.rows(QUICK)
+    step, peak = training.training(QUICK)
     assert (peak.ours, peak.theirs, peak.ratio) == (
         "3 MiB",
         "1 MiB",
@@ -357,7 +361,7 @@ def test_the_passes_of_training_are_counted_rightly(body, monkeypatch):
 
 def test_our_log_probs_are_in_our_column():
     """The claim of the memory section, the right way round, where a vocabulary is large enough to show it."""
-    row = next(memory.rows(SimpleNamespace(few=lambda quick, full: (32768, 256, 32))))
+    row = next(growth.memory(SimpleNamespace(few=lambda quick, full: (32768, 256, 32))))
     assert row.ratio > 2 and float(row.ours.split()[0]) * row.ratio == pytest.approx(
         float(row.theirs.split()[0]), rel=0.02
     )
@@ -386,7 +390,7 @@ def test_growth_is_that_of_the_work(monkeypatch):
     monkeypatch.setattr(timing, "clock", lambda: done[0])
     for module, name in ((models, "product"), (kernels, "lora_linear"), (growth, "linear_logp")):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
-    rows = {row.name: row for row in growth.rows(QUICK)}
+    rows = {row.name: row for row in growth.growth(QUICK)}
     assert len(rows) == 9 and all(row.note == "exponent" for row in rows.values())
     assert all(row.ours.split()[-1] == ("MiB" if "peak" in name else "ms") for name, row in rows.items())
 
@@ -430,9 +434,9 @@ def test_a_turn_is_timed_among_those_that_wait(monkeypatch):
 
 def test_absent_peers_are_said_to_be_absent(monkeypatch):
     """Who has only requirements.txt must get the rest of the table, and be told what is missing."""
-    for section in (sampling, episodes, training):
-        monkeypatch.setattr(section, "installed", lambda *names: False)
-    rows = [*sampling.rows(QUICK), *episodes.rows(QUICK), *training.rows(QUICK)]
+    for module in (decoding, training):
+        monkeypatch.setattr(module, "installed", lambda *names: False)
+    rows = [*decoding.sampling(QUICK), *decoding.episodes(QUICK), *training.training(QUICK)]
     assert [r.theirs for r in rows] == ["peer not installed"] * 3
 
 
@@ -440,7 +444,7 @@ def test_a_step_beside_trl():
     """Both sides must learn from the same number of tokens, each in a process of its own."""
     if not work.installed("trl", "peft"):
         pytest.skip("peer not installed")
-    step, memory = training.rows(QUICK)
+    step, memory = training.training(QUICK)
     assert "trained tokens" in step.note and step.ratio > 0 and memory.ratio > 0
 
 
