@@ -24,11 +24,12 @@ from pathlib import Path
 from cli import flags, screen
 from cli.disk import Rows, write_json
 from cli.setting import Setting, load
+from engine import Engine, Stats
 from evaluation import report
 from evaluation.live import Screen, live
 from evaluation.modes import MODES
 from questions import cover_em, exact_match, f1, holds_answer
-from rollout import Engine, Episode, Limits, Question, Search, Stats, Trajectory, harmless
+from rollout import Episode, Limits, Question, Search, Trajectory, harmless
 from search import BM25, open_bm25
 from tasks import Task, kind
 from tokenizer import Tokenizer

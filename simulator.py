@@ -21,9 +21,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from cli.screen import bar, move
+from engine import Engine
 from model import SIMULATOR, Model
 from questions import cover_em, holds_answer, normalise
-from rollout import DOCUMENTS, Documents, Engine, Query, Turn, coin, uniforms
+from rollout import DOCUMENTS, Documents, Query, Turn, coin, uniforms
 from search import split_documents
 from servers import Chat
 from tokenizer import Tokenizer

@@ -10,9 +10,10 @@ from torch import Tensor
 
 import grpo
 from cli import plan
+from engine import Engine
 from kernels import linear_logp
 from model import POLICY, SIMULATOR, Config, Model
-from rollout import Engine, Episode, Turn
+from rollout import Episode, Turn
 
 from .timing import Row, Run, alternate, grows, median_of, metered, now, progress, timed, versus
 from .work import SHORT, Body, Lesson, Workload, engine, learner, random_body, threads, with_roles

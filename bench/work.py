@@ -18,8 +18,9 @@ import grpo
 import model as models
 import recipes
 import weights
+from engine import Engine
 from model import POLICY, SIMULATOR, Config, Model
-from rollout import DOCUMENTS, TOKENS, Engine, Episode, Question, Trajectory, Turn
+from rollout import DOCUMENTS, TOKENS, Episode, Question, Trajectory, Turn
 from tokenizer import Tokenizer
 
 README = Path(__file__).parent.parent / "README.md"

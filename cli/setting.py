@@ -18,8 +18,9 @@ import weights
 from cli import plan, screen
 from cli.disk import read_json
 from cli.flags import OWN
+from engine import Engine
 from model import CRITIC, POLICY, REFERENCE, SIMULATOR, Model
-from rollout import Engine, Limits, Question, prompt
+from rollout import Limits, Question, prompt
 from servers import Chat, is_address
 from simulator import Simulator
 from tasks import Task

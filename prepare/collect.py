@@ -25,9 +25,10 @@ from itertools import combinations
 from cli.disk import Rows
 from cli.flags import LABELS
 from cli.screen import bar, move
+from engine import Engine
 from model import REFERENCE
 from questions import cover_em, holds_answer
-from rollout import Documents, Engine, Limits, Query, Question, Search, Turn, episode
+from rollout import Documents, Limits, Query, Question, Search, Turn, episode
 from words import JUDGE, JudgeWords, Words, fill
 
 JUDGED = 4  # the judge's stream of randomness

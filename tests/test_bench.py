@@ -17,9 +17,9 @@ from bench import decoding, gpu, growth, timing, training, work
 from bench.timing import Meter, Row, Run
 from bench.work import Lesson, Silent, Workload
 from cli import plan, screen
+from engine import Engine
 from kernels import linear_logp
 from model import POLICY, REFERENCE, SIMULATOR, Config, Model
-from rollout import Engine
 
 QUICK = Run(quick=True)
 SHAPE = Config("qwen2", vocab=128, d=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, context=512)

@@ -18,11 +18,12 @@ import train as story
 import weights
 from cli import flags as flags_of
 from cli.setting import load
+from engine import Engine
 from model import POLICY, SIMULATOR
 from prepare import command as preparing
 from prepare.rows import write_rows
 from prepare.sft import end_of_turn
-from rollout import Engine, Limits, Query, Question, Turn, episode
+from rollout import Limits, Query, Question, Turn, episode
 from simulator import Simulator, prompt
 from tokenizer import Tokenizer
 from words import WORDS, WORDS_FILE, SimWords, Words, save_words

@@ -15,10 +15,11 @@ import model as models
 import weights
 from cli import screen
 from cli.disk import Rows
+from engine import Engine, Stats
 from eval import evaluate, retrieval, summarise
 from evaluation.live import Screen, live
 from evaluation.modes import MODES
-from rollout import Documents, Engine, Limits, Question, Sampled, Stats, Turn, episode
+from rollout import Documents, Limits, Question, Sampled, Turn, episode
 from search import BM25
 from tokenizer import Tokenizer
 from toy import words as toy

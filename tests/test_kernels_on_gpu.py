@@ -86,8 +86,9 @@ def test_sampling_of_real_vocabularies():
 def test_the_engine_in_graphs_says_what_it_says_without(monkeypatch):
     """Rows beyond the busy ones, addresses that changed since the recording, adapters that were trained in
     between: each would make the episodes of a replayed graph other ones."""
+    from engine import Engine, Pool
     from model import POLICY, SIMULATOR, Config, Model
-    from rollout import Engine, Pool, Turn
+    from rollout import Turn
 
     shape = Config("qwen2", 300, 64, 2, 4, 2, 32, 96, context=512)
     body = Model(shape).init(0, std=0.3).cuda()

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 import grpo
 import recipes
 import train
+from engine import Engine
 from model import POLICY
-from rollout import Engine, Question, Trajectory, Turn
+from rollout import Question, Trajectory, Turn
 from toy.words import SIM_WORDS, WORDS
 from toy.world import World
 

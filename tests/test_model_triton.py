@@ -70,8 +70,9 @@ def train(m) -> dict[str, torch.Tensor]:
 
 def decode(m) -> dict[str, torch.Tensor]:
     """Turns of both roles that have adapters in one batch, sampled, then extended by what they are told."""
+    from engine import Engine
     from model import POLICY, SIMULATOR
-    from rollout import Engine, Turn
+    from rollout import Turn
 
     def talk(role, i):
         first = yield Turn(list(range(20, 23 + i)), role, 3, 1.0, (), (i, 0))

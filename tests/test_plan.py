@@ -17,8 +17,8 @@ from bench.work import Lesson, Silent, generate_ours
 from cli import plan
 from cli.disk import read_json
 from cli.plan import Settings
+from engine import Engine
 from model import CRITIC, POLICY, SIMULATOR, Cache, Config, Model
-from rollout import Engine
 
 ROOT = Path(__file__).parent.parent
 # Four of the 30 layers, a quarter of the words.

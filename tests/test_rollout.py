@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import engine as engine_file
 import kernels
 import rollout
+from engine import Engine, Pool, bucket
 from eval import live
 from evaluation.live import shown
 from kernels import linear_logp
@@ -22,14 +24,11 @@ from rollout import (
     DOCUMENTS,
     TOKENS,
     Documents,
-    Engine,
     Limits,
-    Pool,
     Question,
     Sampled,
     Turn,
     Words,
-    bucket,
     coin,
     episode,
     fill,
@@ -553,7 +552,7 @@ def calls_a_step(monkeypatch, n, fetch, early=None, steps=12):
 
     def count(frame, event, arg):
         caller = {"c_call": frame, "call": frame.f_back}.get(event)
-        counts[-1] += caller is not None and caller.f_code.co_filename == rollout.__file__
+        counts[-1] += caller is not None and caller.f_code.co_filename == engine_file.__file__
 
     def step(pool, stats, plain=Pool.step):
         counts.append(0)

@@ -19,8 +19,9 @@ import torch
 
 import servers
 import weights
+from engine import Engine
 from model import POLICY
-from rollout import Engine, Limits, Turn, action, episode, observation
+from rollout import Limits, Turn, action, episode, observation
 from search import ask, open_search
 from servers import Chat, Server, ServerError, one_line
 from tokenizer import Tokenizer

@@ -14,12 +14,13 @@ import model as models
 import simulator
 import weights
 from cli import screen, setting
+from engine import Engine
 from model import REFERENCE, SIMULATOR
 from prepare import command as preparing
 from prepare import rows as rows_of
 from prepare import sft
 from prepare.rows import read_rows
-from rollout import DOCUMENTS, Documents, Engine, Query, Question, Sampled, coin
+from rollout import DOCUMENTS, Documents, Query, Question, Sampled, coin
 from simulator import Simulator, clean, messages, p_noise, prompt
 from toy import texts
 from words import PROMPTED_WORDS, SFT_WORDS, SimWords, load_words, save_words, words_for

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = {  # file -> the tests that should notice, those that notice most first
     "grpo": ["grpo", "learning"],
     "rollout": ["rollout", "injection", "learning"],
+    "engine": ["rollout", "learning"],
     "questions": ["questions"],
     "simulator": ["simulator", "learning"],
     "sft": ["simulator"],

@@ -1,0 +1,394 @@
+"""The engine: it decodes all episodes of a step together, token by token, in a fixed number of seats.
+
+A seat is a row of the key-value cache. All busy seats decode in one batch, one token a step: the policy's
+rows and those that write documents for them. A turn that ends makes room for the next; an episode keeps its
+seat between turns, so that nothing is fed twice. What an episode is: rollout.py.
+
+Not an inference server: no paging, no preemption, no batching across bodies.
+
+    engine = Engine({POLICY: (model, tok), SIMULATOR: (model, tok)}, seats=64, capacity=4096)
+    trajectories = engine.run([episode(q, search, tok) for q in questions])
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+
+import kernels
+from model import REFERENCE, Cache, Model, Stack
+from rollout import Episode, Sampled, Turn, stopped, uniforms
+
+
+@dataclass(eq=False)
+class Task:
+    """A generator on its way, and what it is to be sent next."""
+
+    index: int
+    generator: Episode
+    value: object = None
+    contexts: list = field(default_factory=list)  # whose seats go when it ends
+
+
+@dataclass(eq=False)
+class Seat:
+    """A row of the cache and who sits there."""
+
+    row: int
+    context: object
+    role: int
+    fed: int = 0  # tokens in the cache
+    pending: list[int] = field(default_factory=list)  # sampled last, not in the cache yet
+    task: Task | None = None
+    turn: Turn | None = None
+    shared: tuple | None = None  # the key of the prompt it may lend to siblings
+
+
+@dataclass
+class Stats:
+    """What a run cost."""
+
+    prefilled: int = 0  # tokens fed in bulk
+    copied: int = 0  # prompt tokens that a sibling lent
+    decoded: int = 0  # tokens sampled
+    steps: int = 0  # decode steps
+    seconds: float = 0.0
+
+
+Tell = Callable[[int, int, Stats], None]
+Warp = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+EARLY = 128  # episodes begun before they have a seat, at least: they keep a server busy
+NUMBERS = ("last id", "length", "count", "on", "limit", "kind of stops", "role")  # that a row has
+
+
+def bucket(n: int) -> int:
+    """n rounded up, by less than a quarter: 1 2 3 4 5 6 7 8 10 12 14 16 20 ..."""
+    size = 1 << max(0, (n - 1).bit_length() - 3)
+    return -(-n // size) * size
+
+
+class Pool:
+    """One body's seats. Rows 0..busy-1 are decoding, the others are parked or free; busy rows are kept
+    together, so that attention sees a view of the cache and idle seats cost nothing."""
+
+    def __init__(self, model: Model, tok, seats: int, capacity: int, prefill: int, reserve: int):
+        if capacity > (most := model.cos.size(0)):
+            raise ValueError(
+                f"seats of {capacity} tokens are longer than the {most} this body can read: "
+                "lower --seat-tokens and --episode-tokens"
+            )
+        model.pack(seats)
+        self.model, self.tok, self.tensor = model, tok, partial(torch.tensor, device=model.device)
+        self.capacity, self.prefill, self.reserve = capacity, prefill, reserve
+        self.cache = Cache(model.config, seats, capacity, model.dtype, model.device)
+        self.stops: dict[tuple[str, ...], int] = {}
+        self.closers = torch.zeros(0, model.config.vocab, dtype=torch.bool, device=model.device)
+        self.stack: Stack | None = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by rows
+        self.warp: Warp | None = None
+
+        def column(dtype, *more):
+            return torch.zeros(seats, *more, dtype=dtype, device=model.device)
+
+        self.numbers = column(torch.long, len(NUMBERS)).T.contiguous()  # (numbers, seats)
+        self.last, self.length, self.count, self.on, self.limit, self.kind, self.role = self.numbers
+        self.temperature, self.due = column(torch.float32), column(torch.bool)
+        self.u = column(torch.float32, capacity)
+        self.ids, self.logps = column(torch.long, capacity), column(torch.float32, capacity)
+        self.clear()
+
+    def clear(self, warp: "Warp | None" = None) -> None:
+        """Empty every seat and read the adapters anew: the start of a run."""
+        self.rows: list[Seat | None] = [None] * self.cache.seats
+        self.busy = 0
+        self.on.zero_()
+        self.waiting = deque(), deque(), deque()  # (task, turn) by rank: see `take`
+        self.seated: dict[int, Seat] = {}  # id of a context -> its seat
+        self.prompts: dict[tuple, Seat] = {}  # (role, prompt) -> a seat that holds it
+        stack = self.model.stacked(self.stack)
+        if stack is not self.stack or warp is not self.warp:
+            self.graphs.clear()  # they read the old one
+        self.stack, self.warp = stack, warp
+
+    def move(self, seat: Seat, row: int) -> None:
+        """Put a seat on another row; whoever sits there takes the seat's old row."""
+        old, other = seat.row, self.rows[row]
+        if old == row:
+            return
+        if other is None:
+            self.cache.copy(old, row, seat.fed)
+        else:
+            self.cache.swap(old, row, max(seat.fed, other.fed))
+            other.row = old
+        self.rows[old], self.rows[row], seat.row = other, seat, row
+
+    def release(self, seat: Seat) -> None:
+        """Free a seat that is not decoding."""
+        self.rows[seat.row] = None
+        self.seated.pop(id(seat.context), None)
+        if seat.shared is not None and self.prompts.get(seat.shared) is seat:
+            del self.prompts[seat.shared]
+
+    def wait(self, task: Task, turn: Turn) -> None:
+        """Queue a turn."""
+        rank = 0 if id(turn.context) in self.seated else 1 if turn.context is None else 2
+        self.waiting[rank].append((task, turn))
+
+    def take(self) -> list[Seat]:
+        """Seat as many waiting turns as possible: first those that have a seat, then those that write
+        documents, then new episodes, but for some seats (else all could wait for documents for ever)."""
+        free = [r for r in range(self.busy, len(self.rows)) if self.rows[r] is None]
+        taken = []
+        for rank, reserve in enumerate((-1, 0, self.reserve)):
+            while self.waiting[rank] and len(free) > reserve:
+                task, turn = self.waiting[rank].popleft()
+                seat = self.seated.get(id(turn.context)) or Seat(free.pop(), turn.context, turn.role)
+                if rank == 2:
+                    self.seated[id(turn.context)] = seat
+                    task.contexts.append(seat)
+                self.rows[seat.row], seat.task, seat.turn = seat, task, turn
+                taken.append(seat)
+        return taken
+
+    def feed(self, seats: list[Seat], stats: Stats) -> None:
+        """Bring the taken seats to where their last token is due: prompts once, siblings by copy."""
+        leaders, followers = [], []
+        for seat in seats:
+            seat.pending += seat.turn.ids
+            if (n := seat.fed + len(seat.pending)) >= self.capacity:
+                raise ValueError(f"{n} tokens do not fit in a seat of {self.capacity}")
+            key = (seat.role, tuple(seat.pending)) if seat.fed == 0 and n > 1 else None
+            lender = seat if key is None else self.prompts.setdefault(key, seat)
+            if lender is seat:
+                leaders.append(seat)
+                seat.shared = seat.shared or key
+            else:
+                followers.append((seat, lender))
+        first = self.busy
+        for seat in sorted(leaders, key=lambda s: len(s.pending)):
+            self.join(seat)
+        while first < self.busy:  # in batches under the token budget
+            end = first + 1
+            while end < self.busy and (end + 1 - first) * (len(self.rows[end].pending) - 1) <= self.prefill:
+                end += 1
+            self.extend(slice(first, end), stats)
+            first = end
+        for seat, leader in followers:
+            seat.fed = len(seat.pending) - 1
+            self.cache.copy(leader.row, seat.row, seat.fed)
+            stats.copied += seat.fed
+            self.join(seat)
+        self.begin(seats)
+
+    def join(self, seat: Seat) -> None:
+        """Make a seat the last of the busy ones."""
+        self.move(seat, self.busy)
+        self.busy += 1
+
+    def extend(self, rows: slice, stats: Stats) -> None:
+        """Feed all but the last pending token of neighbouring rows, in one padded batch."""
+        seats = self.rows[rows]
+        feeds = [s.pending[:-1] for s in seats]
+        longest = max(map(len, feeds))
+        if longest == 0:
+            return
+        block = self.tensor([f + [0] * (longest - len(f)) for f in feeds])  # (B, T)
+        start, lens = self.tensor([s.fed for s in seats]), self.tensor([len(f) for f in feeds])
+        window = self.cache.window(rows, max(s.fed for s in seats) + longest, start, lens)
+        role = self.one_or_each(seats, self.tensor([s.role for s in seats]))
+        self.model(block, role, window=window, lora=self.stack.rows(role))
+        for s, f in zip(seats, feeds):
+            s.fed += len(f)
+            stats.prefilled += len(f)
+
+    @staticmethod
+    def one_or_each(seats: list[Seat], column: torch.Tensor) -> int | torch.Tensor:
+        """The seats' role where all have the same (cheaper), else the column (B,) of their roles."""
+        return seats[0].role if len({s.role for s in seats}) == 1 else column
+
+    def begin(self, seats: list[Seat]) -> None:
+        """Write turns into their rows' columns."""
+        columns = []
+        for seat in seats:
+            turn, r = seat.turn, seat.row
+            limit = min(turn.limit, self.capacity - seat.fed - 1)
+            columns.append((seat.pending[-1], seat.fed, 0, 1, limit, self.kind_of(turn.stops), seat.role))
+            seat.pending = []
+            if turn.temperature > 0:
+                self.u[r, :limit] = torch.from_numpy(uniforms(turn.address, limit).astype(np.float32))
+        rows = [seat.row for seat in seats]
+        self.numbers[:, rows] = self.tensor(columns).T
+        self.temperature[rows] = self.tensor([seat.turn.temperature for seat in seats])
+
+    def kind_of(self, stops: tuple[str, ...]) -> int:
+        """The index of a set of stops. A token may close one only if it holds the last character of one."""
+        if stops not in self.stops:
+            ends = {s[-1].encode()[-1] for s in stops}
+            ids = range(self.model.config.vocab)  # may be more than the tokenizer knows
+            flags = [i in self.tok.eos or not ends.isdisjoint(self.tok.token_bytes(i)) for i in ids]
+            self.closers = torch.cat((self.closers, self.tensor([flags])))
+            self.graphs.clear()  # they know the old one
+            self.stops[stops] = len(self.stops)
+        return self.stops[stops]
+
+    def step(self, stats: Stats) -> list[tuple[Task, Sampled]]:
+        """One token for every busy row. Returns the turns that ended."""
+        seats, upto = self.rows[: self.busy], 1 + max(seat.fed for seat in self.rows[: self.busy])
+        if kernels.compiled(self.last):
+            self.replay(self.busy)
+        else:
+            self.decode(self.busy, upto, self.one_or_each(seats, self.role[: self.busy]))
+        stats.steps += 1
+        stats.decoded += len(seats)
+        for seat in seats:
+            seat.fed += 1
+        due = self.due[: self.busy].nonzero()[:, 0].tolist()  # all that is fetched, unless a turn may be over
+        ended = [(seats[i], self.ended(seats[i])) for i in due]
+        return [(seat.task, self.finish(seat, end)) for seat, end in ended if end]
+
+    def decode(self, n: int, upto: int, role: int | torch.Tensor, on: torch.Tensor | None = None) -> None:
+        """Sample a token for the first n rows, all on the device; then none holds more than `upto` tokens.
+        on (n,): 0 for rows that are to be left as they are."""
+        at = self.count[:n, None]
+        window = self.cache.window(slice(0, n), upto, self.length[:n], on)
+        h = self.model(self.last[:n, None], role, window=window, lora=self.stack.rows(role))  # (n, 1, d)
+        u = self.u[:n].gather(1, at)[:, 0]
+        logits = self.model.logits(h[:, 0])
+        if self.warp is not None:
+            logits = self.warp(logits, self.role[:n])
+        ids, logps = kernels.sample(logits, u, self.temperature[:n])
+        self.ids[:n].scatter_(1, at, ids[:, None])
+        self.logps[:n].scatter_(1, at, logps[:, None])
+        self.last[:n] = ids
+        self.numbers[1:3, :n] += 1 if on is None else on  # length and count
+        full = self.count[:n] >= self.limit[:n]
+        torch.logical_or(self.closers[self.kind[:n], ids], full, out=self.due[:n])
+
+    def replay(self, n: int) -> None:
+        """`decode` from a CUDA graph, recorded once for each bucket of rows; those beyond n are not on."""
+        n = min(bucket(n), len(self.rows))
+        if n not in self.graphs:
+            role = self.role[:n] if self.model.roles else REFERENCE
+            numbers, graph = self.numbers.clone(), torch.cuda.CUDAGraph()
+            self.on.zero_()
+            self.decode(n, self.capacity, role, self.on[:n])  # Triton compiles, and no row is changed
+            self.numbers.copy_(numbers)
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                self.decode(n, self.capacity, role, self.on[:n])
+            self.graphs[n] = graph
+        self.graphs[n].replay()
+
+    def ended(self, seat: Seat) -> str | None:
+        """Why a row's turn is over, if it is."""
+        n = int(self.count[seat.row])
+        said = [*seat.turn.before, *self.ids[seat.row, :n].tolist()]
+        if said[-1] in self.tok.eos:
+            return "eos"
+        if stopped(said, seat.turn.stops, self.tok):
+            return "stop"
+        return "limit" if n >= int(self.limit[seat.row]) else None
+
+    def finish(self, seat: Seat, end: str) -> Sampled:
+        """Take a row out of the batch: its place goes to the last busy row."""
+        r, n = seat.row, int(self.count[seat.row])
+        ids, logps = self.ids[r, :n].tolist(), self.logps[r, :n].tolist()
+        if not math.isfinite(sum(logps)):
+            raise ValueError("sampling met logits that are not finite: use --dtype bf16 or fp32")
+        seat.pending = ids[-1:]
+        self.busy -= 1
+        if r != self.busy:
+            self.move(seat, self.busy)
+            self.numbers[:, r] = self.numbers[:, self.busy]
+            for column in (self.temperature, self.u, self.ids, self.logps):
+                column[r] = column[self.busy]
+        self.on[self.busy] = 0
+        if seat.context is None:
+            self.release(seat)
+        return Sampled(ids, logps, end)
+
+
+class Engine:
+    """Runs generators to their ends, all turns of all roles together.
+
+    bodies: role -> (model, tokenizer); roles of one body share its seats and its batches. seats: rows of each
+    body's cache. capacity: tokens of a seat. prefill: tokens fed in one batch at most.
+    """
+
+    def __init__(
+        self, bodies: dict[int, tuple[Model, object]], seats: int, capacity: int, prefill: int = 8192
+    ):
+        self.stats = Stats()
+        pools: dict[int, Pool] = {}
+        for model, tok in bodies.values():
+            shared = sum(other is model for other, _ in bodies.values()) > 1
+            if shared and seats < 2:
+                raise ValueError("two roles need at least 2 seats: one to wait in, one to write documents in")
+            if id(model) not in pools:
+                reserve = max(1, 2 * seats // 5) if shared else 0
+                pools[id(model)] = Pool(model, tok, seats, capacity, prefill, reserve)
+        self.pools = {role: pools[id(model)] for role, (model, _) in bodies.items()}
+        self.early = max(seats, EARLY)
+
+    @torch.inference_mode()
+    def run(self, generators: Iterable[Episode], tell: Tell | None = None, warp: Warp | None = None) -> list:
+        """Run every generator; returns their values in order. tell(done, of, stats) is called as they end.
+        warp: (logits (B, V), roles (B,)) -> logits that are sampled from instead.
+
+        What a generator raises comes through: ValueError (a prompt too long), OSError (an engine that fails).
+        """
+        began, self.stats = time.perf_counter(), Stats()
+        pools = dict.fromkeys(self.pools.values())
+        for pool in pools:
+            pool.clear(warp)
+        tasks = deque(Task(i, g) for i, g in enumerate(generators))  # not begun yet
+        results: list = [None] * len(tasks)
+        ready, early, done = deque(), set(), 0  # early: begun, but never seated
+        futures, answered = {}, SimpleQueue()
+        try:
+            while done < len(results):
+                while ready or (tasks and len(early) < self.early):
+                    if not ready:
+                        ready.append(tasks.popleft())
+                        early.add(ready[0])
+                    task = ready.popleft()
+                    try:
+                        wish = task.generator.send(task.value)
+                    except StopIteration as end:
+                        results[task.index], done = end.value, done + 1
+                        early.discard(task)
+                        for seat in task.contexts:
+                            self.pools[seat.role].release(seat)
+                        self.stats.seconds = time.perf_counter() - began
+                        if tell is not None:
+                            tell(done, len(results), self.stats)
+                        continue
+                    if isinstance(wish, Future):
+                        futures[wish] = task
+                        wish.add_done_callback(answered.put)
+                    else:
+                        self.pools[wish.role].wait(task, wish)
+                for pool in pools:
+                    if taken := pool.take():
+                        early.difference_update(seat.task for seat in taken)
+                        pool.feed(taken, self.stats)
+                    for task, sampled in pool.step(self.stats) if pool.busy else ():
+                        task.value = sampled
+                        ready.append(task)
+                idle = not ready and not any(pool.busy for pool in pools)
+                while futures and (idle or not answered.empty()):
+                    future, idle = answered.get(), False
+                    task = futures.pop(future)
+                    task.value = future.result()
+                    ready.append(task)
+        finally:
+            for future in futures:  # after a failure: what is not under way is not sent
+                future.cancel()
+        return results
