@@ -13,6 +13,7 @@ that this is another package, whether or not that library is installed; there is
 nothing that makes the import slow.
 """
 
+# ruff: noqa: F401 (these names are the package)
 from .attention import attention
 from .cached_attention import cached_attention
 from .launch import compiled
@@ -26,23 +27,3 @@ from .rope import rope
 from .rope_cache import rope_cache
 from .sample import sample
 from .swiglu import swiglu
-
-__all__ = [
-    "MANY",
-    "Packed",
-    "Place",
-    "attention",
-    "cached_attention",
-    "compiled",
-    "fast_type",
-    "linear_logp",
-    "lora",
-    "lora_linear",
-    "pack",
-    "packed_linear",
-    "rms_norm",
-    "rope",
-    "rope_cache",
-    "sample",
-    "swiglu",
-]
