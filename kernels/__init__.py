@@ -13,6 +13,7 @@ kernels-0.dist-info gives this package version 0, whether or not that library is
 transformers would import this file to look for a `__version__`: there is none, and nothing slow to import.
 """
 
+# ruff: noqa: F401 (these names are the package)
 from .attention import attention
 from .cached_attention import cached_attention
 from .launch import compiled
@@ -26,23 +27,3 @@ from .rope import rope
 from .rope_cache import rope_cache
 from .sample import sample
 from .swiglu import swiglu
-
-__all__ = [
-    "MANY",
-    "Packed",
-    "Place",
-    "attention",
-    "cached_attention",
-    "compiled",
-    "fast_type",
-    "linear_logp",
-    "lora",
-    "lora_linear",
-    "pack",
-    "packed_linear",
-    "rms_norm",
-    "rope",
-    "rope_cache",
-    "sample",
-    "swiglu",
-]

@@ -24,10 +24,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache, wraps
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +48,7 @@ if INTERPRET:
     interpreter.install()
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """The properties of a GPU that configurations depend on. `shared`: bytes of shared memory per block."""
 
     name: str

@@ -200,88 +200,73 @@ class Mended(Builder):
 _was = {name: getattr(Builder, name) for name in vars(Mended) if hasattr(Builder, name)}
 
 
-def _through_fp32(apply: Callable) -> Callable:
+def _wrap(owner: object, name: str, mend: Callable) -> None:
+    """Replace owner.name by `mend`, which gets the stock function before the arguments."""
+    was = getattr(owner, name)
+    setattr(owner, name, lambda *args, **named: mend(was, *args, **named))
+
+
+def _typed(t: tl.core.tensor, dtype, values: np.ndarray) -> tl.core.tensor:
+    kind = tl.block_type(dtype, list(values.shape)) if t.type.is_block() else dtype
+    return tl.core.tensor(Handle(values, dtype), kind)
+
+
+def _through_fp32(apply: Callable, self, inputs):
     """Reductions and scans of bf16 run in fp32 and are rounded once, at the end."""
-
-    def to(t: tl.core.tensor, dtype, values: np.ndarray) -> tl.core.tensor:
-        kind = tl.block_type(dtype, list(values.shape)) if t.type.is_block() else dtype
-        return tl.core.tensor(Handle(values, dtype), kind)
-
-    def mended(self, inputs):
-        if all(t.dtype != tl.bfloat16 for t in inputs):
-            return apply(self, inputs)
-        wide = (to(t, tl.float32, _values(t.handle)) if t.dtype == tl.bfloat16 else t for t in inputs)
-        out = apply(self, tuple(wide))
-        outs = out if isinstance(out, list | tuple) else (out,)
-        outs = (to(t, tl.bfloat16, narrow(t.handle.data)) if t.dtype == tl.float32 else t for t in outs)
-        return tuple(outs) if isinstance(out, list | tuple) else next(outs)
-
-    return mended
+    if all(t.dtype != tl.bfloat16 for t in inputs):
+        return apply(self, inputs)
+    wide = (_typed(t, tl.float32, _values(t.handle)) if t.dtype == tl.bfloat16 else t for t in inputs)
+    out = apply(self, tuple(wide))
+    outs = out if isinstance(out, list | tuple) else (out,)
+    outs = (_typed(t, tl.bfloat16, narrow(t.handle.data)) if t.dtype == tl.float32 else t for t in outs)
+    return tuple(outs) if isinstance(out, list | tuple) else next(outs)
 
 
-def _nan_passes(min_max: Callable) -> Callable:
+def _nan_passes(min_max: Callable, self, inputs, val_reduce_op, idx_reduce_op=None):
     """np.nanmax ignores a NaN, so would hide the poison of a masked lane."""
     loud = {np.nanmax: np.max, np.nanmin: np.min}
-
-    def mended(self, inputs, val_reduce_op, idx_reduce_op=None):
-        return min_max(self, inputs, loud.get(val_reduce_op, val_reduce_op), idx_reduce_op)
-
-    return mended
+    return min_max(self, inputs, loud.get(val_reduce_op, val_reduce_op), idx_reduce_op)
 
 
-def _note_memory(prepare: Callable) -> Callable:
+def _note_memory(prepare: Callable, self, args, named):
     """At each launch: forget the last one, note every tensor argument of this one."""
-
-    def mended(self, args, named):
-        _memory.__init__()
-        for a in (*args, *named.values()):
-            if hasattr(a, "data_ptr"):
-                _memory.add(stock._unwrap_tensor(a))
-        return prepare(self, args, named)
-
-    return mended
+    _memory.__init__()
+    for a in (*args, *named.values()):
+        if hasattr(a, "data_ptr"):
+            _memory.add(stock._unwrap_tensor(a))
+    return prepare(self, args, named)
 
 
-def _index(patch: Callable) -> Callable:
+def _index(patch: Callable, tensor, scope) -> None:
     """Triton 3.6 with NumPy >= 2.4 fails in `for i in range(tensor)`: int() of an array of one element."""
-
-    def mended(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.ravel()[0]))
-
-    return mended
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.ravel()[0]))
 
 
-def _mend_speed() -> None:
-    """Stock patches all of tl anew in each call of a helper like tl.sum: once a launch is 1.7x faster.
-    Looking for overflow in every sum of integers, which toy shapes do not reach, is another third.
-    """
-    patch, launch = stock._patch_lang, stock.GridExecutor.__call__
-    patched: dict[int, object] = {}
+_patched: dict[int, object] = {}  # in this launch
 
-    def patch_once(fn):
-        key = id(fn.__globals__)
-        if key not in patched:
-            patched[key] = patch(fn)
-        return patched[key]
 
-    def launch_and_restore(self, *args, **named):
-        try:
-            with np.errstate(all="ignore"):
-                return launch(self, *args, **named)
-        finally:
-            for scope in reversed(list(patched.values())):
-                scope.restore()
-            patched.clear()
+def _patch_once(patch: Callable, fn):
+    """Stock patches all of tl anew in each call of a helper like tl.sum: once a launch is 1.7x faster."""
+    key = id(fn.__globals__)
+    if key not in _patched:
+        _patched[key] = patch(fn)
+    return _patched[key]
 
-    def call(self, *args, **named):
-        patch_once(self.fn)
-        return self.rewrite()(*args, **named)
 
-    stock._patch_lang, stock.GridExecutor.__call__ = patch_once, launch_and_restore
-    stock.InterpretedFunction.__call__ = call
-    builder = stock.interpreter_builder
-    builder.options = replace(builder.options, sanitize_overflow=False)
+def _launch_and_restore(launch: Callable, *args, **named):
+    try:
+        with np.errstate(all="ignore"):
+            return launch(*args, **named)
+    finally:
+        for scope in reversed(list(_patched.values())):
+            scope.restore()
+        _patched.clear()
+
+
+def _call(_: Callable, self, *args, **named):
+    stock._patch_lang(self.fn)
+    return self.rewrite()(*args, **named)
 
 
 def install() -> None:
@@ -293,12 +278,14 @@ def install() -> None:
     for name in vars(Mended):
         if not name.startswith("__"):
             setattr(Builder, name, getattr(Mended, name))
-    for owner, name, mend in (
-        (stock.ReduceOps, "apply_impl", _through_fp32),
-        (stock.ScanOps, "apply_impl", _through_fp32),
-        (stock.ReduceOps, "min_max", _nan_passes),
-        (stock.GridExecutor, "_init_args_hst", _note_memory),
-        (stock, "_patch_lang_tensor", _index),
-    ):
-        setattr(owner, name, mend(getattr(owner, name)))
-    _mend_speed()
+    _wrap(stock.ReduceOps, "apply_impl", _through_fp32)
+    _wrap(stock.ScanOps, "apply_impl", _through_fp32)
+    _wrap(stock.ReduceOps, "min_max", _nan_passes)
+    _wrap(stock.GridExecutor, "_init_args_hst", _note_memory)
+    _wrap(stock, "_patch_lang_tensor", _index)
+    _wrap(stock, "_patch_lang", _patch_once)
+    _wrap(stock.GridExecutor, "__call__", _launch_and_restore)
+    _wrap(stock.InterpretedFunction, "__call__", _call)
+    # Looking for overflow in every sum of integers, which toy shapes do not reach, is a third of the time.
+    builder = stock.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)

@@ -17,6 +17,7 @@ from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ FILES = ("attention", "cached_attention", "linear_logp", "lora", "lora_linear")
 FILES += ("rms_norm", "rope", "rope_cache", "sample", "swiglu")
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """The dimensions of a model and of the work it is given; see MODELS."""
 
     name: str
@@ -144,21 +144,16 @@ def peak_megabytes(run: Callable) -> float:
 
 
 @cache
-def copy_bandwidth() -> float:
-    """Bytes a second that a plain copy of 1 GB moves here, read and written. 0 on a CPU."""
+def ceilings() -> dict[str, float]:
+    """Measured here, a second: operations of a bf16 matmul of 8192 cubed, bytes read and written by a plain
+    copy of 1 GB. Zeros on a CPU.
+    """
     if not torch.cuda.is_available():
-        return 0.0
-    x, y = (torch.empty(1 << 30, dtype=torch.int8, device="cuda") for _ in range(2))
-    return 2 * x.numel() / milliseconds(lambda: y.copy_(x)) * 1e3
-
-
-@cache
-def matmul_rate() -> float:
-    """Operations a second of a bf16 matmul of 8192 cubed. 0 on a CPU."""
-    if not torch.cuda.is_available():
-        return 0.0
+        return {"matmul": 0.0, "copy": 0.0}
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3
+    x, y = (torch.empty(1 << 30, dtype=torch.int8, device="cuda") for _ in range(2))
+    spans = {"matmul": milliseconds(lambda: a @ b), "copy": milliseconds(lambda: y.copy_(x))}
+    return {"matmul": 2 * 8192**3 / spans["matmul"] * 1e3, "copy": 2 * x.numel() / spans["copy"] * 1e3}
 
 
 def tensors(out: Tensor | tuple) -> list[Tensor]:
@@ -185,13 +180,10 @@ def measure(case: Case) -> dict:
     """Time, rate, share of the ceiling, error against the first rival, speed-up over each rival."""
     ms = milliseconds(case.run)
     row = {"case": case.name, "ms": ms, "MB": peak_megabytes(case.run)}
-    for work, unit, scale, of, ceiling in (
-        (case.flops, "TFLOP/s", 1e12, "of matmul", matmul_rate),
-        (case.bytes, "GB/s", 1e9, "of copy", copy_bandwidth),
-    ):
+    for work, unit, scale, of in ((case.flops, "TFLOP/s", 1e12, "matmul"), (case.bytes, "GB/s", 1e9, "copy")):
         if work:
-            rate = work / ms * 1e3
-            row |= {unit: rate / scale, of: rate / ceiling() if ceiling() else 0.0}
+            rate, ceiling = work / ms * 1e3, ceilings()[of]
+            row |= {unit: rate / scale, f"of {of}": rate / ceiling if ceiling else 0.0}
     row |= {f"vs {name}": _or_nan(milliseconds, rival) / ms for name, rival in case.rivals.items()}
     return row | ({"error": _or_nan(error, case)} if case.rivals else {})
 
@@ -212,8 +204,8 @@ def about() -> dict[str, str | float]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "date": time.strftime("%Y-%m-%d"),
-        "copy GB/s": round(copy_bandwidth() / 1e9),
-        "matmul TFLOP/s": round(matmul_rate() / 1e12),
+        "copy GB/s": round(ceilings()["copy"] / 1e9),
+        "matmul TFLOP/s": round(ceilings()["matmul"] / 1e12),
     }
 
 
