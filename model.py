@@ -72,22 +72,15 @@ class Config:
     tied: bool = True
     hf: dict = field(default_factory=dict, compare=False)
 
-    @property
-    def qkv_bias(self) -> bool:
-        return self.family == "qwen2"
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.family == "qwen3"
+    qkv_bias = property(lambda self: self.family == "qwen2")
+    qk_norm = property(lambda self: self.family == "qwen3")
 
     @staticmethod
     def from_hf(c: dict) -> "Config":
         """Read a config.json. Raises ValueError for anything that is not implemented here."""
         family = c.get("model_type")
         if family not in ("llama", "qwen2", "qwen3"):
-            raise ValueError(
-                f"model_type {family!r} is not supported: use a llama, qwen2 or qwen3 checkpoint"
-            )
+            raise ValueError(f"model_type {family!r} is not supported: only llama, qwen2 and qwen3 are")
         _refuse_unknown(c)
         try:
             heads, d = c["num_attention_heads"], c["hidden_size"]
@@ -109,8 +102,7 @@ class Config:
                 hf=c,
             )
         except KeyError as e:
-            missing = e.args[0]
-            raise ValueError(f"config.json has no {missing!r}: is this a complete {family} model?") from None
+            raise ValueError(f"config.json has no {e}: is this a complete {family} model?") from None
 
 
 def _refuse_unknown(c: dict) -> None:
@@ -120,21 +112,16 @@ def _refuse_unknown(c: dict) -> None:
             raise ValueError(f"config.json sets {key} = {c[key]!r}: only {value!r} is implemented")
     if set(c.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError("config.json asks for sliding-window layers, which this network does not implement")
-    unknown = [k for k, v in c.items() if v and k not in KNOWN and not k.startswith("_")]
+    unknown = sorted(k for k, v in c.items() if v and k not in KNOWN and not k.startswith("_"))
     if unknown:
-        raise ValueError(
-            f"config.json sets {', '.join(sorted(unknown))}, unknown to this network: "
-            "remove it there if it does not change the forward pass"
-        )
+        why = "unknown to this network: remove it there if it does not change the forward pass"
+        raise ValueError(f"config.json sets {', '.join(unknown)}, {why}")
 
 
 def _scaling(rope: dict) -> dict:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    keys = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
+    keys = {"default": (), "linear": ("factor",)}
+    keys["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     if kind not in keys:
         raise ValueError(f"rope type {kind!r} is not supported: only {', '.join(keys)}")
     missing = [k for k in keys[kind] if k not in rope]
@@ -182,8 +169,7 @@ class Linear(nn.Module):
 
 def memory(free: bool = False) -> int:
     """Bytes of this machine's memory, all or (`free`) what is available; 4 GiB if the system does not say."""
-    info = Path("/proc/meminfo")
-    if info.exists():
+    if (info := Path("/proc/meminfo")).exists():
         name = "MemAvailable" if free else "MemTotal"
         return next(int(line.split()[1]) * 1024 for line in info.open() if line.startswith(name))
     known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
@@ -245,7 +231,7 @@ class Cache:
         return Window(self.kv[:, rows, :, :upto].unbind(), start, lens)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of the source seat to the target seat."""
+        """Copy the first `length` tokens of a seat."""
         self.kv[:, target, :, :length] = self.kv[:, source, :, :length]
 
     def swap(self, a: int, b: int, length: int) -> None:
@@ -277,12 +263,12 @@ class Layer(nn.Module):
 
     def forward(self, x, delta, attend, updates):
         """x (B, T, d) the residual stream, delta the last layer's output, not yet added to it -> both."""
-        c, eps = self.c, self.c.eps
+        eps = self.c.eps
         if delta is None:
             y = kernels.rms_norm(x, self.norm_1, eps)
         else:
             y, x = kernels.rms_norm(delta, self.norm_1, eps, residual=x)
-        qkv = self.qkv(y, updates[0]).unflatten(-1, (-1, c.head_dim))  # (B, T, H + 2 KV, D)
+        qkv = self.qkv(y, updates[0]).unflatten(-1, (-1, self.c.head_dim))  # (B, T, H + 2 KV, D)
         delta = self.out(attend(self, qkv).flatten(-2), updates[1])
         y, x = kernels.rms_norm(delta, self.norm_2, eps, residual=x)
         return x, self.down(kernels.swiglu(self.gate_up(y, updates[2])), updates[3])
@@ -314,7 +300,7 @@ class Model(nn.Module):
         """(Re)compute the cosines and sines, (context, head_dim / 2) in fp32, on the weights' device."""
         with torch.device("cpu"):
             angle = torch.arange(min(self.config.context, 32768)).float()[:, None] * frequencies(self.config)
-        device = self.embed.device if self.embed.device.type != "meta" else "cpu"
+        device = "cpu" if self.device.type == "meta" else self.device
         self.cos, self.sin = angle.cos().to(device), angle.sin().to(device)
 
     @property
@@ -322,13 +308,8 @@ class Model(nn.Module):
         """The output matrix (V, d)."""
         return self.embed if self.untied is None else self.untied
 
-    @property
-    def device(self) -> torch.device:
-        return self.embed.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.dtype
+    device = property(lambda self: self.embed.device)
+    dtype = property(lambda self: self.embed.dtype)
 
     def forward(
         self,
@@ -361,15 +342,13 @@ class Model(nn.Module):
 
         def attend(layer, qkv):
             q, k, v = layer.parts(qkv)
-            q, k = kernels.rope(q, k, self.cos, self.sin)
-            return kernels.attention(q, k, v, lengths)
+            return kernels.attention(*kernels.rope(q, k, self.cos, self.sin), v, lengths)
 
         return repeat(attend)
 
     def _cached(self, w: Window, T: int) -> Iterator[Callable]:
         """For each layer: attention that first writes its T new keys and values into the layer's cache."""
-        L = w.layers[0].size(2)
-        place = kernels.Place(w.start, T, L, w.lens, self.cos, self.sin, self.dtype)
+        place = kernels.Place(w.start, T, w.layers[0].size(2), w.lens, self.cos, self.sin, self.dtype)
 
         def attend(cache, layer, qkv):
             if self.config.qk_norm:
@@ -392,11 +371,10 @@ class Model(nn.Module):
         done = self.packed_head is not None and self.packed_head.weight.dtype == kind
         if self.device.type != "cpu" or kind is None or done:
             return
-        if not packs(sum(p.numel() for p in self.parameters()) * kind.itemsize):
-            return
-        for linear in self.linears():
-            linear.packed = kernels.pack(linear.weight.data, linear.bias, kind)
-        self.packed_head = kernels.pack(self.head.data, None, kind)
+        if packs(sum(p.numel() for p in self.parameters()) * kind.itemsize):
+            for linear in self.linears():
+                linear.packed = kernels.pack(linear.weight.data, linear.bias, kind)
+            self.packed_head = kernels.pack(self.head.data, None, kind)
 
     # roles
 
@@ -405,8 +383,7 @@ class Model(nn.Module):
         return (linear for layer in self.layers for linear in layer.linears())
 
     def add_role(self, role: int, rank: int = 16, alpha: float = 32.0, seed: int = 0) -> None:
-        """Give a role a new adapter: A uniform as in PEFT, B = 0, so that it equals the base exactly. The
-        critic also gets its vector, which is 0."""
+        """Give a role a new adapter that changes nothing yet: A uniform as in PEFT, B (and value) 0."""
         self.roles[role] = Adapter.fresh(list(self.linears()), rank, alpha, seed, self.device)
         if role == CRITIC:
             self.roles[role].value = nn.Parameter(torch.zeros(self.config.d, device=self.device))
@@ -417,17 +394,16 @@ class Model(nn.Module):
 
     def updates(self, role: int) -> list[Update | None]:
         """The LoRA updates of every linear for one role, differentiable in its adapter."""
-        if role not in self.roles:
+        if (adapter := self.roles.get(role)) is None:
             return [None] * (4 * len(self.layers))
-        adapter = self.roles[role]
         return [Update(A, B, adapter.scale) for A, B in adapter.pairs(list(self.linears()))]
 
     @torch.no_grad()
     def stacked(self, old: "Stack | None" = None) -> "Stack":
-        """All roles' adapters in the type of the matmuls, for decoding with one role per row.
+        """A copy of all roles' adapters in the type of the matmuls, for decoding with one role per row.
 
-        A copy: call again after the adapters have changed. `old`, if its scales, rank and type still
-        hold, is overwritten in place, for the CUDA graphs that read it. Lower ranks are padded with zeros.
+        `old`, if its scales, rank and type still hold, is overwritten in place, for the CUDA graphs that read
+        it. Lower ranks are padded with zeros.
         """
         linears, roles = list(self.linears()), range(1, ROLES + 1)
         mine = {r: self.roles[r] for r in roles if r in self.roles}
@@ -439,8 +415,8 @@ class Model(nn.Module):
         if A is None or (old.scales, A.size(1), A.dtype) != (scales, sizes[0][0], dtype):
             zeros = partial(torch.zeros, dtype=dtype, device=self.device)
             pairs = [(zeros(ROLES, k, i), zeros(ROLES, k, o)) for k, i, o in sizes]
-            scale = torch.tensor(scales, device=self.device)
-            old = Stack(pairs, scales, scale, torch.tensor(roles, device=self.device))
+            scale, index = (torch.tensor(x, device=self.device) for x in (scales, roles))
+            old = Stack(pairs, scales, scale, index)
         for role, adapter in mine.items():
             for (A, B), (a, b) in zip(old.pairs, adapter.pairs(linears)):
                 A[role - 1, : len(a)], B[role - 1, : len(a)] = a, b.T
@@ -484,9 +460,8 @@ class Stack:
 class Adapter:
     """One role's LoRA matrices in one flat fp32 vector: a single tensor to optimise, clip and save.
 
-    A Linear of several parts has for each part its own A (rank, d_in) and B (part, rank), as in PEFT. The As
-    are concatenated and the Bs put into one block-diagonal matrix, so that every Linear needs two thin
-    matmuls, however many parts it has.
+    Each part of a Linear has its own A (rank, d_in) and B (part, rank), as in PEFT. The As are concatenated
+    and the Bs put into one block-diagonal matrix: two thin matmuls, however many parts there are.
     """
 
     theta: nn.Parameter
@@ -505,8 +480,10 @@ class Adapter:
     @staticmethod
     def fresh(linears: list[Linear], rank: int, alpha: float, seed: int, device: torch.device) -> "Adapter":
         size = sum(len(x.parts) * rank * x.d_in + rank * x.weight.size(0) for x in linears)
-        adapter = Adapter(nn.Parameter(torch.zeros(size)), rank, alpha)
-        g = torch.Generator().manual_seed(seed)
+        adapter, g = (
+            Adapter(nn.Parameter(torch.zeros(size)), rank, alpha),
+            torch.Generator().manual_seed(seed),
+        )
         for linear, (A, _) in zip(linears, adapter.pieces(linears)):
             A.data.uniform_(-(linear.d_in**-0.5), linear.d_in**-0.5, generator=g)
         adapter.theta.data = adapter.theta.data.to(device)
@@ -514,15 +491,12 @@ class Adapter:
 
     def pieces(self, linears: list[Linear]) -> list[tuple[Tensor, list[Tensor]]]:
         """Views: for each Linear its As (parts * rank, d_in) and Bs (part, rank). One split, one backward."""
-        sizes = [
-            [len(x.parts) * self.rank * x.d_in] + [n * self.rank for n in x.parts.values()] for x in linears
+        r = self.rank
+        sizes = [n * r for x in linears for n in (len(x.parts) * x.d_in, *x.parts.values())]
+        flat = iter(self.theta.split(sizes))
+        return [
+            (next(flat).view(-1, x.d_in), [next(flat).view(n, r) for n in x.parts.values()]) for x in linears
         ]
-        flat = iter(self.theta.split([n for group in sizes for n in group]))
-        out = []
-        for x in linears:
-            A = next(flat).view(-1, x.d_in)
-            out.append((A, [next(flat).view(n, self.rank) for n in x.parts.values()]))
-        return out
 
     def pairs(self, linears: list[Linear]) -> list[tuple[Tensor, Tensor]]:
         """For each Linear: A (parts * rank, d_in) and the block-diagonal B (d_out, parts * rank)."""

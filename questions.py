@@ -41,7 +41,12 @@ def f1(answer: str | None, golds: Iterable[str]) -> float:
     Tokens are the words of the normalised texts, with multiplicity. yes and no are words like any other:
     "yes, it is" scores .5 against "yes", as in the paper's reward (0 in HotpotQA's script).
     """
-    return _best(_f1, answer, golds)
+
+    def overlap(answer: str, gold: str) -> float:
+        a, g = Counter(answer.split()), Counter(gold.split())
+        return 2 * (a & g).total() / (a.total() + g.total())
+
+    return _best(overlap, answer, golds)
 
 
 def exact_match(answer: str | None, golds: Iterable[str]) -> float:
@@ -70,11 +75,6 @@ def _best(measure: Callable[[str, str], float], answer: str | None, golds: Itera
     return max((float(measure(said, normalise(gold))) for gold in golds), default=0.0) if said else 0.0
 
 
-def _f1(answer: str, gold: str) -> float:
-    a, g = Counter(answer.split()), Counter(gold.split())
-    return 2 * (a & g).total() / (a.total() + g.total())
-
-
 # -------------------------------------------------------------------------------------------------- questions
 
 
@@ -90,8 +90,7 @@ def parse_question(row: dict) -> Question:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise ValueError('must have a text or a list of texts under "golden_answers"')
-    answers = tuple(a for a in answers if a.strip())
-    if not answers:
+    if not (answers := tuple(a for a in answers if a.strip())):
         raise ValueError('has no answer under "golden_answers"')
     if not isinstance(hops, int):
         raise ValueError(f'has {hops!r} under "hops", which is a number of searches')
@@ -129,19 +128,15 @@ def load_questions(source: str | Path, limit: int | None = None, train: bool = F
         rows = numbered(source, parquet_rows(source), parse_question)
     else:
         rows = read_lines(source, parse_question)
-    questions = list(rows)
-    if not questions:
+    if not (questions := list(rows)):
         raise ValueError(f"{source} holds no questions")
     numbers = random.Random(0).sample(range(len(questions)), len(questions))  # shuffled
     return [questions[i] for i in sorted(numbers[:limit])]
 
 
-PATH = re.compile(r"[./~]|.*/.*/|.*\.[A-Za-z]\w*$")
-
-
 def is_path(name: str) -> bool:
     """Whether a name means a file, not a set on the hub: ./x, ~/x, /x, a/b/c, x.jsonl; not OWNER/SET_v1.5."""
-    return PATH.match(name) is not None
+    return re.match(r"[./~]|.*/.*/|.*\.[A-Za-z]\w*$", name) is not None
 
 
 def is_parquet(path: str | Path) -> bool:

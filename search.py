@@ -6,8 +6,8 @@ http://HOST:PORT[/PATH]  a retriever with Search-R1's protocol, at /retrieve unl
 serpapi                  Google's first page through serpapi.com, titles and snippets. SERPAPI_API_KEY holds
                          the key; SERPAPI_BASE_URL, if set, another address
 
-A document from the network becomes one line, whatever it holds. A failed request is an error (servers.py),
-never a document.
+A document from the network becomes one line, whatever it holds. A failed request is an error, never a
+document. Queries to a server are cut to 500 characters.
 
 Not an engine for all of Wikipedia (this BM25 suits up to a million passages); no stemmer, no reranker, no
 index on disk: indexing takes seconds.
@@ -43,17 +43,13 @@ from rollout import Documents, Query, Question, Search
 from servers import Server, environment_key, one_line
 
 Row = TypeVar("Row")
-WORD = re.compile(r"[^\W_]+")
 
 # ------------------------------------------------------------------------------------------------------ files
 
 
 def read_lines(path: str | Path, parse: Callable[[dict], Row]) -> Iterator[Row]:
-    """Apply `parse` to each object of a JSON lines file, gzip or plain, skipping blank lines.
-
-    Raises ValueError with file and line if a line is not a JSON object or `parse` raises ValueError; OSError
-    if the file cannot be opened.
-    """
+    """Apply `parse` to each object of a JSON lines file, gzip or plain, skipping blank lines. ValueError with
+    file and line if a line is not a JSON object or `parse` raises one; OSError if there is no file."""
     for number, line in enumerate(_unpacked(path), 1):
         if line.strip():
             try:
@@ -61,12 +57,10 @@ def read_lines(path: str | Path, parse: Callable[[dict], Row]) -> Iterator[Row]:
                 if not isinstance(row, dict):
                     raise ValueError("is not a JSON object")
                 parsed = parse(row)
-            except json.JSONDecodeError as e:
-                raise ValueError(
-                    f"{path}, line {number}: is not JSON ({e.msg} at column {e.colno})"
-                ) from None
             except ValueError as e:
-                raise ValueError(f"{path}, line {number}: {e}") from None
+                broken = isinstance(e, json.JSONDecodeError)
+                what = f"is not JSON ({e.msg} at column {e.colno})" if broken else e
+                raise ValueError(f"{path}, line {number}: {what}") from None
             yield parsed
 
 
@@ -81,11 +75,8 @@ def _unpacked(path: str | Path) -> Iterator[bytes]:
 
 
 def passage(row: dict) -> tuple[str, str]:
-    """(title, text) of a corpus row, white space collapsed.
-
-    In the usual Wikipedia dumps the contents begin with the quoted title on a line of its own, which is not
-    text; it is the title if the row has no other. Raises ValueError for a row without text or title.
-    """
+    """(title, text) of a corpus row, white space collapsed; ValueError without them. In the usual Wikipedia
+    dumps the contents begin with the quoted title on its own line: the title if the row has no other."""
     contents, title = row.get("contents"), row.get("title")
     if not isinstance(contents, str):
         raise ValueError('has no text under "contents"')
@@ -105,7 +96,7 @@ def tokenise(text: str) -> list[str]:
     """Lower-cased runs of letters and digits, accents off: "Beyoncé's 1st" -> beyonce, s, 1st."""
     if not text.isascii():
         text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return WORD.findall(text.lower())
+    return re.findall(r"[^\W_]+", text.lower())
 
 
 class BM25:
@@ -114,9 +105,9 @@ class BM25:
     score(q, d) = sum over words t of q:  ln(1 + (N - n_t + .5) / (n_t + .5)) * f (k1 + 1) / (f + k1 norm_d)
     norm_d = 1 - b + b |d| / mean |d|
 
-    f: how often t is in d; n_t: how many of the N passages hold t. All but the sum is precomputed: each word
-    has a slice of passages and weights, and a query adds up the slices of its words. Robertson and Zaragoza
-    2009, The Probabilistic Relevance Framework. Raises ValueError for a corpus without passages.
+    f: how often t is in d; n_t: how many of the N passages hold t. All but the sum is precomputed, a slice of
+    passages and weights per word. Robertson and Zaragoza 2009, The Probabilistic Relevance Framework.
+    Raises ValueError for a corpus without passages.
     """
 
     def __init__(self, passages: Iterable[tuple[str, str]], k1: float = 1.2, b: float = 0.75):
@@ -131,9 +122,8 @@ class BM25:
         if not (n := len(self.passages)):
             raise ValueError("the corpus holds no passages")
         terms, lengths = np.array(terms, np.int64), np.array(lengths, np.int64)  # (T,), (N,)
-        pairs, f = np.unique(
-            terms * n + np.repeat(np.arange(n), lengths), return_counts=True
-        )  # (P,), by word
+        places = terms * n + np.repeat(np.arange(n), lengths)  # (T,)
+        pairs, f = np.unique(places, return_counts=True)  # (P,), by word
         self.holder = (pairs % n).astype(np.int32)  # (P,)
         n_t = np.bincount(pairs // n, minlength=len(self.vocabulary))  # (V,)
         self.start = np.concatenate([[0], np.cumsum(n_t)])  # (V + 1,)
@@ -195,11 +185,9 @@ QUERY = 500  # characters; anything longer is hardly a query, and too long for a
 
 
 def retrieved(answer: object) -> list[tuple[str, str]]:
-    """(title, text) of each passage in {"result": [[passage, ...]]}, the answer to one query.
-
-    A passage may be wrapped as {"document": passage, "score"}. The first line of "contents" is the title, as
-    in wiki-18, unless there is another. Raises ValueError for any other shape.
-    """
+    """(title, text) of each passage in {"result": [[passage, ...]]}, the answer to one query; ValueError for
+    any other shape. A passage may be wrapped as {"document": passage, "score"}. The first line of "contents"
+    is the title, as in wiki-18, unless there is another."""
 
     def read(item: object) -> tuple[str, str]:
         match item["document"] if isinstance(item, dict) and "document" in item else item:
@@ -227,16 +215,13 @@ def retriever(address: str, count: int, limit: float) -> Search:
 
 
 def organic(answer: object) -> list[tuple[str, str]]:
-    """(title, snippet) of SerpApi's results. Raises ValueError for its errors, and for any other shape.
-
-    A search that found nothing has the status Success and no "organic_results".
-    """
+    """(title, snippet) of SerpApi's results; ValueError for its errors and any other shape. A search that
+    found nothing has the status Success and no "organic_results"."""
     match answer:
         case {"organic_results": [*results]}:
             if not all(isinstance(r, dict) and isinstance(r.get("title"), str) for r in results):
                 raise ValueError("a result without a title")
-            snippets = (r.get("snippet") for r in results)
-            return [(r["title"], s if isinstance(s, str) else "") for r, s in zip(results, snippets)]
+            return [(r["title"], s if isinstance(s := r.get("snippet"), str) else "") for r in results]
         case {"search_metadata": {"status": "Success"}}:
             return []
         case {"error": str(words)}:
@@ -330,9 +315,8 @@ def main(argv: list[str] | None = None) -> None:
     engine = given["engine"]
     search, opened = open_search(f"bm25:{engine}" if Path(engine).is_file() else engine), time.perf_counter()
     print(ask(search, " ".join(given["query"])) or "nothing found")
-    print(
-        f"engine ready in {opened - began:.1f} s, the query in {1e3 * (time.perf_counter() - opened):.1f} ms"
-    )
+    took = 1e3 * (time.perf_counter() - opened)
+    print(f"engine ready in {opened - began:.1f} s, the query in {took:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -69,12 +69,22 @@ MODE_WORDS = {  # the search agent, and the paper's baselines (evaluation/modes.
 
 def load_policy_words(path: str) -> Words:
     """The policy's prompts from a JSON file {"prompt", "notice"}, "system" optional. Raises ValueError."""
-    words = read_json(Path(path), "a directory of policy prompts")
-    if not {"prompt", "notice"} <= words.keys() <= {"prompt", "notice", "system"}:
-        raise ValueError(f"{path} must hold prompt and notice, may hold system, and no other keys")
-    if not all(isinstance(text, str) for text in words.values()) or "{question}" not in words["prompt"]:
-        raise ValueError(f"{path}: every value must be a string, and prompt must contain {{question}}")
-    return Words(**words)
+    words = _read(Words, path, "policy", "prompt", "notice")
+    if "{question}" not in words.prompt:
+        raise ValueError(f"{path}: prompt must contain {{question}}")
+    return words
+
+
+def _read(kind: type, path: str | Path, role: str, *needed: str) -> "Words | SimWords":
+    """Prompts from a JSON file. An unknown key is an error, so that no prompt is silently ignored."""
+    words, known = read_json(Path(path), f"a directory of {role} prompts"), [f.name for f in fields(kind)]
+    if not {*needed} <= words.keys() <= {*known}:
+        more = " and ".join(name for name in known if name not in needed)
+        raise ValueError(f"{path} must hold {' and '.join(needed)}, may hold {more}, and no other keys")
+    for name, value in words.items():
+        if type(value) is not (wanted := int if name == "count" else str):
+            raise ValueError(f"{path}: {name} must be of type {wanted.__name__}")
+    return kind(**words)
 
 
 # ---------------------------------------------------------------------------------------------- the simulator
@@ -181,20 +191,11 @@ NAMED_WORDS = {"sft": SFT_WORDS, "prompted": PROMPTED_WORDS}
 def load_words(source: str | Path) -> SimWords:
     """`sft`, `prompted`, or a JSON file {"system", "useful", "noisy"} with optional "count" and "earlier".
 
-    Raises ValueError for any other file. An unknown key is an error, so that no prompt is silently ignored.
+    Raises ValueError for any other file.
     """
     if source in NAMED_WORDS:
         return NAMED_WORDS[source]
-    words = read_json(Path(source), "a directory of simulator prompts")
-    types = {f.name: f.type for f in fields(SimWords)}
-    if not {"system", "useful", "noisy"} <= words.keys() <= types.keys():
-        raise ValueError(
-            f"{source} must hold system, useful and noisy, may hold count and earlier, and no other keys"
-        )
-    for name, value in words.items():
-        if type(value) is not types[name]:
-            raise ValueError(f"{source}: {name} must be of type {types[name].__name__}")
-    return SimWords(**words)
+    return _read(SimWords, source, "simulator", "system", "useful", "noisy")
 
 
 def save_words(words: SimWords, path: str | Path) -> None:

@@ -27,10 +27,8 @@ except ImportError:  # Windows has no flock: there nothing stops a second run
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A temporary file next to `path`, which replaces it when the block ends: path is whole or untouched.
-
-    The file is synced before the rename and the directory after it, so that a power cut loses neither.
-    """
+    """A temporary file next to `path`, which replaces it when the block ends: path is whole or untouched,
+    even after a power cut (the file is synced before the rename, the directory after it)."""
     path = Path(path)
     part = path.with_name(f"{path.name}.tmp")
     try:
@@ -56,10 +54,8 @@ def synchronise(path: Path) -> None:
 
 
 def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
-    """Read a JSON object. Raises ValueError that names the file, and `what` its directory should be.
-
-    needed: keys that it must have, with the types of their values.
-    """
+    """Read a JSON object; needed: its keys, with the types of their values. Raises ValueError that names the
+    file, and `what` its directory should be."""
     if not file.exists():
         raise ValueError(f"{file} does not exist: {file.parent} is not {what}")
     try:
@@ -123,9 +119,7 @@ def pack_optimizer(opt: torch.optim.Optimizer, prefix: str = "optimizer.") -> di
     return {f"{prefix}{index}.{name}": t for index, entry in state.items() for name, t in entry.items()}
 
 
-def unpack_optimizer(
-    opt: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str = "optimizer."
-) -> None:
+def unpack_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix="optimizer.") -> None:
     """Load what `pack_optimizer` packed; names without the prefix are ignored. Moments go to the device of
     their parameters; step counts stay on the CPU unless AdamW is fused or capturable."""
     state: dict[int, dict[str, Tensor]] = {}
@@ -170,15 +164,12 @@ class Rows:
         self.path, self.settings = Path(path) if path else None, settings
         self.key = key or (lambda row: len(self.rows))
         self.rows: dict[object, dict] = {}
-        there = self.path is not None and self.path.exists()
-        if there and not resume:
-            raise ValueError(
-                f"{self.path} holds an unfinished run: add --resume to continue it, or delete it"
-            )
-        if resume and must and not there:
-            raise ValueError(f"{self.path} holds nothing to resume: is --out right?")
-        if there:
+        if self.path and self.path.exists():
+            if not resume:
+                raise ValueError(f"{self.path} holds an unfinished run: --resume continues it; or delete it")
             self._read()
+        elif resume and must:
+            raise ValueError(f"{self.path} holds nothing to resume: is --out right?")
 
     def _read(self) -> None:
         """Read the rows of an interrupted run; an incomplete last line is dropped."""
@@ -211,10 +202,9 @@ class Rows:
         """Drop all but the first n rows, on disk too: a resumed run takes the later steps again."""
         self.rows = dict(list(self.rows.items())[:n])
         if self.path is not None and self.path.exists():
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows.values())
             with whole(self.path) as part:
-                part.write_text(
-                    "".join(json.dumps(row) + "\n" for row in self.rows.values()), encoding="utf-8"
-                )
+                part.write_text(lines, encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------- directory
@@ -253,17 +243,13 @@ def lock(out: Path) -> int | None:
 @contextmanager
 def claimed(out: Path, resume: bool) -> Iterator[None]:
     """Lock the directory `out` for one run. It is made if missing, and removed if the block leaves it empty.
-
-    Raises ValueError if another process holds the lock, or if it is not empty and not to be resumed.
-    """
+    Raises ValueError if another process holds the lock, or if it is not empty and not to be resumed."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: choose another")
     handle = lock(out)
     try:
         if not resume and any(path.suffix != ".tmp" for path in out.iterdir()):
-            raise ValueError(
-                f"--out {out} already holds something: choose another, or --resume the run in it"
-            )
+            raise ValueError(f"--out {out} already holds something: choose another, or --resume its run")
         yield
     finally:
         with suppress(OSError):  # not empty, as a rule

@@ -33,18 +33,12 @@ class Flag:
 
     def shown(self, task: dict[str, object]) -> str:
         """The help text with the defaults; task: those of the toy task."""
-        usual = {
-            "": self.default,
-            "toy": task.get(self.name) if self.kind is not str else None,
-            "cpu": self.cpu,
-        }
-        defaults = [
-            f"{k} {v}".strip() for k, v in usual.items() if v not in (None, "", NEEDED) and v is not False
-        ]
-        text = self.help + (
-            f" [{', '.join(defaults)}]" if defaults else " (required)" if self.default is NEEDED else ""
-        )
-        return text.replace("%", "%%")
+        toy = None if self.kind is str else task.get(self.name)
+        usual = {"": self.default, "toy": toy, "cpu": self.cpu}
+        shown = {k: v for k, v in usual.items() if v not in (None, "", NEEDED) and v is not False}
+        told = ", ".join(f"{k} {v}".strip() for k, v in shown.items() if not isinstance(v, tuple))
+        more = f" [{told}]" if told else " (required)" if self.default is NEEDED else ""
+        return (self.help + more).replace("%", "%%")
 
     def check(self, value: object) -> None:
         """Raise ValueError for a number out of bounds."""
@@ -69,9 +63,8 @@ class OneLine(argparse.ArgumentParser):
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         if "prog" not in more and spec:  # python -m bench, python -m toy.make
             more["prog"] = f"-m {spec.name.removesuffix('.__main__')}"
-        super().__init__(
-            *args, **more, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(*args, **more, allow_abbrev=False, formatter_class=raw)
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
@@ -89,11 +82,9 @@ def declare(parser: argparse.ArgumentParser, groups: Groups, task: dict[str, obj
                 more |= {"choices": f.kind}
             else:
                 more |= {"type": f.kind, "metavar": f.value or {int: "N", float: "X"}.get(f.kind, "TEXT")}
-            if not f.bare:
-                more |= {"required": f.default is NEEDED}
-            group.add_argument(
-                f.name if f.bare else f"--{f.name}", **more, **({"nargs": f.many} if f.many else {})
-            )
+            more |= {} if f.bare else {"required": f.default is NEEDED}
+            more |= {"nargs": f.many} if f.many else {}
+            group.add_argument(f.name if f.bare else f"--{f.name}", **more)
 
 
 def parse(

@@ -1,8 +1,7 @@
 """Memory of a run, computed before anything is loaded: bytes of each part, and the largest settings that fit.
 
-All of it is arithmetic on a body's shape. Weights, adapters, optimiser and cache are exact; activations are
-counted tensor by tensor as the network keeps them for its backward pass; tests/test_plan.py compares the sums
-with what is really allocated. `train.py` asks `fit` for the settings that were not given.
+Arithmetic on a body's shape: weights, adapters, optimiser and cache are exact; activations are counted tensor
+by tensor. tests/test_plan.py compares the sums with what is really allocated.
 
 Not a measurement, and no promise about fragmentation or the driver: `fit` leaves SPARE for those.
 
@@ -145,10 +144,8 @@ def head_chunk(c: Config, s: Settings, tokens: int) -> int:
 
 
 def learning(c: Config, s: Settings) -> dict[str, float]:
-    """Peak bytes of one micro-batch, beyond what a run always holds.
-
-    The peak is either at the log-probs, when all activations are held, or in the last layer's backward pass.
-    """
+    """Peak bytes of one micro-batch, beyond what a run always holds: either at the log-probs, when all
+    activations are held, or in the last layer's backward pass."""
     tokens = max(s.micro_tokens, s.seat_tokens)  # a single row may be as long as a seat
     layer, size = kept(c, s), s.dtype.itemsize
     each = 2 * c.d * size if s.recompute else layer
@@ -177,12 +174,10 @@ def acting(c: Config, s: Settings) -> dict[str, float]:
 def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
     """Bytes of each part, by name.
 
-    What is always held adds up; of the "acting: ..." and "learning: ..." parts only the greater sum counts,
-    because the two phases alternate. "total" is the peak of a step.
+    Of the "acting: ..." and "learning: ..." parts only the greater sum is in "total": the phases alternate.
     """
     n, n_sim = adapter(bodies[0], s.rank), adapter(bodies[-1], s.sim_rank)
-    if s.critic_rank:  # it never decodes
-        n += adapter(bodies[0], s.critic_rank) + bodies[0].d
+    n += adapter(bodies[0], s.critic_rank) + bodies[0].d if s.critic_rank else 0  # it never decodes
     ranks = [max(s.rank, s.sim_rank)] if len(bodies) == 1 else [s.rank, s.sim_rank]
     sizes = [(packed_type(c, s) or s.dtype).itemsize for c in bodies]
     stacks = sum(ROLES * sum(blocks(c, k)) * size for c, k, size in zip(bodies, ranks, sizes))
@@ -248,10 +243,8 @@ def _trials(s: Settings) -> list[Settings]:
 
 
 def _seats(bodies: Bodies, room: float, s: Settings, useful: int) -> int:
-    """The most seats, up to `useful`, with which the step fits (0: not even one).
-
-    Two bisections, above and below MANY, because packed copies for many rows may be smaller than for few.
-    """
+    """The most seats, up to `useful`, with which the step fits (0: not even one). Two bisections, above and
+    below MANY, because packed copies for many rows may be smaller than for few."""
 
     def over(seats: int) -> bool:
         return budget(bodies, replace(s, seats=seats))["total"] > room
@@ -263,11 +256,11 @@ def _seats(bodies: Bodies, room: float, s: Settings, useful: int) -> int:
 
 def _refusal(bodies: Bodies, room: float, s: Settings) -> str:
     least = replace(_trials(s)[-1], seats=max(2, s.seats))
-    b = budget(bodies, least)
-    total = b.pop("total")
-    largest = sorted(((size, name) for name, size in b.items()), reverse=True)[:4]
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for size, name in largest)
+    b = {name: size / 2**30 for name, size in budget(bodies, least).items()}
+    needs = (
+        f"a step needs {b.pop('total'):.2f} GiB even with {least}, but {room / 2**30:.2f} GiB are available"
+    )
+    parts = ", ".join(f"{name} {b[name]:.2f}" for name in sorted(b, key=b.get, reverse=True)[:4])
     return (
-        f"a step needs {total / 2**30:.2f} GiB even with {least}, but {room / 2**30:.2f} GiB are available "
-        f"({parts} GiB, ...): lower --seat-tokens and --episode-tokens, or use a smaller checkpoint"
+        f"{needs} ({parts} GiB, ...): lower --seat-tokens and --episode-tokens, or use a smaller checkpoint"
     )
