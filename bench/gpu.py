@@ -47,9 +47,9 @@ def decode_bytes(c: Config, seats: int, context: int, dtype: torch.dtype) -> int
     return weights * dtype.itemsize + seats * context * plan.cache_token(c, dtype)
 
 
-def share(name: str, rate: float, of: str, scale: float, unit: str) -> Row:
+def share(name: str, rate: float, of: str) -> Row:
     """The row of a rate, as a share of this GPU's measured ceiling (on a CPU there is none)."""
-    ceiling = measure.ceilings()[of]
+    ceiling, (unit, scale) = measure.ceilings()[of], measure.UNITS[of]
     theirs = f"{ceiling / scale:,.1f} {unit}" if ceiling else "not measured"
     ratio = rate / ceiling if ceiling else None
     return Row(name, f"{rate / scale:,.3g} {unit}", theirs, ratio, note=f"share of a measured {of}")
@@ -64,7 +64,7 @@ def decode_rows(body: Model, seats: tuple[int, ...], context: int, tokens: int) 
         span = turn_seconds(e, n, context, 1, tokens)
         rate = decode_bytes(body.config, n, context + tokens // 2, body.dtype) * tokens / span
         name = f"decode, {n} seats, {context} cached tokens: {n * tokens / span:,.0f} tok/s"
-        yield share(name, rate, "copy", 1e9, "GB/s")
+        yield share(name, rate, "copy")
         del e
 
 
@@ -91,7 +91,7 @@ def pass_rows(body: Model, rows: int, length: int) -> Iterator[Row]:
         span = statistics.median(timed(call) for _ in range(3))
         rate = times * forward_flops(body.config, rows, length) / span
         title = f"{name}, {rows} x {length} tokens: {rows * length / span:,.0f} tok/s"
-        yield share(title, rate, "matmul", 1e12, "TFLOP/s")
+        yield share(title, rate, "matmul")
 
 
 def step_rows(p: Run, c: Config) -> Iterator[Row]:

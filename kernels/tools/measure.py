@@ -143,17 +143,20 @@ def peak_megabytes(run: Callable) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
+UNITS = {"copy": ("GB/s", 1e9), "matmul": ("TFLOP/s", 1e12)}
+
+
 @cache
 def ceilings() -> dict[str, float]:
-    """Measured here, a second: operations of a bf16 matmul of 8192 cubed, bytes read and written by a plain
-    copy of 1 GB. Zeros on a CPU.
+    """Measured here, a second: bytes read and written by a plain copy of 1 GB, operations of a bf16 matmul of
+    8192 cubed. Zeros on a CPU.
     """
     if not torch.cuda.is_available():
-        return {"matmul": 0.0, "copy": 0.0}
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        return dict.fromkeys(UNITS, 0.0)
     x, y = (torch.empty(1 << 30, dtype=torch.int8, device="cuda") for _ in range(2))
-    spans = {"matmul": milliseconds(lambda: a @ b), "copy": milliseconds(lambda: y.copy_(x))}
-    return {"matmul": 2 * 8192**3 / spans["matmul"] * 1e3, "copy": 2 * x.numel() / spans["copy"] * 1e3}
+    copy = 2 * x.numel() / milliseconds(lambda: y.copy_(x)) * 1e3
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return {"copy": copy, "matmul": 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3}
 
 
 def tensors(out: Tensor | tuple) -> list[Tensor]:
@@ -180,9 +183,9 @@ def measure(case: Case) -> dict:
     """Time, rate, share of the ceiling, error against the first rival, speed-up over each rival."""
     ms = milliseconds(case.run)
     row = {"case": case.name, "ms": ms, "MB": peak_megabytes(case.run)}
-    for work, unit, scale, of in ((case.flops, "TFLOP/s", 1e12, "matmul"), (case.bytes, "GB/s", 1e9, "copy")):
+    for work, (of, ceiling) in zip((case.bytes, case.flops), ceilings().items()):
         if work:
-            rate, ceiling = work / ms * 1e3, ceilings()[of]
+            rate, (unit, scale) = work / ms * 1e3, UNITS[of]
             row |= {unit: rate / scale, f"of {of}": rate / ceiling if ceiling else 0.0}
     row |= {f"vs {name}": _or_nan(milliseconds, rival) / ms for name, rival in case.rivals.items()}
     return row | ({"error": _or_nan(error, case)} if case.rivals else {})
@@ -204,9 +207,7 @@ def about() -> dict[str, str | float]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "date": time.strftime("%Y-%m-%d"),
-        "copy GB/s": round(ceilings()["copy"] / 1e9),
-        "matmul TFLOP/s": round(ceilings()["matmul"] / 1e12),
-    }
+    } | {f"{of} {unit}": round(ceilings()[of] / scale) for of, (unit, scale) in UNITS.items()}
 
 
 def bench(names: Iterable[str], models: Iterable[Model], out: str | None = None) -> list[dict]:
