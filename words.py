@@ -189,10 +189,8 @@ NAMED_WORDS = {"sft": SFT_WORDS, "prompted": PROMPTED_WORDS}
 
 
 def load_words(source: str | Path) -> SimWords:
-    """`sft`, `prompted`, or a JSON file {"system", "useful", "noisy"} with optional "count" and "earlier".
-
-    Raises ValueError for any other file.
-    """
+    """`sft`, `prompted`, or a JSON file {"system", "useful", "noisy"}, "count" and "earlier" optional. Raises
+    ValueError for any other file."""
     if source in NAMED_WORDS:
         return NAMED_WORDS[source]
     return _read(SimWords, source, "simulator", "system", "useful", "noisy")
