@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -66,7 +66,9 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     kept.rows.keep(facts["step"] + 1)
 
     line = screen.bar("training", a.steps, "steps", facts["step"])
-    with pausing() as pause, saving_on_failure(a, s, optimizer, facts), line:
+    keep_state = partial(save, a, s, optimizer, facts)
+    whole = lambda: updates_of(s, optimizer) == facts["updates"]  # noqa: E731
+    with pausing(keep_state, whole) as pause, saving_on_failure(a, s, optimizer, facts), line:
         for step in range(facts["step"], a.steps):
             t0 = time.monotonic()
             asked = ask(a, world.questions, step)
@@ -89,7 +91,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             facts |= {"step": step + 1, "updates": updates_of(s, optimizer)}
             facts |= {"seconds": time.monotonic() - began}
             if pause.asked or (step + 1) % a.save_every == 0 or step + 1 == a.steps:
-                save(a, s, optimizer, facts)
+                pause.save()
             if pause.asked:
                 screen.say(f"saved; go on with: python train.py --out {a.out} --resume")
                 sys.exit(130)
@@ -441,8 +443,8 @@ def saving_on_failure(
 ) -> Iterator[None]:
     """Whatever ends the loop early, the steps that are whole are saved, and the error says how to go on.
 
-    If the adapter has moved since the last whole step, the last saved state is kept instead: a state between
-    two steps is none.
+    If the adapter has moved since the last whole step, the last saved state is kept instead: a state in the
+    middle of a step cannot be resumed.
     """
     try:
         yield
@@ -468,21 +470,33 @@ def saving_on_failure(
 
 
 class Pause:
-    """Ctrl-C or SIGTERM lets the step end, saves, and stops; a second one stops at once."""
+    """Ctrl-C or SIGTERM saves the steps that are whole (a SIGKILL may follow), lets the step end, saves it
+    too, and stops; a second one stops at once."""
 
-    asked = False
+    def __init__(self, save: Callable[[], None], whole: Callable[[], bool]):
+        self.asked = self.saving = False
+        self._save, self.whole = save, whole
+
+    def save(self) -> None:
+        self.saving = True  # a signal meanwhile must not write the same files
+        try:
+            self._save()
+        finally:
+            self.saving = False
 
     def __call__(self, *_) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
         print("\nstopping after this step (again: at once)", file=sys.stderr)
+        if not self.saving and self.whole():
+            self.save()
 
 
 @contextmanager
-def pausing() -> Iterator[Pause]:
-    """Within it, Ctrl-C and SIGTERM ask for a pause."""
-    pause = Pause()
+def pausing(save: Callable[[], None], whole: Callable[[], bool]) -> Iterator[Pause]:
+    """Within it, Ctrl-C and SIGTERM ask for a pause. whole(): is the adapter the last step's?"""
+    pause = Pause(save, whole)
     old = {sig: signal.signal(sig, pause) for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield pause

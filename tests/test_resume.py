@@ -210,6 +210,26 @@ def test_a_signal_lets_the_step_end_and_saves(whole, tmp_path, capsys, monkeypat
     equal_ends(out, whole)
 
 
+def test_a_signal_saves_at_once_what_is_whole(whole, tmp_path, monkeypatch):
+    """A scheduler sends SIGTERM, waits less than a step, and kills: the steps before must be on disk."""
+    out, act, calls = tmp_path / "run", train.act, []
+
+    def stop(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            calls.append(steps_of(out))
+        return act(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "act", stop)
+        with pytest.raises(SystemExit):
+            run("--out", out, *SHORT)
+    assert calls[3] == 2 and steps_of(out) == 3
+    run("--out", out, "--resume")
+    equal_ends(out, whole)
+
+
 def test_sigterm_ends_a_command_in_one_line():
     """Before the loop there is nothing to save, but a killed command still says so and exits with 130."""
     code = (
