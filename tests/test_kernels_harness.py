@@ -121,6 +121,14 @@ def test_a_race_between_programs_is_caught(order, to):
             _total[(2,)](x, torch.zeros(1), BLOCK=4)
 
 
+def test_launches_do_not_race_with_each_other():
+    """A GPU runs one after the other: what the last one touched is forgotten, or right kernels fail."""
+    x = torch.arange(8.0)
+    _shift[(2,)](x, 8, BLOCK=4, TO=0)
+    _shift[(1,)](x, 8, BLOCK=8, TO=0)
+    assert torch.equal(x, torch.arange(8.0))
+
+
 def test_two_lanes_of_a_store_at_one_address_are_caught():
     """Which of the two values stays is undefined on a GPU."""
     with pytest.raises(Exception, match="race: two lanes"):
