@@ -166,7 +166,7 @@ class Rows:
         self.rows: dict[object, dict] = {}
         if self.path and self.path.exists():
             if not resume:
-                raise ValueError(f"{self.path} holds an unfinished run: --resume continues it; or delete it")
+                raise ValueError(f"{self.path} holds an unfinished run: add --resume to go on, or delete it")
             self._read()
         elif resume and must:
             raise ValueError(f"{self.path} holds nothing to resume: is --out right?")
