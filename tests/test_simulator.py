@@ -657,3 +657,11 @@ def test_bad_flags_end_with_code_2(command, tmp_path, flags):
     with pytest.raises(SystemExit) as exit:
         screen.run(lambda: command(f"sft --rows rows.jsonl {flags}" + (" --out a" if flags else "")))
     assert exit.value.code == 2 and not (tmp_path / "a").exists()
+
+
+def test_the_audits_seats_hold_the_longest_prompt():
+    """A seat as long as the shortest prompt would refuse the others, or cut what is written for them."""
+    body, tok = tiny_body(), Letters()
+    search = Simulator(tok, SHORT, limit=7)
+    engine = simulator.engine_for(body, search, [ask("a"), ask("a" * 40)], seats=2)
+    assert engine.pools[SIMULATOR].capacity == len(prompt(tok, SHORT, ask("a" * 40), False)) + 7 + 1
