@@ -22,7 +22,7 @@ def test_the_lesson_copies_nothing():
     """A lesson with its own copy of a function teaches something that the project may not do any more."""
     source = "\n".join("".join(cell["source"]) for cell in json.loads(LESSON.read_text())["cells"])
     assert source.count("def ") == 3  # two pictures, and the loop that shows its curve
-    called = "train.act train.judge train.learn grpo.loss grpo.advantages p_noise( coin("
+    called = "train.act train.judge train.learn grpo.loss recipes.advantages p_noise( coin("
     for name in called.split():
         assert name in source, name
 
