@@ -86,10 +86,8 @@ def rows_of(path: Path) -> list[dict]:
 def read(path: Path, name: str) -> Run:
     """A run's directory. Raises ValueError where it is none."""
     args = read_json(path / "args.json", "the directory of a run", settled=dict, given=dict)
-    result = path / "result.json"
-    seconds = (
-        read_json(result, "the directory of a run", seconds=float)["seconds"] if result.exists() else None
-    )
+    result, what = path / "result.json", "the directory of a run"
+    seconds = read_json(result, what, seconds=float)["seconds"] if result.exists() else None
     kept = {row["step"]: row for row in rows_of(path / "episodes.jsonl")}
     return Run(name, args["settled"], args["given"], rows_of(path / "log.jsonl"), kept, seconds)
 

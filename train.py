@@ -240,13 +240,9 @@ def tell(
 
 
 def keep(
-    a: argparse.Namespace,
-    s: Setting,
-    step: int,
-    trajectories: list[Trajectory],
-    rewards: torch.Tensor,
+    a: argparse.Namespace, s: Setting, step: int, trajectories: list[Trajectory], rewards: torch.Tensor,
     kept: Kept,
-) -> None:
+) -> None:  # fmt: skip
     """Some of the step's episodes for look.py; ratios: a token's probability now, over that when sampled."""
     adv, more = compared(a, step, trajectories, rewards).flatten().tolist(), {}
     for i in kept.few(step + 1, trajectories, a.group):

@@ -19,10 +19,8 @@ from tqdm import tqdm
 def table(rows: dict[str, dict]) -> str:
     """{name: {column: value}} as aligned text: three decimals for means, counts as they are, "-" for None."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    cells = [
-        ["", *columns],
-        *([name, *(cell(row.get(c, "")) for c in columns)] for name, row in rows.items()),
-    ]
+    cells = [["", *columns]]
+    cells += [[name, *(cell(row.get(c, "")) for c in columns)] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join(
         "  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])]).rstrip()
@@ -42,18 +40,8 @@ def bar(
 
     over: iterate through the bar. delay: seconds before it appears, where short waits shall leave no trace.
     """
-    return tqdm(
-        over,
-        total=total,
-        initial=done,
-        desc=label,
-        unit=f" {unit}",
-        leave=False,
-        disable=None,
-        delay=delay,
-        miniters=1,
-        dynamic_ncols=True,
-    )
+    calm = {"leave": False, "disable": None, "miniters": 1, "dynamic_ncols": True}
+    return tqdm(over, label, total, initial=done, unit=f" {unit}", delay=delay, **calm)
 
 
 def say(text: str) -> None:
