@@ -4,6 +4,7 @@ One process cannot both interpret and compile: test_compile_check.py compiles in
 """
 
 import importlib
+import json
 import os
 
 import pytest
@@ -26,6 +27,22 @@ def device() -> str:
     """Where kernel tests put their tensors. Skips them where triton is not installed (macOS, Windows)."""
     pytest.importorskip("triton")
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def body(tmp_path_factory):
+    """A random body with the toy world's tokenizer: the folder of its checkpoint."""
+    from model import Config, Model
+    from toy.make import BODY, write_tokenizer
+    from weights import save_model
+
+    path = tmp_path_factory.mktemp("tiny")
+    write_tokenizer(path)
+    vocab = json.loads((path / "tokenizer.json").read_text())
+    size = len(vocab["model"]["vocab"]) + len(vocab["added_tokens"])
+    small = {"vocab_size": size, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}
+    save_model(Model(Config.from_hf(BODY | small)).init(0, 0.1), path)
+    return path
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ import train
 import weights
 from cli import disk, flags, screen
 from model import Config, Model
-from toy.make import BODY, write_tokenizer
 from toy.task import Task
 from weights import save_model
 
@@ -28,18 +27,6 @@ SHORT = [
     *("--steps", "4", "--questions", "2", "--group", "4", "--eval-questions", "0", "--sft-steps", "0"),
     *("--save-every", "9", "--show-every", "9", "--turn-tokens", "6", "--turns", "1", "--device", "cpu"),
 ]
-
-
-@pytest.fixture(scope="module")
-def body(tmp_path_factory):
-    """A random body with the toy task's tokenizer."""
-    path = tmp_path_factory.mktemp("tiny")
-    write_tokenizer(path)
-    vocab = json.loads((path / "tokenizer.json").read_text())
-    size = len(vocab["model"]["vocab"]) + len(vocab["added_tokens"])
-    small = {"vocab_size": size, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}
-    save_model(Model(Config.from_hf(BODY | small)).init(0, 0.1), path)
-    return path
 
 
 def judge(a, trajectories):

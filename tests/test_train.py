@@ -16,34 +16,15 @@ import servers
 import train
 import weights
 from cli import flags, screen
-from model import SIMULATOR, Config, Model
+from model import SIMULATOR
 from recipes import Objective
 from rollout import Question, Trajectory
 from toy import texts
-from toy.make import BODY, write_tokenizer
-from weights import save_model
 
 SHORT = [
     *("--steps", "4", "--questions", "2", "--group", "2", "--eval-questions", "4"),
     *("--sft-steps", "2", "--save-every", "2", "--show-every", "3"),
 ]
-
-
-@pytest.fixture(scope="module")
-def body(tmp_path_factory):
-    """A random body with the toy world's tokenizer."""
-    path = tmp_path_factory.mktemp("tiny")
-    write_tokenizer(path)
-    vocab = json.loads((path / "tokenizer.json").read_text())
-    size = len(vocab["model"]["vocab"]) + len(vocab["added_tokens"])
-    shape = BODY | {
-        "vocab_size": size,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "intermediate_size": 48,
-    }
-    save_model(Model(Config.from_hf(shape)).init(0, 0.1), path)
-    return path
 
 
 def shorten(body, patch):
