@@ -1,8 +1,8 @@
 """Learning: from rewards to one scalar whose gradient we follow.
 
 What an algorithm is stands in recipes.py, as pure functions; here they meet a model. The old log-probs are
-those of sampling, so there is no second forward pass for them; the reference is the same body without its
-adapter, and PPO's critic the same body with another one and a vector.
+those of sampling, so there is no second forward pass for them; the reference is the same body with the
+adapter that the policy started from, or none, and PPO's critic the same body with another one and a vector.
 
 Not a trainer: it knows neither search nor simulator nor any text. Trajectories come in as ids, a mask of what
 was sampled, and the log-probs of sampling.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import linear_logp
-from model import CRITIC, POLICY, REFERENCE, Model
+from model import CRITIC, POLICY, REFERENCE, START, Model
 from recipes import KL, RATIOS, WHITENED, Objective, gae, guard, k3, means, to_go, token_weights, value_loss
 from rollout import Trajectory
 
@@ -114,11 +114,11 @@ def values(model: Model, batch: Batch, recompute: bool = False) -> Tensor:
 @torch.no_grad()
 def assess(model: Model, batches: list[Batch], o: Objective) -> list[Batch]:
     """What forward passes without gradient tell (reference, values), and the advantages of tokens."""
-    out = []
+    out, start = [], START if START in model.roles else REFERENCE
     for b in batches:
         if (unknown := b.old.isnan()).any():  # tokens that were not sampled; see compat.py
             b = replace(b, old=torch.where(unknown, token_logps(model, b, POLICY)[0], b.old))
-        ref = token_logps(model, b, REFERENCE)[0] if o.kl and o.kl_in != "none" else None
+        ref = token_logps(model, b, start)[0] if o.kl and o.kl_in != "none" else None
         value = values(model, b) if o.advantage == "gae" else None
         out.append(credit(replace(b, ref=ref, value=value), o))
     return whiten(out) if o.advantage in WHITENED else out

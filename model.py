@@ -1,7 +1,8 @@
 """The network: a decoder of the Llama / Qwen families, its KV cache, and its LoRA adapters.
 
 One *body*, the frozen base model, plays all roles. A role is an index: 0 is the reference (no adapter),
-1 the policy, 2 the simulator, 3 the critic of PPO. A forward pass takes one role for all rows (training) or
+1 the policy, 2 the simulator, 3 the critic of PPO, 4 the adapter that a policy started
+from. A forward pass takes one role for all rows (training) or
 one per row (decoding), so a single copy of the weights is policy, simulator and KL reference at once. A
 *seat* is a row of the KV cache.
 
@@ -29,8 +30,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 
-REFERENCE, POLICY, SIMULATOR, CRITIC = 0, 1, 2, 3
-ROLES = 2  # roles that have an adapter and decode; the critic never does
+REFERENCE, POLICY, SIMULATOR, CRITIC, START = 0, 1, 2, 3, 4
+ROLES = 2  # roles that have an adapter and decode; the last two never do
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

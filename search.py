@@ -99,6 +99,17 @@ def tokenise(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
+EMPTY = set(
+    "a an and are at be been by did do does for from had has have how in is it its of on or that the these "  # noqa: SIM905
+    "this those to was were what when where which who whom whose why with".split()
+)
+
+
+def content(text: str) -> set[str]:
+    """The different words of a text that say what it is about: `tokenise` without function words."""
+    return set(tokenise(text)) - EMPTY
+
+
 class BM25:
     """Okapi BM25 over (title, text) passages, with Lucene's idf, which is never negative:
 
@@ -168,15 +179,16 @@ def split_documents(documents: str) -> list[str]:
     return [text.strip() for text in texts if text.strip()]
 
 
-def shortened(search: Search, words: int) -> Search:
-    """The same search with each document cut to its first `words` words."""
+def presented(search: Search, count: int, words: int | None = None) -> Search:
+    """The same search in the one form that a policy reads: at most `count` documents, as lines "Doc 1: ...",
+    each cut to its first `words` words (None: whole)."""
 
-    def short(query: Query):
+    def formed(query: Query):
         documents = yield from search(query)
-        texts = (" ".join(text.split()[:words]) for text in split_documents(documents.text))
-        return replace(documents, text=number(texts))
+        texts = split_documents(documents.text)[:count]
+        return replace(documents, text=number(" ".join(text.split()[:words]) for text in texts))
 
-    return short
+    return formed
 
 
 # ------------------------------------------------------------------------------------- engines on the network
@@ -290,9 +302,9 @@ def open_search(spec: str, count: int = 5, limit: float = 60.0) -> Search:
     raise ValueError(f"unknown search engine {spec!r}: choose none, bm25:CORPUS, http://HOST:PORT or serpapi")
 
 
-def ask(search: Search, text: str) -> str:
+def ask(search: Search, text: str, question: Question = Question("", ())) -> str:  # noqa: B008 (frozen)
     """The documents of a real engine for a text. Blocks until they are here."""
-    waiting, sent = search(Query(text, Question("", ()))), None
+    waiting, sent = search(Query(text, question)), None
     while True:
         try:
             sent = waiting.send(sent).result()

@@ -25,7 +25,7 @@ from engine import Engine
 from model import SIMULATOR, Model
 from questions import cover_em, holds_answer, normalise
 from rollout import DOCUMENTS, Documents, Query, Turn, coin, uniforms
-from search import split_documents
+from search import content, split_documents
 from servers import Chat
 from tokenizer import Tokenizer
 from words import SFT_WORDS, SimWords, fill
@@ -99,6 +99,13 @@ def noise_coin(address: tuple[int, ...], shared: bool) -> float:
     return coin((*group, call) if shared else address)
 
 
+def covered(query: Query) -> float:
+    """The share of the question's content words that the episode's queries have asked for so far."""
+    wanted = content(query.question.text)
+    asked = content(" ".join([query.text, *(text for text, _ in query.earlier)]))
+    return len(wanted & asked) / len(wanted) if wanted else 1.0
+
+
 @dataclass(frozen=True)
 class Simulator:
     """An LLM as a search engine: `yield from simulator(query)` gives Documents.
@@ -108,6 +115,8 @@ class Simulator:
     limit         maximum tokens of one output; the default is the paper's
     temperature   of sampling; the default is the paper's
     server        if given, this server's LLM is asked, instead of a body in this process; `tok` is unused
+    heed          0: useful documents come whatever is asked; 1: with the probability `covered`, so that a
+                  query has to ask for what the question needs, as with a real engine
     """
 
     tok: Tokenizer | None
@@ -117,13 +126,15 @@ class Simulator:
     limit: int = 600
     temperature: float = 0.8
     server: Chat | None = None
+    heed: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.p_noise <= 1:
             raise ValueError(f"noise is a probability, within 0..1, not {self.p_noise}")
 
     def __call__(self, query: Query):
-        noisy = noise_coin(query.address, self.shared) < self.p_noise
+        missed = self.heed * (1 - covered(query)) if self.heed else 0.0
+        noisy = noise_coin(query.address, self.shared) < self.p_noise + (1 - self.p_noise) * missed
         stops, address = (f"Doc {self.words.count + 1}",), (*query.address, DOCUMENTS)
         if self.server:
             asked, seed = messages(self.words, query, noisy), int(uniforms(address, 1)[0] * 2**31)

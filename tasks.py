@@ -16,7 +16,7 @@ from pathlib import Path
 
 from questions import SETS, load_questions
 from rollout import Query, Question, Search, Trajectory
-from search import open_search, shortened
+from search import open_search, presented
 from words import JUDGE, MODE_WORDS, PROMPTED_WORDS
 
 NAMES = sorted(path.parent.name for path in Path(__file__).resolve().parent.glob("*/task.py"))
@@ -60,12 +60,11 @@ class Task:
 
     def engine(self, named: str) -> Search:
         """The real engine of that name."""
-        search = open_search(named, self.a.documents)
-        return shortened(search, self.a.document_words) if self.a.document_words else search
+        return Task.shown(self, open_search(named, self.a.documents))
 
     def shown(self, search: Search) -> Search:
-        """The same search, with its documents as the policy is to see them; here they are unchanged."""
-        return search
+        """The same search, a simulator or a real engine, with its documents as the policy is to see them."""
+        return presented(search, self.a.documents, self.a.document_words)
 
     def ways(self, search: Search) -> dict[str, tuple[str, Search, float]]:
         """How held-out questions are scored before and after: suffix -> (label, search, temperature)."""

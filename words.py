@@ -67,8 +67,14 @@ MODE_WORDS = {  # the search agent, and the paper's baselines (evaluation/modes.
 }
 
 
-def load_policy_words(path: str) -> Words:
-    """The policy's prompts from a JSON file {"prompt", "notice"}, "system" optional. Raises ValueError."""
+SHORT_WORDS = Words(prompt="{question}", system="")  # for a small body that a cold start has shown the form
+POLICY_WORDS_FILE = "policy_prompt.json"  # in the directory of an adapter
+
+
+def load_policy_words(path: str | Path) -> Words:
+    """`short`, or a JSON file {"prompt", "notice"}, "system" optional. Raises ValueError for another file."""
+    if path == "short":
+        return SHORT_WORDS
     words = _read(Words, path, "policy", "prompt", "notice")
     if "{question}" not in words.prompt:
         raise ValueError(f"{path}: prompt must contain {{question}}")
@@ -185,21 +191,30 @@ PROMPTED_WORDS = SimWords(
     useful=_compose("useful", USEFUL, BACKGROUND, FORM, USEFUL_EXAMPLE, ASK),
     noisy=_compose("noisy", NOISY, FORM, NOISY_EXAMPLE, ASK),
 )
-NAMED_WORDS = {"sft": SFT_WORDS, "prompted": PROMPTED_WORDS}
+# For a small body without fine-tuning: one sentence, asked for in as many words as it can follow.
+SHORT_SIM_WORDS = SimWords(
+    system="",
+    useful='Query: {query}\nWrite one sentence about "{question}" that contains the words "{answer}".',
+    noisy='Write one sentence about "{query}".',
+    count=1,
+)
+NAMED_WORDS = {"sft": SFT_WORDS, "prompted": PROMPTED_WORDS, "short": SHORT_SIM_WORDS}
 
 
 def load_words(source: str | Path) -> SimWords:
-    """`sft`, `prompted`, or a JSON file {"system", "useful", "noisy"}, "count" and "earlier" optional. Raises
-    ValueError for any other file."""
+    """`sft`, `prompted`, `short`, or a JSON file {"system", "useful", "noisy"}, maybe "count" and "earlier".
+    Raises ValueError for any other file."""
     if source in NAMED_WORDS:
         return NAMED_WORDS[source]
     return _read(SimWords, source, "simulator", "system", "useful", "noisy")
 
 
-def save_words(words: SimWords, path: str | Path) -> None:
-    """Write what `load_words` reads. An adapter is saved with the prompts that it was trained on."""
+def save_words(words: Words | SimWords, path: str | Path) -> None:
+    """Write what `load_words` or `load_policy_words` reads: an adapter is saved with the prompts that it was
+    trained on."""
+    said = {name: value for name, value in asdict(words).items() if value is not None}
     with whole(path) as part:
-        part.write_text(json.dumps(asdict(words), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 WORDS_FILE = "sim_prompt.json"  # in the directory of an adapter

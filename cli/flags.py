@@ -36,8 +36,8 @@ ADAPTER = Flag("adapter", str, "", "PEFT directory of the policy's adapter (none
 SIM = Flag("sim", str, "", "the simulator's body (the policy's: one copy), or http://HOST:PORT/v1", "BODY")
 OWN = "self"  # --sim self: the policy writes its own documents
 SIM_ADAPTER = Flag("sim-adapter", str, "", "PEFT directory of a fine-tuned simulator (none: prompted)", "DIR")
-POLICY_PROMPT = Flag("policy-prompt", str, "", "JSON: the policy's prompt, notice, system", "FILE")
-SIM_PROMPT = Flag("sim-prompt", str, "", "sft, prompted, JSON; else its adapter's, else prompted", "FILE")
+POLICY_PROMPT = Flag("policy-prompt", str, "", "short, JSON: prompt, notice, system (the adapter's)", "FILE")
+SIM_PROMPT = Flag("sim-prompt", str, "", "sft, prompted, short, JSON (the adapter's, or prompted)", "FILE")
 DATA = Flag("data", str, "", f"question files (JSONL, parquet) or sets ({', '.join(SETS)}), or toy", "A,B")
 LIMIT = Flag("limit", int, None, "questions a file, drawn by a fixed seed (all)")
 SEARCH = Flag("search", str, "", f"the real engine: {ENGINE}, or toy", "ENGINE")
@@ -97,6 +97,7 @@ TRAIN: Groups = {
         Flag("noise-end", float, 0.5, "and at the last", most=1),
         Flag("noise-shape", ("exponential", "linear", "constant", "reverse"), "exponential", "how it rises"),
         Flag("shared-coins", bool, False, "siblings share their noise coins"),
+        Flag("heed", float, 0.0, "1: noise also where a query lacks words of the question; 0: never", most=1),
     ],
     "learning": [
         Flag("algorithm", tuple(RECIPES), "grpo", "a row of recipes.py; the next eight override its parts"),
@@ -257,7 +258,30 @@ VERBS = {
     "audit": ("how good is a simulator, on the queries of held-out rows?", AUDIT),
     "write": ("what the simulator writes for one query, useful and noisy side by side", WRITE),
 }
-COMMANDS: dict[str, Groups] = {"train": TRAIN, "eval": EVAL} | {
+COLD: Groups = {  # python -m prepare.cold
+    "traces": [
+        Flag("traces", str, "", "recorded ones (JSON lines); else scripted from --data and --search", "FILE"),
+        Flag("least", float, 0.0, "only traces with an f1 of at least this", most=1),
+        replace(DATA, help="questions to script traces from"),
+        LIMIT,
+        SEARCH,
+        *DOCUMENTS,
+        Flag("scripts", int, 440, "traces to script"),
+        Flag("searching", float, 0.3, "share of them that search; the others answer at once", most=1),
+    ],
+    "the policy": [replace(POLICY, default=NEEDED), POLICY_PROMPT, *ADAPTED, *LENGTHS],
+    "learning": [
+        Flag("steps", int, 90, "of fine-tuning"),
+        Flag("lr", float, 1e-3, "at the start; falls linearly to 0"),
+        Flag("tokens", int, 512, "a step"),
+        Flag("micro", int, 1024, "tokens a pass, padding included: sets the memory"),
+        Flag("held", int, 32, "traces held out (at most a tenth)", least=0),
+        Flag("every", int, 30, "steps between held-out losses, and between saves"),
+    ],
+    "output": [Flag("out", str, NEEDED, "directory for the adapter (PEFT) and its prompts", "DIR"), RESUME],
+    "the machine": [SEED, *MACHINE],
+}
+COMMANDS: dict[str, Groups] = {"train": TRAIN, "eval": EVAL, "cold": COLD} | {
     verb: groups for verb, (_, groups) in VERBS.items()
 }
 # fmt: on
@@ -418,6 +442,10 @@ def _collect(a: argparse.Namespace) -> Complaints:
     yield there, f"--out {a.out} is there already: choose another, or add --resume to go on with it"
 
 
+def _cold(a: argparse.Namespace) -> Complaints:
+    yield not a.traces and not (a.data and a.search), "cold needs --traces, or --data and --search"
+
+
 def _nowhere(a: argparse.Namespace) -> tuple[object, str]:
     nowhere = a.json and (Path(a.json).is_dir() or not Path(a.json).parent.is_dir())
     return nowhere, f"--json {a.json} is not a file in a directory that exists"
@@ -435,4 +463,11 @@ def _served(a: argparse.Namespace) -> Complaints:
     yield own, "--sim-adapter cannot be sent to a server: let --sim serve it"
 
 
-COMPLAINTS = {"train": _train, "eval": _eval, "collect": _collect, "audit": _audit, "write": _served}
+COMPLAINTS = {
+    "train": _train,
+    "eval": _eval,
+    "cold": _cold,
+    "collect": _collect,
+    "audit": _audit,
+    "write": _served,
+}

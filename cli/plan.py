@@ -60,6 +60,7 @@ class Settings:
     dtype: torch.dtype = torch.bfloat16
     kernels: bool = True  # Triton kernels keep less than the references, which run on a CPU
     critic_rank: int = 0  # of the critic's adapter; 0: there is no critic
+    start_rank: int = 0  # of the adapter that is the KL's reference; 0: the body without one is
 
     def __str__(self) -> str:
         flags = f"--seats {self.seats} --seat-tokens {self.seat_tokens} --micro-tokens {self.micro_tokens}"
@@ -185,7 +186,7 @@ def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
     copies = sum(packed(c, s) for c in bodies)
     held = {
         "weights": sum(parameters(c) for c in bodies) * s.dtype.itemsize + tables,
-        "adapters": 4 * (n + n_sim),
+        "adapters": 4 * (n + n_sim + adapter(bodies[0], s.start_rank)),
         "adapters again, for decoding": stacks,
         "gradient": 4 * n,
         "optimiser": 8 * n,

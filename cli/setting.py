@@ -19,13 +19,13 @@ from cli import plan, screen
 from cli.disk import read_json
 from cli.flags import OWN
 from engine import Engine
-from model import CRITIC, POLICY, REFERENCE, SIMULATOR, Model
+from model import CRITIC, POLICY, REFERENCE, SIMULATOR, START, Model
 from rollout import Limits, Question, prompt
 from servers import Chat, is_address
 from simulator import Simulator
 from tasks import Task
 from tokenizer import Tokenizer
-from words import PROMPTED_WORDS, SFT_WORDS, SimWords, Words, load_policy_words, words_for
+from words import POLICY_WORDS_FILE, PROMPTED_WORDS, SFT_WORDS, SimWords, Words, load_policy_words, words_for
 
 SMALL = 256  # hidden size below which a second thread costs more than it gains
 
@@ -81,7 +81,8 @@ def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) 
         temperature = 0.8 if POLICY in homes else a.temperature  # --temperature is then the policy's
         shared = getattr(a, "shared_coins", False)
         noise = getattr(a, "noise", 0.0)
-        simulator = Simulator(tok, sim_words, noise, shared, a.sim_tokens, temperature, server)
+        heed = getattr(a, "heed", 0.0)
+        simulator = Simulator(tok, sim_words, noise, shared, a.sim_tokens, temperature, server, heed)
     return Setting(task, bodies, words, limits, simulator, open_engine(a, bodies))
 
 
@@ -103,9 +104,12 @@ def find_bodies(a: argparse.Namespace) -> dict[int, Path]:
 
 
 def policy_words(a: argparse.Namespace, task: Task) -> Words:
-    """The policy's prompts: those of --policy-prompt, else the task's for the mode."""
-    mode = getattr(a, "mode", "agent")
-    words = load_policy_words(a.policy_prompt) if a.policy_prompt else task.words[mode]
+    """The policy's prompts: those of --policy-prompt, else (of an agent) those that its adapter was trained
+    with, else the task's for the mode."""
+    mode, adapter = getattr(a, "mode", "agent"), getattr(a, "adapter", "")
+    saved = Path(adapter, POLICY_WORDS_FILE)
+    named = a.policy_prompt or (saved if adapter and mode == "agent" and saved.exists() else "")
+    words = load_policy_words(named) if named else task.words[mode]
     if mode == "rag" and "{documents}" not in words.prompt:
         raise ValueError(f"{a.policy_prompt}: for --mode rag, prompt must say where the {{documents}} go")
     return words
@@ -122,7 +126,10 @@ def limits_of(a: argparse.Namespace) -> Limits:
 
 def give_adapters(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]]) -> None:
     """Read the adapters that are named; make new ones for the other roles that will be trained."""
-    trained = {POLICY: a.command == "train", SIMULATOR: a.command == "sft" or getattr(a, "sft_steps", 0)}
+    trained = {
+        POLICY: a.command in ("train", "cold"),
+        SIMULATOR: a.command == "sft" or getattr(a, "sft_steps", 0),
+    }
     for role, flag in ((POLICY, "adapter"), (SIMULATOR, "sim_adapter")):
         if role in bodies and getattr(a, flag, ""):
             weights.load_adapter(bodies[role][0], role, getattr(a, flag))
@@ -130,11 +137,18 @@ def give_adapters(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenize
             bodies[role][0].add_role(role, a.rank, a.alpha, a.seed)
     if getattr(a, "advantage", "") == "gae":
         bodies[POLICY][0].add_role(CRITIC, a.rank, a.alpha, a.seed)
+    if refers_to_start(a):
+        weights.load_adapter(bodies[POLICY][0], START, a.adapter)
+
+
+def refers_to_start(a: argparse.Namespace) -> bool:
+    """Whether the KL's reference is the adapter that the policy starts from (else the body without one)."""
+    return a.command == "train" and bool(a.adapter and a.kl and a.kl_in != "none")
 
 
 def open_engine(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]]) -> Engine | None:
     """The engine, with seats that hold a whole episode; None without a policy."""
-    if POLICY not in bodies:
+    if POLICY not in bodies or a.command == "cold":
         return None
     if a.command == "train":
         return Engine(bodies, a.seats, a.seat_tokens, prefill=a.micro_tokens)
@@ -171,7 +185,7 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
     settings = plan.Settings(
         a.seats, a.seat_tokens, a.micro_tokens, a.recompute or None, rank,
         sim_rank if a.sim_adapter or a.sft_steps else 0, model.DTYPES[a.dtype], a.device != "cpu",
-        a.rank if a.advantage == "gae" else 0,
+        a.rank if a.advantage == "gae" else 0, rank if refers_to_start(a) else 0,
     )  # fmt: skip
     if a.planned:
         return f"as planned at the start: {settings}"

@@ -27,7 +27,8 @@ from cli.flags import LABELS
 from cli.screen import bar, move
 from engine import Engine
 from model import REFERENCE
-from questions import cover_em, holds_answer
+from prepare.traces import spans_of
+from questions import cover_em, f1, holds_answer
 from rollout import Documents, Limits, Query, Question, Search, Turn, episode
 from words import JUDGE, JudgeWords, Words, fill
 
@@ -84,7 +85,7 @@ class Collector:
     shown: Callable[[Search], Search] | None = None
 
     def episode(self, question: Question, address: tuple[int, ...]) -> Generator:
-        """One episode, then its judge: returns {"forced", "rows": [row with "labels"]}, for the log."""
+        """One episode, then its judge -> {"forced", "rows": [row with "labels"]} and a trace, for the log."""
         found: list[tuple[Query, Documents]] = []
 
         def noted(query: Query):
@@ -104,7 +105,9 @@ class Collector:
             says = yield from judged(self.tok, self.judge, query, documents.text, self.room)
             labels = dict(zip(LABELS, (says, holds_answer(documents.text, question.answers), reached)))
             rows.append(raw_row(query, documents.text) | {"labels": labels})
-        return {"forced": forced, "rows": rows}
+        told = {"question": question.text, "golden_answers": list(question.answers)}
+        told |= {"f1": f1(t.answer, question.answers), "spans": spans_of(t, self.tok)}  # a trace: see cold.py
+        return told | {"forced": forced, "rows": rows}
 
 
 def raw_row(query: Query, documents: str) -> dict:

@@ -7,6 +7,8 @@ import argparse
 import random
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from prepare.collect import Collector, Sorted, agreement, all_rows, collect
 from prepare.rows import COLUMNS, read_rows, row_query, write_rows
 from questions import load_questions
 from rollout import Query, Question
-from simulator import Simulator, addressed
+from simulator import addressed
 from tasks import Task, kind
 from words import WORDS_FILE, SimWords, save_words
 
@@ -104,25 +106,55 @@ def command_sft(a: argparse.Namespace, task: Task) -> None:
     else:
         exam, rows = split_by_question(rows, a.held, a.seed)
     with disk.claimed(out, a.resume):
-        tune(a, task, out, rows, exam)
+        tune(a, out, rows, exam, partial(simulator_tuning, a, task, exam))
 
 
-def tune(a: argparse.Namespace, task: Task, out: Path, rows: list[dict], exam: list[dict]) -> None:
-    """The fine-tuning itself, in a directory that is ours."""
-    settings = {k: v for k, v in vars(a).items() if k not in ("command", "resume", "out", "device", "seats")}
-    state, facts = unfinished(out, settings, a.resume)
+@dataclass(frozen=True)
+class Tuning:
+    """What `tune` trains: a role of a body, its rows as ids, what is saved, and what else is measured."""
+
+    body: Model
+    role: int
+    encode: Callable[[dict], sft.Example]
+    keep: Callable[[Path], None]  # writes the adapter and its prompts into a directory
+    audit: Callable[[str], dict] = lambda when: {}
+
+
+def simulator_tuning(a: argparse.Namespace, task: Task, exam: list[dict]) -> Tuning:
     s = load(a, task)
     (body, tok), simulator = s.bodies[SIMULATOR], s.simulator
-    optimizer = sft.adamw(body, SIMULATOR)
-    size = body.adapter(SIMULATOR).numel()
-    print(f"{len(rows)} rows, {len(exam)} held out, {size:,} parameters to train, {body.device}")
-    look = partial(held_out_figures, a, body, simulator, exam)
+    queries = addressed([row_query(row) for row in exam[: a.audit]], a.seed)
+
+    def audit(when: str) -> dict:
+        engine = simulators.engine_for(body, simulator, queries, a.seats)
+        return simulators.audit(engine, simulator, queries, f"audit {when}")
+
+    encode = partial(sft.example, tok, simulator.words, sft.end_of_turn(tok))
+    keep = partial(save, body, simulator.words, a.sim)
+    return Tuning(body, SIMULATOR, encode, keep, audit if queries else Tuning.audit)
+
+
+def tune(
+    a: argparse.Namespace, out: Path, rows: list[dict], exam: list[dict], load: Callable[[], Tuning]
+) -> None:
+    """The fine-tuning itself, in a directory that is ours. load: called when all cheap checks are done."""
+    settings = {k: v for k, v in vars(a).items() if k not in ("command", "resume", "out", "device", "seats")}
+    state, facts = unfinished(out, settings, a.resume)
+    t = load()
+    adapter, optimizer = t.body.adapter(t.role), sft.adamw(t.body, t.role)
+    print(f"{len(rows)} rows, {len(exam)} held out, {adapter.numel():,} parameters to train, {t.body.device}")
+
+    def look(when: str) -> dict:
+        """{"loss": nats a token of the held-out rows, "audit": ...}; {} where nothing is held out."""
+        loss = sft.held_out_loss(t.body, t.role, [t.encode(row) for row in exam], a.micro) if exam else None
+        return {"loss": loss, "audit": t.audit(when)} if exam else {}
+
     if state:
-        body.adapter(SIMULATOR).data.copy_(state["adapter"])
+        adapter.data.copy_(state["adapter"])
         disk.unpack_optimizer(optimizer, state)
     facts = facts or {"step": 0, "flags": settings, "before": look("before")}
-    run = sft.sft(
-        body, tok, simulator.words, rows, a.steps, a.lr, tokens=a.tokens, exam=exam, every=a.every,
+    run = sft.fine_tune(
+        t.body, t.role, rows, t.encode, a.steps, a.lr, tokens=a.tokens, exam=exam, every=a.every,
         seed=a.seed, micro=a.micro, optimizer=optimizer, done=facts["step"],
     )  # fmt: skip
     for p in run:
@@ -130,12 +162,12 @@ def tune(a: argparse.Namespace, task: Task, out: Path, rows: list[dict], exam: l
             print(p, flush=True)
         if p.step % a.every == 0 or p.step == a.steps:
             facts["step"] = p.step
-            save(out, body, simulator.words, a.sim)
-            tensors = {"adapter": body.adapter(SIMULATOR).detach()} | disk.pack_optimizer(optimizer)
+            t.keep(out)
+            tensors = {"adapter": adapter.detach()} | disk.pack_optimizer(optimizer)
             disk.save_state(out / STATE_FILE, tensors, facts)
     before, after = facts["before"], look("after")
     result = {"before": before, "after": after, "rows": len(rows), "held": len(exam), "flags": settings}
-    save(out, body, simulator.words, a.sim)
+    t.keep(out)
     disk.write_json(out / RESULT_FILE, result)
     print(report(before, after))
     (out / STATE_FILE).unlink()
@@ -155,25 +187,10 @@ def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
     return state, facts
 
 
-def save(out: Path, body: Model, words: SimWords, base: str) -> None:
+def save(body: Model, words: SimWords, base: str, out: Path) -> None:
     """The adapter in PEFT's format, and the words that it is trained on."""
     weights.save_adapter(body, SIMULATOR, out, base)
     save_words(words, out / WORDS_FILE)
-
-
-def held_out_figures(
-    a: argparse.Namespace, body: Model, simulator: Simulator, exam: list[dict], label: str
-) -> dict:
-    """{"loss": nats a token of the held-out documents, "audit": what is written for their queries}."""
-    if not exam:
-        return {}
-    encode = partial(sft.example, simulator.tok, simulator.words, sft.end_of_turn(simulator.tok))
-    loss = sft.held_out_loss(body, SIMULATOR, [encode(row) for row in exam], a.micro)
-    queries = addressed([row_query(row) for row in exam[: a.audit]], a.seed)
-    if not queries:
-        return {"loss": loss, "audit": {}}
-    engine = simulators.engine_for(body, simulator, queries, a.seats)
-    return {"loss": loss, "audit": simulators.audit(engine, simulator, queries, f"audit {label}")}
 
 
 def report(before: dict, after: dict) -> str:

@@ -26,10 +26,10 @@ from words import SimWords
 
 @dataclass(frozen=True)
 class Example:
-    """A row as ids: the prompt, and from `start` on what is to be learnt."""
+    """A row as ids, and a mask: 1 for what is to be learnt (a simulator's documents, a policy's turns)."""
 
     ids: list[int]
-    start: int
+    mask: list[int]
 
 
 def steps_of(
@@ -63,17 +63,17 @@ def batches(examples: list[Example], tokens: int) -> list[list[Example]]:
 
 
 def completion_logps(model: Model, role: int, batch: list[Example]) -> Tensor:
-    """Log-probabilities (N,) of a batch's completion tokens, fp32, differentiable in the role's adapter."""
-    ids = pad_sequence([torch.tensor(e.ids) for e in batch], batch_first=True).to(model.device)  # (B, T)
+    """Log-probabilities (N,) of a batch's tokens to be learnt, fp32, differentiable in the role's adapter."""
+    ids, mask = (
+        pad_sequence([torch.tensor(x) for x in xs], batch_first=True).to(model.device)  # (B, T)
+        for xs in ([e.ids for e in batch], [e.mask for e in batch])
+    )
     T, context = ids.size(1), model.config.context
     if context < T:
         raise ValueError(f"a row has {T} tokens, this body reads {context}: shorten it")
-    spans = [[len(e.ids) for e in batch], [e.start for e in batch]]
-    lengths, starts = torch.tensor(spans, device=model.device)  # (B,) each, contiguous
-    at = torch.arange(T, device=model.device)
-    mask = (at >= starts[:, None]) & (at < lengths[:, None])  # (B, T)
-    h = model(ids, role, lengths)[:, :-1][mask[:, 1:]]  # (N, d)
-    return linear_logp(h, model.head, ids[:, 1:][mask[:, 1:]])[0]
+    lengths, mask = torch.tensor([len(e.ids) for e in batch], device=model.device), mask[:, 1:].bool()
+    h = model(ids, role, lengths)[:, :-1][mask]  # (N, d)
+    return linear_logp(h, model.head, ids[:, 1:][mask])[0]
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def held_out_loss(model: Model, role: int, examples: list[Example], tokens: int)
 
 def backward(model: Model, role: int, step: list[Example], tokens: int) -> float:
     """Add the gradient of a step's mean loss, batch by batch (the same for any `tokens`). The loss."""
-    n, loss = sum(len(e.ids) - e.start for e in step), 0.0
+    n, loss = sum(sum(e.mask) for e in step), 0.0
     for batch in batches(step, tokens):
         part = -completion_logps(model, role, batch).sum() / n
         part.backward()
@@ -168,7 +168,8 @@ def end_of_turn(tok: Tokenizer) -> int:
 def example(tok: Tokenizer, words: SimWords, end: int, row: dict) -> Example:
     """A row's prompt, made as in sampling, then its documents, then the id `end` that ends a turn."""
     asked = prompt(tok, words, row_query(row), row["quality"] == "noisy")
-    return Example(asked + tok.encode(row["documents"]) + [end], len(asked))
+    said = [*tok.encode(row["documents"]), end]
+    return Example(asked + said, [0] * len(asked) + [1] * len(said))
 
 
 def sft(

@@ -584,7 +584,7 @@ def test_bodies_and_shortened_documents():
     """Words are counted, and cut, a document; a mark within a document's text is text."""
     assert engines.split_documents("Doc 1: a\nb Doc 2: c\nDoc 2: d\nDoc 3:") == ["a\nb Doc 2: c", "d"]
     assert engines.split_documents("no marks") == ["no marks"] and engines.split_documents("") == []
-    search = engines.shortened(engine_of({"q": "Doc 1: one two  three\nDoc 2: four"}), 2)
+    search = engines.presented(engine_of({"q": "Doc 1: one two  three\nDoc 2: four\nDoc 3: five"}), 2, 2)
     run = search(Query("q", ANN))
     with pytest.raises(StopIteration) as end:
         next(run)

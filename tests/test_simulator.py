@@ -351,10 +351,10 @@ def test_only_document_tokens_are_trained():
     body, tok = tiny_body(), Letters()
     row = {"query": "zzz", "question": "", "answer": "", "documents": "ab", "quality": "noisy"}
     e = sft.example(tok, SHORT, END, row)
-    assert tok.decode(e.ids[e.start :]) == "ab<end>" and e.ids[: e.start] == prompt(
-        tok, SHORT, ask("zzz"), True
-    )
-    logps = sft.completion_logps(body, SIMULATOR, [e, sft.Example([9, 8, 7], 2)])
+    asked = prompt(tok, SHORT, ask("zzz"), True)
+    assert tok.decode(e.ids[len(asked) :]) == "ab<end>" and e.ids[: len(asked)] == asked
+    assert e.mask == [0] * len(asked) + [1] * 3
+    logps = sft.completion_logps(body, SIMULATOR, [e, sft.Example([9, 8, 7], [0, 0, 1])])
     ids = torch.tensor([e.ids])
     alone = body.logits(body(ids, SIMULATOR)).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
     assert len(logps) == 3 + 1  # a, b, the end of the turn; one token of the shorter row; no padding
@@ -370,7 +370,7 @@ def test_a_turn_ends_as_the_template_ends_it():
 def test_a_row_longer_than_the_body_reads_is_refused():
     """One line, instead of an index error in the middle of the rotary table."""
     with pytest.raises(ValueError, match="600 tokens"):
-        sft.completion_logps(tiny_body(), SIMULATOR, [sft.Example([5] * 600, 9)])
+        sft.completion_logps(tiny_body(), SIMULATOR, [sft.Example([5] * 600, [1] * 600)])
 
 
 def test_fine_tuning_is_seeded_and_goes_on_where_it_stopped():
@@ -394,19 +394,19 @@ def test_fine_tuning_is_seeded_and_goes_on_where_it_stopped():
 
 def test_steps_fill_their_budget_and_visit_every_row():
     """Half the tokens a step is another learning rate; a row that is never drawn is never learnt."""
-    stream = sft.steps_of(list(range(1, 30)), lambda n: sft.Example([9] * n, 0), 60, seed=3)
+    stream = sft.steps_of(list(range(1, 30)), lambda n: sft.Example([9] * n, [1] * n), 60, seed=3)
     seen, steps = [], []
     while len(seen) < 29:
         steps.append([len(e.ids) for e in next(stream)])
         seen += steps[-1]
     assert sorted(seen[:29]) == list(range(1, 30)) and seen[:29] != sorted(seen[:29])
     assert all(30 < sum(step) <= 60 for step in steps)
-    assert len(next(sft.steps_of([0], lambda n: sft.Example([9] * 99, 0), 60, 0))) == 1
+    assert len(next(sft.steps_of([0], lambda n: sft.Example([9] * 99, [1] * 99), 60, 0))) == 1
 
 
 def test_batches_hold_their_padding_within_the_budget():
     """Memory is rows times the longest row; a row too long for any batch still gets its turn."""
-    cut = sft.batches([sft.Example([9] * n, 0) for n in (9, 2, 50, 3, 2, 8)], 18)
+    cut = sft.batches([sft.Example([9] * n, [1] * n) for n in (9, 2, 50, 3, 2, 8)], 18)
     assert [[len(e.ids) for e in batch] for batch in cut] == [[2, 2, 3], [8, 9], [50]]
 
 

@@ -29,6 +29,7 @@ class Task(tasks.Task):
             **{"lr": 2e-3, "micro-tokens": 4096, "sft-steps": 250},
         },
         "eval": {"limit": 300},
+        "cold": {"limit": 2000},
         "collect": {"limit": 20_000, "seats": 128, "noise": 0.5},  # without noise there are no noisy rows
     }
     words = dict.fromkeys(("agent", "direct", "cot"), WORDS) | {"rag": RAG}
@@ -50,8 +51,9 @@ class Task(tasks.Task):
     def engine(self, named: str) -> Search:
         if named != self.a.task:
             return super().engine(named)
-        lookup = world.lookup_anywhere if self.a.command == "collect" else World(self.a.world).lookup
-        return partial(lookup, noise=self.a.noise)
+        anywhere = self.a.command in ("collect", "cold")  # each question is about a world of its own
+        lookup = world.lookup_anywhere if anywhere else World(self.a.world).lookup
+        return partial(lookup, noise=getattr(self.a, "noise", 0.0))
 
     def shown(self, search: Search) -> Search:
         """Facts in a random order: a simulator writes the best first, the lookup engine does not."""

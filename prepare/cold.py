@@ -1,0 +1,110 @@
+"""A cold start: fine-tune the policy on traces, so that it samples searches and answers, for RL to select.
+
+A small body never writes a tag: every reward is 0, and there is nothing to select. Only what a trace's policy
+sampled is learnt, as in training. (What a trace is: traces.py.)
+
+Traces are scripted here, from questions and a real engine: a share of them searches, the others answer at
+once. Or they are recorded: the log of `simulator.py collect` is a file of traces, and --least 1 keeps the
+episodes that were right (rejection sampling).
+
+    python -m prepare.cold --policy DIR --data nq.jsonl --search bm25:corpus.jsonl.gz --out runs/cold
+    python -m prepare.cold --policy DIR --traces rows.jsonl.episodes --least 1 --out runs/cold
+    python train.py --policy DIR --adapter runs/cold ...
+
+Not imitation of a stronger model: a script shows the form of an episode, and RL what pays.
+"""
+
+import argparse
+import random
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import weights
+from cli import disk, flags, screen
+from cli.setting import load
+from model import POLICY
+from prepare.command import Tuning, split_by_question, tune
+from prepare.rows import write_rows
+from prepare.traces import example, parse_trace
+from questions import holds_answer
+from rollout import Question, Search
+from search import ask, content, read_lines
+from tasks import Task, kind
+from words import POLICY_WORDS_FILE, save_words
+
+# ------------------------------------------------------------------------------------------------- the traces
+
+
+def keywords(question: str) -> str:
+    """The words of a question that are worth searching for, in its order and spelling."""
+    kept = [word for word in question.rstrip(" ?").split() if content(word)]
+    return " ".join(kept) or question
+
+
+def script(questions: list[Question], search: Search, n: int, share: float, seed: int) -> Iterator[dict]:
+    """n traces about different questions in a seeded order; a `share` of them searches.
+
+    One that searches asks for `keywords`, reads what the engine returns, and gives a golden answer that is in
+    there; questions for which the engine finds none are left to the traces that answer at once. Raises
+    ValueError if there are too few questions of either kind.
+    """
+    wanted = {True: round(n * share), False: n - round(n * share)}
+    for q in random.Random(seed).sample(questions, len(questions)):
+        if not any(wanted.values()):
+            return
+        query, spans = keywords(q.text), []
+        if wanted[True]:
+            documents = ask(search, query, q)
+            answer = next((gold for gold in q.answers if holds_answer(documents, [gold])), None)
+            if answer is not None:
+                spans = [["sampled", f"<search> {query} </search>"], ["documents", documents]]
+        if not wanted[bool(spans)]:
+            continue
+        wanted[bool(spans)] -= 1
+        spans.append(["sampled", f"<answer> {answer if spans else q.answers[0]} </answer>"])
+        yield {"question": q.text, "golden_answers": list(q.answers), "f1": 1.0, "spans": spans}
+    if any(wanted.values()):
+        lacking = f"{wanted[True]} whose answer the engine finds" if wanted[True] else f"{wanted[False]}"
+        raise ValueError(f"the questions do not suffice for {n} traces: {lacking} are lacking")
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make or read the traces, fine-tune the policy's adapter on them, save it with its prompts."""
+    a = flags.settle("cold", flags.given_to("cold", __doc__, argv))
+    out, task = Path(a.out), kind(a.task)(a)
+    with disk.claimed(out, a.resume):
+        traces = [row for row in read_lines(a.traces or scripted(a, task, out), parse_trace) if row]
+        kept = [row for row in traces if row.get("f1", 1.0) >= a.least]
+        if not kept:
+            raise ValueError(f"none of the {len(traces)} traces has an f1 of at least --least {a.least}")
+        exam, rows = split_by_question(kept, a.held, a.seed)
+        tune(a, out, rows, exam, partial(tuning, a, task))
+
+
+def scripted(a: argparse.Namespace, task: Task, out: Path) -> Path:
+    """The file of scripted traces in the run's directory, made if it is not there yet."""
+    path = out / "traces.jsonl"
+    if not path.exists():
+        made = script(task.to_collect(), task.engine(a.search), a.scripts, a.searching, a.seed)
+        write_rows(list(screen.bar("scripting traces", a.scripts, "traces", over=made)), path)
+    return path
+
+
+def tuning(a: argparse.Namespace, task: Task) -> Tuning:
+    """What `tune` needs of the policy."""
+    s = load(a, task)
+
+    def keep(out: Path) -> None:
+        weights.save_adapter(s.body, POLICY, out, a.policy)
+        save_words(s.words, out / POLICY_WORDS_FILE)
+
+    encode = partial(example, s.tok, s.words, s.limits)
+    return Tuning(s.body, POLICY, encode, keep)
+
+
+if __name__ == "__main__":
+    screen.run(main)

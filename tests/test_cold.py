@@ -1,0 +1,182 @@
+"""The cold start: traces scripted, recorded and read; the reference of a policy that began with one; a
+simulator that heeds the query."""
+
+import json
+
+import pytest
+from test_collect import ANN, LIMITS, WORDS, Letters, engine_of, play
+from test_train import fails, run, shorten  # noqa: F401
+
+import weights
+from cli.disk import read_json
+from cli.setting import policy_words
+from model import POLICY, REFERENCE
+from prepare import cold
+from prepare.collect import Collector
+from prepare.traces import example, parse_trace
+from rollout import Query, Question
+from simulator import Simulator, covered, noise_coin
+from words import POLICY_WORDS_FILE, Words
+
+NAMES = "pa qa ra sa ta ua va wa".split()  # noqa: SIM905
+QUESTIONS = [Question(f"Who is the {w} of it?", (w.upper(),), w) for w in NAMES]
+KNOWN = engine_of({w: f"Doc 1: {w.upper()} is it" if w < "u" else "Doc 1: no" for w in NAMES})
+
+
+def test_a_script_searches_for_content_and_answers_with_what_it_found():
+    """A trace whose answer is not in its documents teaches a policy to ignore them; one whose query is the
+    whole question teaches nothing about queries."""
+    traces = list(cold.script(QUESTIONS, KNOWN, 6, 0.5, seed=0))
+    searching = [t for t in traces if len(t["spans"]) == 3]
+    assert len(searching) == 3 and len({t["question"] for t in traces}) == 6
+    for t in searching:
+        (_, query), (what, documents), (_, answer) = t["spans"]
+        (gold,) = t["golden_answers"]
+        assert query == f"<search> {gold.lower()} </search>" and what == "documents" and gold in documents
+        assert answer == f"<answer> {gold} </answer>"
+    assert all(t["spans"] == [["sampled", f"<answer> {t['golden_answers'][0]} </answer>"]]
+               for t in traces if t not in searching)  # fmt: skip
+    again = list(cold.script(QUESTIONS, KNOWN, 6, 0.5, seed=0))
+    assert again == traces != list(cold.script(QUESTIONS, KNOWN, 6, 0.5, seed=1))
+
+
+def test_too_few_questions_for_a_script_are_an_error():
+    """Fewer searches than --searching says are another cold start than was asked for."""
+    with pytest.raises(ValueError, match="2 whose answer the engine finds are lacking"):
+        list(cold.script(QUESTIONS, KNOWN, 7, 1.0, seed=0))
+
+
+def test_a_recorded_episode_is_learnt_as_it_was_sampled():
+    """The ids of the episode itself, prompt and observation included, and its mask: else a cold start learns
+    to read other text than the policy will meet. An invalid turn's notice is given, not learnt."""
+    says = {POLICY: ["hm", "<search>a</search>", "<answer>Ann</answer>"], REFERENCE: ["yes"]}
+    collector = Collector(Letters(), engine_of({"a": "Doc 1: it is Ann"}), LIMITS, WORDS)
+    episode = collector.episode(ANN, (0, 0, 0, 0))
+    seen = []
+    (row, turns) = play(episode, says)
+    seen = [i for turn in turns if turn.role == POLICY for i in turn.ids]
+    assert row["f1"] == 1.0 and row["golden_answers"] == ["Ann", "Anna"]
+    assert [what for what, _ in row["spans"]] == ["sampled", "given", "sampled", "documents", "sampled"]
+    e = example(Letters(), WORDS, LIMITS, parse_trace(json.loads(json.dumps(row))))
+    given = [i for i, m in zip(e.ids, e.mask) if not m]
+    assert given == seen
+    assert Letters().decode([i for i, m in zip(e.ids, e.mask) if m]) == (
+        "hm<search>a</search><answer>Ann</answer>"
+    )
+
+
+@pytest.mark.parametrize(
+    "row, complaint",
+    [
+        ({"question": "q", "golden_answers": ["a"]}, "no list under"),
+        ({"question": "q", "spans": [["said", "x"]]}, "KIND is one of"),
+        ({"question": "q", "spans": [["given", "x"]]}, "nothing sampled"),
+    ],
+)
+def test_a_broken_trace_is_refused(row, complaint):
+    """One line that says what a trace is, instead of a KeyError within the fine-tuning."""
+    with pytest.raises(ValueError, match=complaint):
+        parse_trace(row)
+
+
+def tune(out, *more):
+    """A cold start of the random body in the toy world."""
+    told = ["--policy", "tiny", "--data", "toy", "--search", "toy", "--scripts", "12", "--searching", ".5"]
+    told += ["--limit", "200", "--steps", "4", "--every", "2", "--held", "2", "--out", out, *more]
+    cold.main([str(x) for x in told])
+
+
+def test_a_cold_start_is_where_the_run_begins_and_its_reference(body, tmp_path, monkeypatch, capsys):
+    """With the body as reference, the KL would pull a policy back to where it could not use the tags. At the
+    first step policy and reference are one: KL is exactly 0. And a run asks in the prompts of its adapter."""
+    shorten(body, monkeypatch)
+    prompts = tmp_path / "p.json"
+    prompts.write_text(json.dumps({"prompt": "{question} now", "notice": ""}))
+    out = tmp_path / "cold"
+    tune(out, "--policy-prompt", prompts)
+    result = read_json(out / "sft.json", "a cold start")
+    assert result["after"]["loss"] < result["before"]["loss"] and result["rows"] + result["held"] == 12
+    steps = ["--steps", "2", "--questions", "2", "--group", "2", "--eval-questions", "0", "--sft-steps", "0"]
+    steps += ["--algorithm", "reinforce"]  # every group teaches
+    run("--adapter", out, "--kl", "1", *steps, "--out", tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["kl"] == 0.0 and rows[0]["trained_tokens"] > 0
+    for folder in (out, tmp_path / "run" / "policy"):
+        assert read_json(folder / POLICY_WORDS_FILE, "an adapter")["prompt"] == "{question} now"
+    m = weights.load("tiny")
+    weights.load_adapter(m, POLICY, out)
+    assert m.adapter(POLICY).abs().sum() > 0 and m.roles[POLICY].theta[-1] != 0
+
+
+def test_a_cut_cold_start_goes_on_to_the_same_adapter(body, tmp_path, monkeypatch):
+    """Interrupted between two saves, it must end as if it had not been; and its traces are not made again."""
+    shorten(body, monkeypatch)
+    tune(tmp_path / "whole")
+    step = cold.tune.__globals__["disk"].save_state
+
+    def cut(path, tensors, facts):
+        step(path, tensors, facts)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cold.tune.__globals__["disk"], "save_state", cut)
+        tune(tmp_path / "cut")
+    monkeypatch.setattr(cold, "script", None)
+    tune(tmp_path / "cut", "--resume")
+    one, two = ((tmp_path / x / "adapter_model.safetensors").read_bytes() for x in ("whole", "cut"))
+    assert one == two
+
+
+def test_recorded_traces_below_the_bar_are_left_out(body, tmp_path, monkeypatch, capsys):
+    """Rejection sampling that keeps the wrong episodes teaches the wrong answers."""
+    shorten(body, monkeypatch)
+    path = tmp_path / "t.jsonl"
+    span = [["sampled", "<answer> Balan </answer>"]]
+    rows = [{"question": f"home Balan{i}?", "f1": f, "spans": span} for i, f in enumerate((1.0, 0.4, 0.9))]
+    path.write_text("\n".join(map(json.dumps, [{"flags": {}}, *rows])))
+    tune(tmp_path / "a", "--traces", path, "--least", ".8")
+    assert read_json(tmp_path / "a" / "sft.json", "a cold start")["rows"] == 2
+    with pytest.raises(ValueError, match="none of the 1 traces"):
+        path.write_text(json.dumps(rows[1]))
+        tune(tmp_path / "b", "--traces", path, "--least", "1")
+    assert not (tmp_path / "b").exists()  # nothing half-written
+
+
+def test_the_prompts_of_an_adapter_are_those_of_an_agent_only(tmp_path):
+    """A baseline (direct, cot, rag) has prompts of its own, and --policy-prompt overrides both."""
+    from argparse import Namespace
+
+    from tasks import Task
+    from words import MODE_WORDS, save_words
+
+    save_words(Words("{question} said"), tmp_path / POLICY_WORDS_FILE)
+    a = Namespace(policy_prompt="", adapter=str(tmp_path), mode="agent")
+    assert policy_words(a, Task(a)).prompt == "{question} said"
+    assert policy_words(Namespace(**vars(a) | {"mode": "direct"}), Task(a)) == MODE_WORDS["direct"]
+    assert policy_words(Namespace(**vars(a) | {"policy_prompt": "short"}), Task(a)).prompt == "{question}"
+
+
+def test_a_simulator_that_heeds_wants_the_words_of_the_question():
+    """Told the golden answer, a simulator writes it whatever is asked: queries then decay, and a real engine
+    finds nothing. Half of the content words: half of the useful documents. All queries of the episode count."""
+    question = Question("Where was the author of Emma born?", ("Steventon",))
+    ask = lambda text, *earlier: Query(text, question, (0, 0, 0, 0, 0), earlier)  # noqa: E731
+    assert covered(ask("EMMA's author: born?")) == 1.0 and covered(ask("the author of it")) == pytest.approx(
+        1 / 3
+    )
+    assert covered(ask("born", ("author Emma", "Doc 1: Austen"))) == 1.0 and covered(ask("what")) == 0.0
+
+    def noise(text, heed, p):
+        hits = []
+        for i in range(400):
+            search = Simulator(Letters(), p_noise=p, heed=heed)
+            turn = search(Query(text, question, (0, i, 0, 0, 0)))
+            next(turn)
+            hits.append(turn.gi_frame.f_locals["noisy"])
+        return sum(hits) / len(hits)
+
+    assert noise("author Emma born", 1.0, 0.0) == 0.0 and noise("what", 1.0, 0.0) == 1.0
+    assert (
+        noise("what", 0.0, 0.25) == sum(noise_coin((0, i, 0, 0, 0), False) < 0.25 for i in range(400)) / 400
+    )
+    assert noise("author of it", 1.0, 0.25) == pytest.approx(0.25 + 0.75 * 2 / 3, abs=0.06)
