@@ -293,11 +293,11 @@ def add_audit(whole: dict, step: dict) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """What is asked: questions to train on, held-out ones, and the real engine that answers the latter."""
+    """What is asked: questions to train on, held-out ones, and the real search that answers the latter."""
 
     questions: list[Question]
     held: list[Question]
-    engine: Search | None
+    search: Search | None
 
 
 def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: int) -> dict[str, dict]:
@@ -306,7 +306,7 @@ def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: i
     step: what the page is to call it, 0 before training and steps + 1 after it.
     """
     out, held, first = {}, {}, []
-    for suffix, (label, search, temperature) in s.task.ways(world.engine).items():
+    for suffix, (label, search, temperature) in s.task.ways(world.search).items():
         address = (a.seed, 1_000_000)  # a step that no run reaches
         runs = judge_of.episodes(s.tok, world.held, search, s.limits, s.words, temperature, address)
         with screen.bar(f"held-out, {label}", len(world.held)) as bar:
@@ -323,7 +323,7 @@ def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: i
 def table_of(s: Setting, world: World, **times: dict[str, dict]) -> str:
     """The table of `measure` before, or before and after: table_of(s, world, before=..., after=...)."""
     rows = {}
-    for suffix, (label, *_) in s.task.ways(world.engine).items():
+    for suffix, (label, *_) in s.task.ways(world.search).items():
         for when, measured in times.items():
             part = measured[suffix]
             hops = {f"f1 {h} hop": v["f1"] for h, v in part["by_hop"].items()}
