@@ -28,7 +28,7 @@ from rollout import Episode, Sampled, Turn, stopped, uniforms
 
 
 @dataclass(eq=False)
-class Task:
+class Job:
     """A generator on its way, and what it is to be sent next."""
 
     index: int
@@ -46,7 +46,7 @@ class Seat:
     role: int
     fed: int = 0  # tokens in the cache
     pending: list[int] = field(default_factory=list)  # sampled last, not in the cache yet
-    task: Task | None = None
+    job: Job | None = None
     turn: Turn | None = None
     shared: tuple | None = None  # the key of the prompt it may lend to siblings
 
@@ -82,7 +82,7 @@ class Pool:
         if capacity > (most := model.cos.size(0)):
             raise ValueError(
                 f"seats of {capacity} tokens are longer than the {most} this body can read: "
-                "lower --seat-tokens and --episode-tokens"
+                "lower --episode-tokens (and --seat-tokens)"
             )
         model.pack(seats)
         self.model, self.tok, self.tensor = model, tok, partial(torch.tensor, device=model.device)
@@ -109,7 +109,7 @@ class Pool:
         self.rows: list[Seat | None] = [None] * self.cache.seats
         self.busy = 0
         self.on.zero_()
-        self.waiting = deque(), deque(), deque()  # (task, turn) by rank: see `take`
+        self.waiting = deque(), deque(), deque()  # (job, turn) by rank: see `take`
         self.seated: dict[int, Seat] = {}  # id of a context -> its seat
         self.prompts: dict[tuple, Seat] = {}  # (role, prompt) -> a seat that holds it
         stack = self.model.stacked(self.stack)
@@ -136,10 +136,10 @@ class Pool:
         if seat.shared is not None and self.prompts.get(seat.shared) is seat:
             del self.prompts[seat.shared]
 
-    def wait(self, task: Task, turn: Turn) -> None:
+    def wait(self, job: Job, turn: Turn) -> None:
         """Queue a turn."""
         rank = 0 if id(turn.context) in self.seated else 1 if turn.context is None else 2
-        self.waiting[rank].append((task, turn))
+        self.waiting[rank].append((job, turn))
 
     def take(self) -> list[Seat]:
         """Seat as many waiting turns as possible: first those that have a seat, then those that write
@@ -148,12 +148,12 @@ class Pool:
         taken = []
         for rank, reserve in enumerate((-1, 0, self.reserve)):
             while self.waiting[rank] and len(free) > reserve:
-                task, turn = self.waiting[rank].popleft()
+                job, turn = self.waiting[rank].popleft()
                 seat = self.seated.get(id(turn.context)) or Seat(free.pop(), turn.context, turn.role)
                 if rank == 2:
                     self.seated[id(turn.context)] = seat
-                    task.contexts.append(seat)
-                self.rows[seat.row], seat.task, seat.turn = seat, task, turn
+                    job.contexts.append(seat)
+                self.rows[seat.row], seat.job, seat.turn = seat, job, turn
                 taken.append(seat)
         return taken
 
@@ -238,7 +238,7 @@ class Pool:
             self.stops[stops] = len(self.stops)
         return self.stops[stops]
 
-    def step(self, stats: Stats) -> list[tuple[Task, Sampled]]:
+    def step(self, stats: Stats) -> list[tuple[Job, Sampled]]:
         """One token for every busy row. Returns the turns that ended."""
         seats, upto = self.rows[: self.busy], 1 + max(seat.fed for seat in self.rows[: self.busy])
         if kernels.compiled(self.last):
@@ -251,7 +251,7 @@ class Pool:
             seat.fed += 1
         due = self.due[: self.busy].nonzero()[:, 0].tolist()  # all that is fetched, unless a turn may be over
         ended = [(seats[i], self.ended(seats[i])) for i in due]
-        return [(seat.task, self.finish(seat, end)) for seat, end in ended if end]
+        return [(seat.job, self.finish(seat, end)) for seat, end in ended if end]
 
     def decode(self, n: int, upto: int, role: int | torch.Tensor, on: torch.Tensor | None = None) -> None:
         """Sample a token for the first n rows, all on the device; then none holds more than `upto` tokens.
@@ -330,7 +330,7 @@ class Engine:
         for model, tok in bodies.values():
             shared = sum(other is model for other, _ in bodies.values()) > 1
             if shared and seats < 2:
-                raise ValueError("two roles need at least 2 seats: one to wait in, one to write documents in")
+                raise ValueError("two roles need at least 2 seats: one waits in its seat for the other")
             if id(model) not in pools:
                 reserve = max(1, 2 * seats // 5) if shared else 0
                 pools[id(model)] = Pool(model, tok, seats, capacity, prefill, reserve)
@@ -348,46 +348,46 @@ class Engine:
         pools = dict.fromkeys(self.pools.values())
         for pool in pools:
             pool.clear(warp)
-        tasks = deque(Task(i, g) for i, g in enumerate(generators))  # not begun yet
-        results: list = [None] * len(tasks)
+        jobs = deque(Job(i, g) for i, g in enumerate(generators))  # not begun yet
+        results: list = [None] * len(jobs)
         ready, early, done = deque(), set(), 0  # early: begun, but never seated
         futures, answered = {}, SimpleQueue()
         try:
             while done < len(results):
-                while ready or (tasks and len(early) < self.early):
+                while ready or (jobs and len(early) < self.early):
                     if not ready:
-                        ready.append(tasks.popleft())
+                        ready.append(jobs.popleft())
                         early.add(ready[0])
-                    task = ready.popleft()
+                    job = ready.popleft()
                     try:
-                        wish = task.generator.send(task.value)
+                        wish = job.generator.send(job.value)
                     except StopIteration as end:
-                        results[task.index], done = end.value, done + 1
-                        early.discard(task)
-                        for seat in task.contexts:
+                        results[job.index], done = end.value, done + 1
+                        early.discard(job)
+                        for seat in job.contexts:
                             self.pools[seat.role].release(seat)
                         self.stats.seconds = time.perf_counter() - began
                         if tell is not None:
                             tell(done, len(results), self.stats)
                         continue
                     if isinstance(wish, Future):
-                        futures[wish] = task
+                        futures[wish] = job
                         wish.add_done_callback(answered.put)
                     else:
-                        self.pools[wish.role].wait(task, wish)
+                        self.pools[wish.role].wait(job, wish)
                 for pool in pools:
                     if taken := pool.take():
-                        early.difference_update(seat.task for seat in taken)
+                        early.difference_update(seat.job for seat in taken)
                         pool.feed(taken, self.stats)
-                    for task, sampled in pool.step(self.stats) if pool.busy else ():
-                        task.value = sampled
-                        ready.append(task)
+                    for job, sampled in pool.step(self.stats) if pool.busy else ():
+                        job.value = sampled
+                        ready.append(job)
                 idle = not ready and not any(pool.busy for pool in pools)
                 while futures and (idle or not answered.empty()):
                     future, idle = answered.get(), False
-                    task = futures.pop(future)
-                    task.value = future.result()
-                    ready.append(task)
+                    job = futures.pop(future)
+                    job.value = future.result()
+                    ready.append(job)
         finally:
             for future in futures:  # after a failure: what is not under way is not sent
                 future.cancel()

@@ -9,7 +9,7 @@ Not a judge, and nothing is filtered.
     python eval.py --policy 3b --data nq,mine.jsonl --mode rag --search http://127.0.0.1:8000 --json rag.json
     python eval.py --compare direct.json rag.json      # is the difference more than luck?
     python eval.py --ask "home Balan?"            # one episode, token by token, in the toy world
-    python eval.py --data hotpotqa.jsonl --search bm25:corpus.jsonl.gz      # no policy: the engine alone
+    python eval.py --data hotpotqa.jsonl --search bm25:corpus.jsonl.gz  # no policy: the search engine alone
 
 With --json FILE each answered question is kept in FILE.part at once; --resume goes on from there.
 """
@@ -94,7 +94,7 @@ def evaluate(
 
 
 def retrieval(index: BM25, questions: list[Question], depths: tuple[int, ...] = (1, 3, 5, 10)) -> dict:
-    """The engine alone: {"n", "top 1", "top 3", ..., "ms"}.
+    """The search engine alone: {"n", "top 1", "top 3", ..., "ms"}.
 
     "top k" is the share of questions of which a golden answer stands in the first k passages that the
     question itself finds; "ms" the mean time of a query. Questions whose answer is yes or no, which no
@@ -120,13 +120,13 @@ FREE = ("json", "resume", "seats", "device", "compare", "ask")
 
 def setting_of(a: argparse.Namespace, task: Task, questions: list[Question]) -> tuple[Setting, Search]:
     """The setting, and the search that its policy is given; questions: what it will be asked."""
-    search = None if a.search == "sim" else task.engine(a.search)  # first: a broken corpus shows at once
+    search = None if a.search == "sim" else task.search(a.search)  # first: a broken corpus shows at once
     s = load(a, task, questions)
     return s, task.shown(s.simulator) if search is None else search
 
 
 def measure(a: argparse.Namespace, task: Task, sets: dict[str, list[Question]]) -> list[dict]:
-    """Every set through one engine -> a row a question: {"set", "number", ..., "seconds"}."""
+    """Every set through one search engine -> a row a question: {"set", "number", ..., "seconds"}."""
     settings = {k: v for k, v in vars(a).items() if k not in FREE}
     log = Rows(a.json and f"{a.json}.part", settings, a.resume, key=lambda row: (row["set"], row["number"]))
     done = {name: answered_before(log, name, questions) for name, questions in sets.items()}
@@ -181,8 +181,8 @@ def ask(a: argparse.Namespace, task: Task) -> None:
     print("(no answer)" if t.answer is None else harmless(" ".join(t.answer.split())))
 
 
-def engine_alone(a: argparse.Namespace, sets: dict[str, list[Question]]) -> dict:
-    """Without a policy: what the engine finds for the questions themselves, printed."""
+def search_alone(a: argparse.Namespace, sets: dict[str, list[Question]]) -> dict:
+    """Without a policy: what the search engine finds for the questions themselves, printed."""
     index, began = open_bm25(a.search.removeprefix("bm25:")), time.perf_counter()
     parts = {name: retrieval(index, questions) for name, questions in sets.items()}
     print(screen.table(parts))
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         figures = report.figures(rows)
         print(report.results(figures, report.papers(a.policy, a.mode)))
     else:
-        figures = engine_alone(a, sets)
+        figures = search_alone(a, sets)
     if a.json:  # an answer may hold half a surrogate pair
         write_json(a.json, figures | {"flags": vars(a), "questions": rows}, errors="replace")
         Path(f"{a.json}.part").unlink(missing_ok=True)

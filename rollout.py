@@ -1,7 +1,7 @@
 """The episode: think, search, read, answer, told in the order in which it happens.
 
 An episode is a generator. It yields a `Turn` when it wants tokens and is sent what was sampled; a search may
-yield turns of its own (in the simulator's role) or a future (of a real engine).
+yield turns of its own (in the simulator's role) or a future (of a real search engine).
 
 Not what runs it: engine.py seats the turns of all episodes and decodes them together.
 
@@ -34,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Query:
-    """What the policy asks the engine. It carries its question, so nothing is paired by position."""
+    """What the policy asks the search engine. It carries its question, so nothing is paired by position."""
 
     text: str
     question: Question
@@ -44,7 +44,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Documents:
-    """What an engine returned. `noisy`: what a simulator was asked for; None from a real engine."""
+    """What a search engine returned. `noisy`: what a simulator was asked for; None from a real one."""
 
     text: str
     noisy: bool | None = None
@@ -217,8 +217,8 @@ def observation(tok, documents: str, limit: int) -> list[int]:
 
 
 def recalled(t: Trajectory, tok, limit: int, turn: Turn) -> Generator:
-    """Documents that the policy writes itself, as if it were the engine (SSRL, arXiv 2508.10874): sampled in
-    the seat of `turn`, but given as far as the mask is concerned. Returns them, and the tokens now fed."""
+    """Documents that the policy writes itself, in place of a search engine (SSRL, arXiv 2508.10874): sampled
+    in the seat of `turn`, but given as far as the mask is concerned. Returns them, and the tokens now fed."""
     head, closing = tok.encode("\n\n<information>"), "</information>"
     limit -= len(observation(tok, "", 0))
     if limit < 1:

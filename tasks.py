@@ -1,9 +1,9 @@
-"""A task: its questions, the engine that answers them, its prompts, and any figures of its own.
+"""A task: its questions, the search engine that answers them, its prompts, and any figures of its own.
 
-`Task` itself is the default: question files and a real engine. Any other task is a folder next to this file
-whose `task.py` defines a subclass of the same name; `--data FOLDER` selects it. toy/ is one, and the task of
-a command without arguments: to make your own, copy that folder. Commands call these methods and never check
-which task they have.
+`Task` itself is the default: question files and a real search engine. Any other task is a folder next to
+this file whose `task.py` defines a subclass, also named `Task`; `--data FOLDER` selects it. toy/ is one, and
+the task of a command without arguments: to make your own, copy that folder. Commands call these methods and
+never check which task they have.
 
 Not a registry: a task exists if its folder does.
 """
@@ -24,7 +24,7 @@ FIRST = "toy"  # the task of a command without arguments
 
 
 class Task:
-    """Question files and real engines. a: the settled flags of the command."""
+    """Question files and real search engines. a: the settled flags of the command."""
 
     DEFAULTS: dict[str, object] = {}  # flag -> default, also {command: {flag: default}}; see cli/flags.py
     words = MODE_WORDS  # the policy's prompts, by mode
@@ -35,14 +35,14 @@ class Task:
         self.a = a
 
     def to_train(self) -> tuple[list[Question], list[Question], Search | None]:
-        """Training questions, held-out ones (or none), and the real engine that answers the held-out ones."""
+        """Training questions, held-out ones (or none), and the real search that answers the held-out ones."""
         a = self.a
         questions = [q for name in a.data.split(",") for q in load_questions(name, train=True)]
         if not a.eval_data or not a.eval_questions:
             return questions, [], None
         held = [q for name in a.eval_data.split(",") for q in load_questions(name)]
         held = random.Random(0).sample(held, min(a.eval_questions, len(held)))
-        return questions, held, self.engine(a.eval_search)
+        return questions, held, self.search(a.eval_search)
 
     def to_evaluate(self) -> dict[str, list[Question]]:
         """Name of a set, or of a file without its suffix -> questions. ValueError if a name occurs twice."""
@@ -58,8 +58,8 @@ class Task:
         """Questions whose searches become rows for the simulator's fine-tuning."""
         return [q for name in self.a.data.split(",") for q in load_questions(name, self.a.limit, train=True)]
 
-    def engine(self, named: str) -> Search:
-        """The real engine of that name."""
+    def search(self, named: str) -> Search:
+        """The real search engine of that name."""
         return Task.shown(self, open_search(named, self.a.documents))
 
     def shown(self, search: Search) -> Search:
@@ -79,7 +79,7 @@ class Task:
         raise ValueError("this task has no rows for --sft-steps: use simulator.py sft, then --sim-adapter")
 
     def audit(self, write: Callable[[list[Query], bool], list[str]]) -> dict[str, float]:
-        """How well a simulator plays the engine; write(queries, noisy) returns the documents it writes."""
+        """How well a simulator plays the search engine; write(queries, noisy) returns what it writes."""
         return {}
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     began = time.monotonic() - facts.get("seconds", 0.0)
     log = Rows(Path(a.out) / "log.jsonl", resume=True)
     kept = Kept(a.out, a.steps, s.tok)
-    track = tracker(getattr(a, "track", ""), a.out, vars(a), facts.get("step", 0))
+    track = tracker(a.track, a.out, vars(a), facts.get("step", 0))
 
     if not facts:
         facts = prepare(a, s, world, kept) | {"step": 0, "updates": 0, "seconds": time.monotonic() - began}
@@ -66,16 +67,17 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     kept.rows.keep(facts["step"] + 1)
 
     line = screen.bar("training", a.steps, "steps", facts["step"])
-    keep_state = partial(save, a, s, optimizer, facts)
-    whole = lambda: updates_of(s, optimizer) == facts["updates"]  # noqa: E731
-    with pausing(keep_state, whole) as pause, saving_on_failure(a, s, optimizer, facts), line:
+    pause = Pause(partial(save, a, s, optimizer, facts), lambda: updates_of(s, optimizer) == facts["updates"])
+    with pause.on_signals(), saving_on_failure(a.out, facts, pause), line:
         for step in range(facts["step"], a.steps):
             t0 = time.monotonic()
             asked = ask(a, world.questions, step)
             trajectories = act(a, s, step, asked)
             t1, decoded = time.monotonic(), s.engine.stats.decoded
             rewards = judge(a, trajectories)
-            figures = learn(a, s, step, *resample(a, s, world, step, trajectories, rewards), optimizer)
+            taught, credit = resample(a, s, world, step, trajectories, rewards)
+            adv = compare(a, step, taught, credit)
+            figures = learn(a, s, step, taught, credit, adv, optimizer)
             t2 = time.monotonic()
             row = figures_of(trajectories, rewards, s.simulator.words.count if s.simulator else 0)
             row |= figures | health(trajectories, rewards, s.tok)
@@ -83,7 +85,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             row |= {"tokens_per_second": decoded / (t1 - t0)}
             row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)} | s.task.figures(trajectories)
             tell(a, s, step, row, trajectories, log)
-            keep(a, s, step, trajectories, rewards, kept)
+            keep(a, s, step, trajectories, rewards, dict(zip(map(id, taught), adv.flatten().tolist())), kept)
             track(step + 1, row)
             past = screen.trend([r["reward"] for r in log.rows.values()])
             screen.move(line, step + 1, f"reward {past} {row['reward']:.2f}, searches {row['searches']:.2f}")
@@ -168,16 +170,25 @@ def resample(
     return trajectories, rewards
 
 
+def compare(
+    a: argparse.Namespace, step: int, trajectories: list[Trajectory], rewards: torch.Tensor
+) -> torch.Tensor:
+    """The advantages (Q, G) of episodes among their siblings, whose rewards a control shuffles."""
+    credit = shuffle_siblings(rewards, hash((a.seed, step))) if a.shuffle_rewards else rewards
+    searches = torch.tensor([len(t.searches) for t in trajectories]).view_as(rewards)
+    return advantages(credit, a.advantage, searches, a.strata)
+
+
 def learn(
     a: argparse.Namespace,
     s: Setting,
     step: int,
     trajectories: list[Trajectory],
     rewards: torch.Tensor,
+    adv: torch.Tensor,
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, float]:
     """`updates` optimiser steps on the groups that teach something. Returns mean figures."""
-    adv = compared(a, step, trajectories, rewards)
     teaching = informative(rewards) if a.advantage not in ALONE else torch.ones(len(rewards))
     kept = teaching.nonzero()[:, 0].tolist()
     for group, lr in zip(optimizer.param_groups, (a.lr, a.critic_lr)):
@@ -200,19 +211,6 @@ def learn(
             updates.append(grpo.learn(s.body, batches, optimizer, objective, a.recompute))
     means = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]} if updates else {}
     return means | {"skipped_groups": len(rewards) - len(kept)}
-
-
-def credited(a: argparse.Namespace, step: int, rewards: torch.Tensor) -> torch.Tensor:
-    """The rewards (Q, G) that are learnt from: shuffled among siblings in the control."""
-    return shuffle_siblings(rewards, hash((a.seed, step))) if a.shuffle_rewards else rewards
-
-
-def compared(
-    a: argparse.Namespace, step: int, trajectories: list[Trajectory], rewards: torch.Tensor
-) -> torch.Tensor:
-    """The advantages (Q, G) of a step's episodes."""
-    searches = torch.tensor([len(t.searches) for t in trajectories]).view_as(rewards)
-    return advantages(credited(a, step, rewards), a.advantage, searches, a.strata)
 
 
 def tell(
@@ -241,17 +239,20 @@ def tell(
 
 def keep(
     a: argparse.Namespace, s: Setting, step: int, trajectories: list[Trajectory], rewards: torch.Tensor,
-    kept: Kept,
+    adv: dict[int, float], kept: Kept,
 ) -> None:  # fmt: skip
-    """Some of the step's episodes for look.py; ratios: a token's probability now, over that when sampled."""
-    adv, more = compared(a, step, trajectories, rewards).flatten().tolist(), {}
-    for i in kept.few(step + 1, trajectories, a.group):
-        batches = grpo.make_batches([trajectories[i]], [adv[i]], a.micro_tokens, a.device)
-        with torch.no_grad():
-            now = [
-                r for b in batches for r in (grpo.token_logps(s.body, b, POLICY)[0] - b.old).exp().tolist()
-            ]
-        more[i] = {"reward": rewards.flatten()[i].item(), "advantage": round(adv[i], 3), "ratios": now}
+    """Some of the step's episodes for look.py. adv: id of an episode -> its advantage, 0 for those that gave
+    way in `resample`; ratios: a token's probability now, over that when sampled."""
+    few = kept.few(step + 1, trajectories, a.group)
+    few.sort(key=lambda i: len(trajectories[i].ids))  # the order in which they stand in the batches
+    chosen, more = [trajectories[i] for i in few], {}
+    batches = grpo.make_batches(chosen, [0.0] * len(few), a.micro_tokens, a.device)
+    with torch.no_grad():
+        ratios = [(grpo.token_logps(s.body, b, POLICY)[0] - b.old).exp().tolist() for b in batches]
+    ratio = chain.from_iterable(ratios)
+    for i, t in zip(few, chosen):
+        reward, mine = rewards.flatten()[i].item(), round(adv.get(id(t), 0.0), 3)
+        more[i] = {"reward": reward, "advantage": mine, "ratios": list(islice(ratio, sum(t.mask)))}
     kept.add(step + 1, trajectories, [judge_of.answered(t) for t in trajectories], a.group, more=more)
 
 
@@ -292,11 +293,11 @@ def add_audit(whole: dict, step: dict) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """What is asked: questions to train on, held-out ones, and the real engine that answers the latter."""
+    """What is asked: questions to train on, held-out ones, and the real search that answers the latter."""
 
     questions: list[Question]
     held: list[Question]
-    engine: Search | None
+    search: Search | None
 
 
 def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: int) -> dict[str, dict]:
@@ -305,7 +306,7 @@ def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: i
     step: what the page is to call it, 0 before training and steps + 1 after it.
     """
     out, held, first = {}, {}, []
-    for suffix, (label, search, temperature) in s.task.ways(world.engine).items():
+    for suffix, (label, search, temperature) in s.task.ways(world.search).items():
         address = (a.seed, 1_000_000)  # a step that no run reaches
         runs = judge_of.episodes(s.tok, world.held, search, s.limits, s.words, temperature, address)
         with screen.bar(f"held-out, {label}", len(world.held)) as bar:
@@ -322,7 +323,7 @@ def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: i
 def table_of(s: Setting, world: World, **times: dict[str, dict]) -> str:
     """The table of `measure` before, or before and after: table_of(s, world, before=..., after=...)."""
     rows = {}
-    for suffix, (label, *_) in s.task.ways(world.engine).items():
+    for suffix, (label, *_) in s.task.ways(world.search).items():
         for when, measured in times.items():
             part = measured[suffix]
             hops = {f"f1 {h} hop": v["f1"] for h, v in part["by_hop"].items()}
@@ -374,8 +375,9 @@ def write(s: Setting, queries: list[Query], noisy: bool) -> list[str]:
 
 
 def preview(s: Setting, question: Question) -> None:
-    """Print what the simulator writes, useful and noisy, when a question itself is the query."""
-    query = Query(question.text, question)
+    """Print what the simulator writes, useful and noisy, when a question is the query (without its mark,
+    as policies search)."""
+    query = Query(question.text.rstrip("? "), question)
     useful, noisy = (write(s, [query], order)[0] for order in (False, True))
     print(f"the simulator's documents for {query.text!r} (golden: {question.answers[0]})")
     width = shutil.get_terminal_size().columns
@@ -433,79 +435,73 @@ def updates_of(s: Setting, optimizer: torch.optim.Optimizer) -> int:
     return int(optimizer.state.get(s.body.adapter(POLICY), {}).get("step", 0))
 
 
-@contextmanager
-def saving_on_failure(
-    a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, facts: dict
-) -> Iterator[None]:
-    """Whatever ends the loop early, the steps that are whole are saved, and the error says how to go on.
-
-    If the adapter has moved since the last whole step, the last saved state is kept instead: a state in the
-    middle of a step cannot be resumed.
-    """
-    try:
-        yield
-    except Exception as e:
-        advice = f"Step {facts['step'] + 1} is lost"
-        try:
-            if updates_of(s, optimizer) == facts["updates"]:
-                save(a, s, optimizer, facts)
-                advice += ", no more"
-            else:
-                advice += ", and those since the last save"
-        except OSError as failed:
-            advice += f", and those since the last save, as this one failed ({failed})"
-        advice += f": go on with --out {a.out} --resume"
-        if isinstance(e, (ValueError, OSError)):
-            raise type(e)(f"{e} {advice}") if type(e) is ValueError else OSError(f"{e} {advice}") from None
-        print(advice, file=sys.stderr)
-        raise
-    except KeyboardInterrupt:
-        if updates_of(s, optimizer) == facts["updates"]:
-            save(a, s, optimizer, facts)
-        raise
-
-
 class Pause:
     """Ctrl-C or SIGTERM saves the steps that are whole (a SIGKILL may follow), lets the step end, saves it
-    too, and stops; a second one stops at once."""
+    too, and stops; a second one stops at once. whole(): is the adapter that of the last whole step?"""
 
     def __init__(self, save: Callable[[], None], whole: Callable[[], bool]):
         self.asked = self.saving = False
-        self._save, self.whole = save, whole
+        self._save, self._whole = save, whole
 
-    def save(self) -> None:
+    def save(self) -> bool:
+        """Save, unless the adapter has moved since the last whole step: a state in the middle of a step
+        cannot be resumed. Returns whether it saved."""
+        if not self._whole():
+            return False
         self.saving = True  # a signal meanwhile must not write the same files
         try:
             self._save()
         finally:
             self.saving = False
+        return True
 
     def __call__(self, *_) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
         print("\nstopping after this step (again: at once)", file=sys.stderr)
-        if not self.saving and self.whole():
+        if not self.saving:
             self.save()
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Within it, Ctrl-C and SIGTERM ask for a pause."""
+        old = {sig: signal.signal(sig, self) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in old.items():
+                signal.signal(sig, handler)
 
 
 @contextmanager
-def pausing(save: Callable[[], None], whole: Callable[[], bool]) -> Iterator[Pause]:
-    """Within it, Ctrl-C and SIGTERM ask for a pause. whole(): is the adapter the last step's?"""
-    pause = Pause(save, whole)
-    old = {sig: signal.signal(sig, pause) for sig in (signal.SIGINT, signal.SIGTERM)}
+def saving_on_failure(out: str, facts: dict, pause: Pause) -> Iterator[None]:
+    """Whatever ends the loop early, the steps that are whole are saved if they can be, and the error says how
+    to go on."""
     try:
-        yield pause
-    finally:
-        for sig, handler in old.items():
-            signal.signal(sig, handler)
+        yield
+    except Exception as e:
+        advice = f"Step {facts['step'] + 1} is lost"
+        try:
+            advice += ", no more" if pause.save() else ", and those since the last save"
+        except OSError as failed:
+            advice += f", and those since the last save, as this one failed ({failed})"
+        advice += f": go on with --out {out} --resume"
+        if isinstance(e, (ValueError, OSError)):
+            raise type(e)(f"{e} {advice}") if type(e) is ValueError else OSError(f"{e} {advice}") from None
+        print(advice, file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        pause.save()
+        raise
 
 
 # What a run that goes on may do otherwise than it was begun: it changes neither data nor algorithm, but for
 # the rates, which whoever resumes a diverging run wants to lower.
-MAY_CHANGE = (
-    "out resume lr critic-lr dtype device seats micro-tokens recompute memory save-every show-every track"
-)
+MAY_CHANGE = {
+    *("lr", "critic-lr", "dtype", "device", "seats", "micro-tokens", "recompute", "memory"),
+    *("save-every", "show-every", "track"),
+}
 
 
 def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
@@ -513,31 +509,25 @@ def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
     if "out" not in given:
         raise ValueError("--resume needs the --out of the run to go on with")
     kept = disk.read_json(Path(given["out"]) / "args.json", "the directory of a run", settled=dict)
-    old = kept["settled"]
+    old = {k.replace("_", "-"): v for k, v in kept["settled"].items()}
     for f in flags.flags_of("train"):
-        if f.key not in old:
+        if f.name not in old:
             raise ValueError(f"the run in {given['out']} was begun by a version that had no --{f.name}")
-    unlike = [
-        k for k, v in given.items() if k not in MAY_CHANGE.split() and v != old.get(k.replace("-", "_"))
-    ]
-    if unlike:
-        was = ", ".join(f"--{k} {old.get(k.replace('-', '_'))}" for k in unlike)
+    new = {k: v for k, v in given.items() if k not in ("out", "resume") and v != old[k]}
+    if unlike := [k for k in new if k not in MAY_CHANGE]:
+        was = ", ".join(f"--{k} {old[k]}" for k in unlike)
         raise ValueError(f"--resume with other arguments: the run in {given['out']} was begun with {was}")
-    given = {
-        k: v for k, v in given.items() if k not in ("out", "resume") and v != old.get(k.replace("-", "_"))
-    }
-    a = argparse.Namespace(**old)
-    changes = {k: [old.get(k.replace("-", "_")), v] for k, v in given.items()}
-    for name, value in given.items():
+    a = argparse.Namespace(**kept["settled"])
+    for name, value in new.items():
         setattr(a, name.replace("-", "_"), value)
-    if "memory" in given:
+    if "memory" in new:
         a.planned = False
-        a.seats, a.micro_tokens = given.get("seats", 0), given.get("micro-tokens", 0)
-        a.recompute = given.get("recompute", False)
+        a.seats, a.micro_tokens = new.get("seats", 0), new.get("micro-tokens", 0)
+        a.recompute = new.get("recompute", False)
     flags.check(a)
-    if changes:
-        print("changed:", *(f"--{k} {was} -> {now}" for k, (was, now) in changes.items()), flush=True)
-        kept.setdefault("changes", []).append(changes)
+    if new:
+        print("changed:", *(f"--{k} {old[k]} -> {now}" for k, now in new.items()), flush=True)
+        kept.setdefault("changes", []).append({k: [old[k], now] for k, now in new.items()})
     return a, kept
 
 
@@ -559,13 +549,13 @@ def main(argv: list[str] | None = None) -> None:
         a, kept = flags.settle("train", given), {}
         a.out = a.out or disk.free_name("runs")
     with disk.claimed(Path(a.out), resume):
-        find_bodies(a)  # first: a mistyped name shows at once
+        homes = find_bodies(a)  # first: a mistyped name shows at once
         task = kind(a.task)(a)
         world = World(*task.to_train())
-        s = load(a, task, world.questions + world.held)
+        s = load(a, task, world.questions + world.held, homes)
         inputs = {"questions": world.questions, "held-out questions": world.held}
         inputs |= {"policy's words": s.words, "simulator's words": s.simulator and s.simulator.words}
-        inputs |= {"bodies": sorted({disk.contents(home) for home in find_bodies(a).values()})}
+        inputs |= {"bodies": sorted({disk.contents(home) for home in homes.values()})}
         inputs |= {"adapters": [disk.contents(Path(x)) for x in (a.adapter, a.sim_adapter) if x]}
         inputs = {what: disk.fingerprint(value) for what, value in inputs.items()}
         same_inputs(kept.get("inputs", {}), inputs, a.out)

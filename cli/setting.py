@@ -51,8 +51,14 @@ class Setting:
         return self.bodies[POLICY][1]
 
 
-def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) -> Setting:
-    """Load all that the settled flags name. questions: their prompts must fit, which is checked early.
+def load(
+    a: argparse.Namespace,
+    task: Task,
+    questions: Iterable[Question] = (),
+    homes: dict[int, Path] | None = None,
+) -> Setting:
+    """Load all that the settled flags name. questions: their prompts must fit, which is checked early. homes:
+    what `find_bodies` has found.
 
     Raises ValueError for anything missing, broken, or too large.
     """
@@ -60,7 +66,7 @@ def load(a: argparse.Namespace, task: Task, questions: Iterable[Question] = ()) 
     sim_words = None
     if simulated(a):
         sim_words = words_for(getattr(a, "sim_adapter", ""), a.sim_prompt, usual_words(a, task))
-    homes = find_bodies(a)
+    homes = find_bodies(a) if homes is None else homes
     limits = limits_of(a) if POLICY in homes else None
     server = Chat(a.sim) if simulated(a) and is_address(a.sim) else None
     toks = {home: Tokenizer.load(home) for home in dict.fromkeys(homes.values())}

@@ -1,1 +1,1 @@
-"""What eval.py needs beside the engine: the paper's baselines, statistics and tables, one episode live."""
+"""What eval.py needs beside engine.py: the paper's baselines, statistics and tables, one episode live."""

@@ -1,1 +1,1 @@
-"""What prepares a simulator: rows collected from a real engine, and the fine-tuning on them."""
+"""What prepares a simulator: rows collected from a real search engine, and the fine-tuning on them."""

@@ -89,7 +89,7 @@ def scripted(a: argparse.Namespace, task: Task, out: Path) -> Path:
     """The file of scripted traces in the run's directory, made if it is not there yet."""
     path = out / "traces.jsonl"
     if not path.exists():
-        made = script(task.to_collect(), task.engine(a.search), a.scripts, a.searching, a.seed)
+        made = script(task.to_collect(), task.search(a.search), a.scripts, a.searching, a.seed)
         write_rows(list(screen.bar("scripting traces", a.scripts, "traces", over=made)), path)
     return path
 

@@ -1,6 +1,6 @@
-"""Collect rows for the simulator's fine-tuning from a real engine, and label them useful or noisy.
+"""Collect rows for the simulator's fine-tuning from a real search engine, and label them useful or noisy.
 
-A policy answers questions with a real engine; each of its searches is a row: query, question, answer,
+A policy answers questions with a real search engine; each of its searches is a row: query, question, answer,
 documents. Three labels say whether the documents are useful:
 
     judge        the body without an adapter, asked whether they suffice to answer the query (the paper, v3)
@@ -10,7 +10,7 @@ documents. Three labels say whether the documents are useful:
 One of them becomes the row's quality, and the set is balanced. Every episode is one line of a log, written
 when it ends: an interrupted run resumes, and another label or more rows cost no second run.
 
-Not the fine-tuning (sft.py), not an engine (search.py), and not a filter: what is not used is counted.
+Not the fine-tuning (sft.py), not a search engine (search.py), and not a filter: what is not used is counted.
 
     python simulator.py collect --policy 3b --data nq,hotpotqa --search bm25:corpus.jsonl.gz --rows 10000 \\
         --judge judge --out rows.jsonl
@@ -68,7 +68,7 @@ def judged(tok, words: JudgeWords, query: Query, documents: str, room: int) -> G
 
 @dataclass(frozen=True)
 class Collector:
-    """How episodes become rows. `search` is the real engine; `shown` changes what the policy reads of it.
+    """How episodes become rows. `search` is the real one; `shown` changes what the policy reads of it.
 
     force: an episode without a search is given one, for its question. (A small checkpoint never searches.)
     room: tokens that a seat of the engine holds, for the judge's prompts.

@@ -215,7 +215,7 @@ def command_collect(a: argparse.Namespace, task: Task) -> None:
     settings = {k: v for k, v in vars(a).items() if k not in free}
     questions = task.to_collect()
     questions = random.Random(a.seed).sample(questions, len(questions))
-    search = task.engine(a.search)
+    search = task.search(a.search)
     path = out.with_name(f"{out.name}.episodes")
     log = disk.Rows(path, settings, a.resume, lambda row: row["episode"], must=True)
     s = load(a, task)
@@ -226,7 +226,7 @@ def command_collect(a: argparse.Namespace, task: Task) -> None:
     try:
         wanted = (a.judge, a.rows, a.samples, a.seed)
         found = collect(s.engine, collector, questions, log, *wanted, rounds=4 * a.seats)
-    except OSError as e:  # an engine that fails
+    except OSError as e:  # a search engine that fails
         raise OSError(f"{e}; {go_on}") from None
     except KeyboardInterrupt:
         print(f"\n{go_on}", file=sys.stderr)

@@ -90,8 +90,11 @@ def spied(seen: Seen, until: int = STEPS):
         moved = (body.adapter(POLICY).detach() - before).abs().max().item()
         step = len(seen.judged) - 1
         seen.updates.append(
-            SimpleNamespace(step=step, batches=batches, o=objective, lr=lr, figures=figures, moved=moved)
-        )
+            SimpleNamespace(
+                step=step, batches=batches, o=objective, lr=lr, figures=figures, moved=moved, body=body,
+                policy=body.adapter(POLICY).detach().clone(),
+            )
+        )  # fmt: skip
         return figures
 
     patch.setattr(Engine, "run", spy_run)
@@ -213,6 +216,25 @@ def test_every_episode_is_trained_with_its_own_advantage(whole):
             assert got[0] == one[0] and got[1] == pytest.approx(one[1], abs=1e-4)
             assert got[2] == pytest.approx(one[2], abs=1e-6)
         assert weights == pytest.approx([1 / len(weights)] * len(weights))
+
+
+def test_a_kept_episode_has_its_own_figures(whole):
+    """A page whose ratios or advantages are a neighbour's shows a policy that learnt something else."""
+    kept = [json.loads(line) for line in (whole.out / "episodes.jsonl").read_text().splitlines()]
+    for (trajectories, rewards), update, row in zip(whole.judged, whole.updates, kept[1:]):
+        update.body.adapter(POLICY).data.copy_(update.policy)
+        adv = recipes.advantages(rewards).flatten().tolist()
+        shown = [one for group in row["groups"] for one in group["episodes"]]
+        assert len(shown) == len(trajectories)
+        for i, (t, one) in enumerate(zip(trajectories, shown)):
+            (batch,) = grpo.make_batches([t], [0.0], 300)
+            with torch.no_grad():
+                ratios = (grpo.token_logps(update.body, batch, POLICY)[0] - batch.old).exp().tolist()
+            assert one["ratios"] == pytest.approx(ratios, abs=1e-3)
+            assert one["reward"] == rewards.flatten()[i] and one["advantage"] == pytest.approx(
+                adv[i], abs=1e-3
+            )
+        assert any(abs(r - 1) > 0.01 for one in shown for r in one["ratios"])
 
 
 def test_the_flags_reach_the_loss(whole):

@@ -217,6 +217,27 @@ def test_a_signal_saves_at_once_what_is_whole(whole, tmp_path, monkeypatch):
     equal_ends(out, whole)
 
 
+def test_a_signal_while_a_failure_is_saved_waits(whole, tmp_path, monkeypatch):
+    """A machine that is taken away just then would have the same files written by two saves, one inside the
+    other: half of each."""
+    out, save, saves = tmp_path / "run", disk.save_state, []
+
+    def slow(path, tensors, facts):
+        saves.append(facts["step"])
+        if saves == [0, 2]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(path, tensors, facts)
+
+    with monkeypatch.context() as patch:
+        at_step(3, ValueError("not finite"), patch)
+        patch.setattr(disk, "save_state", slow)
+        with pytest.raises(ValueError, match="no more"):
+            run("--out", out, *SHORT)
+    assert saves == [0, 2]
+    run("--out", out, "--resume")
+    equal_ends(out, whole)
+
+
 def test_sigterm_ends_a_command_in_one_line():
     """Before the loop there is nothing to save, but a killed command still says so and exits with 130."""
     code = (

@@ -605,7 +605,7 @@ def test_the_order_of_seating_is_that_of_all_begun_at_once(monkeypatch, seats, f
 
         def take(pool, plain=Pool.take):
             taken = plain(pool)
-            log.extend((engine.stats.steps, s.row, s.task.index, s.turn.role) for s in taken)
+            log.extend((engine.stats.steps, s.row, s.job.index, s.turn.role) for s in taken)
             return taken
 
         with monkeypatch.context() as patch:

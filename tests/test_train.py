@@ -82,6 +82,8 @@ def test_a_run_writes_what_it_promises(whole):
         assert (out / part / "adapter_model.safetensors").exists()
     assert printed.count("sampled, before") == 2 and printed.count("sampled, after") == 1
     assert "step   4/4" in printed and "golden" in printed
+    asked = printed.split("the simulator's documents for ")[1].split(" (golden")[0]
+    assert not asked.endswith("?'")  # policies search without a mark, and a tuned simulator knows no other
 
 
 def log_of(out):
@@ -194,7 +196,7 @@ def test_the_learning_rate_is_whole_at_once_and_falls_to_the_end(tiny, monkeypat
     s = type("S", (), {"body": None})
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     for step in range(10):
-        train.learn(a, s, step, [t, t], torch.tensor([[0.0, 1.0]]), optimizer)
+        train.learn(a, s, step, [t, t], torch.tensor([[0.0, 1.0]]), torch.tensor([[-1.0, 1.0]]), optimizer)
     assert rates == pytest.approx([a.lr * (1 - i / 10) for i in range(10)])
 
 

@@ -1,4 +1,4 @@
-"""The toy world as a task: its questions, its engine, its prompts, and the figures that only it has.
+"""The toy world as a task: its questions, its search engine, its prompts, and the figures that only it has.
 
 `python train.py --data FOLDER` finds the class `Task` in a folder. tasks.py says what each method is for.
 """
@@ -48,9 +48,9 @@ class Task(tasks.Task):
     def to_collect(self) -> list[Question]:
         return world.fresh_questions(self.a.limit, self.a.seed)
 
-    def engine(self, named: str) -> Search:
+    def search(self, named: str) -> Search:
         if named != self.a.task:
-            return super().engine(named)
+            return super().search(named)
         anywhere = self.a.command in ("collect", "cold")  # each question is about a world of its own
         lookup = world.lookup_anywhere if anywhere else World(self.a.world).lookup
         return partial(lookup, noise=getattr(self.a, "noise", 0.0))

@@ -144,7 +144,7 @@ def situation(rng: random.Random, kind: str) -> tuple[World, Query]:
 
 
 def answered(rng: random.Random, tuning: bool = False) -> tuple[Query, str, bool]:
-    """A search, the documents of the world's engine, and whether they are noisy (about other entities).
+    """A search, the documents that the world has for it, and whether they are noisy (about other entities).
 
     A random other entity gets a fact of its own, not the golden answer; a relation that an entity cannot have
     gets none. So no shortcut is taught.
@@ -210,7 +210,7 @@ def states(documents: str, asked: tuple[str, ...], answer: str = "") -> bool:
 
 
 def audit(write: Callable[[list[Query], bool], list[str]], n: int = 200, seed: int = 0) -> dict[str, float]:
-    """How well a simulator plays the engine, on n held-out searches of each kind; write: see tasks.py.
+    """How well a simulator plays the search engine, on n held-out searches of each kind; write: see tasks.py.
 
     useful_hit   useful documents state the asked fact (for the last relation: with the golden answer)
     noisy_hit    noisy documents state a fact about the asked entity and relation

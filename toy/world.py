@@ -141,7 +141,7 @@ def fresh_questions(n: int, seed: int) -> list[Question]:
 
 
 def lookup_anywhere(query: Query, noise: float = 0.0):
-    """The engine of the question's own world (`fresh_questions`); best fact first, as simulators learn it."""
+    """A search in the question's own world (`fresh_questions`); best fact first, as simulators learn it."""
     return (yield from World(int(query.question.id)).lookup(query, noise, ranked=True))
 
 
