@@ -14,12 +14,9 @@ import cli  # noqa: F401, I001 (first: it says that torch is being loaded)
 import argparse
 import random
 import shutil
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain, islice
@@ -34,6 +31,7 @@ import simulator as simulators
 import weights
 from cli import disk, flags, screen
 from cli.disk import Rows
+from cli.pause import Pause, saving_on_failure
 from cli.setting import Setting, find_bodies, load
 from cli.track import tracker
 from evaluation.health import alarm, health
@@ -46,7 +44,7 @@ from recipes import ALONE, Objective, advantages, informative, shuffle_siblings
 from rollout import Query, Question, Search, Trajectory, episode
 from simulator import audit_figures, p_noise
 from tasks import kind
-from words import WORDS_FILE, save_words
+from words import POLICY_WORDS_FILE, WORDS_FILE, save_words
 
 
 def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
@@ -84,6 +82,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             row |= {"seconds_act": t1 - t0, "seconds_learn": t2 - t1}
             row |= {"tokens_per_second": decoded / (t1 - t0)}
             row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)} | s.task.figures(trajectories)
+            row |= glance(a, s, world, step, facts)
             tell(a, s, step, row, trajectories, log)
             keep(a, s, step, trajectories, rewards, dict(zip(map(id, taught), adv.flatten().tolist())), kept)
             track(step + 1, row)
@@ -307,17 +306,43 @@ def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: i
     """
     out, held, first = {}, {}, []
     for suffix, (label, search, temperature) in s.task.ways(world.search).items():
-        address = (a.seed, 1_000_000)  # a step that no run reaches
-        runs = judge_of.episodes(s.tok, world.held, search, s.limits, s.words, temperature, address)
-        with screen.bar(f"held-out, {label}", len(world.held)) as bar:
-            tell = partial(judge_of.show_progress, bar)
-            summary, trajectories = judge_of.evaluate(s.engine, runs, tell)
-        out[suffix] = {k: summary[k] for k in ("f1", "em", "cover_em", "searches", "n", "by_hop")}
+        summary, trajectories = answer(a, s, world.held, search, temperature, label)
+        figures = ("f1", "em", "cover_em", "searches", "found", "n", "by_hop")
+        out[suffix] = {k: summary[k] for k in figures}
         out[suffix] |= s.task.figures(trajectories)
         held[label] = [judge_of.answered(t) for t in trajectories]
         first = first or trajectories
     kept.add(step, first, next(iter(held.values()), []), held=held)
     return out
+
+
+def answer(
+    a: argparse.Namespace, s: Setting, held: list[Question], search: Search, temperature: float, label: str
+) -> tuple[dict, list[Trajectory]]:
+    """Held-out questions, answered -> their summary, and the episodes."""
+    address = (a.seed, 1_000_000)  # a step that no run reaches
+    runs = judge_of.episodes(s.tok, held, search, s.limits, s.words, temperature, address)
+    with screen.bar(f"held-out, {label}", len(held)) as bar:
+        return judge_of.evaluate(s.engine, runs, partial(judge_of.show_progress, bar))
+
+
+def glance(a: argparse.Namespace, s: Setting, world: World, step: int, facts: dict) -> dict[str, float]:
+    """Every `eval_every` steps: the first `eval_few` held-out questions, answered greedily -> figures for the
+    step's row. That policy is kept in OUT/policies/STEP, and in OUT/best if none has scored as well."""
+    if not (a.eval_every and world.held) or (step + 1) % a.eval_every:
+        return {}
+    summary, trajectories = answer(a, s, world.held[: a.eval_few], world.search, 0.0, f"step {step + 1}")
+    queries = [query.text.split() for t in trajectories for query, _ in t.searches]
+    figures = {f"held_{k}": summary[k] for k in ("f1", "em", "searches", "found") if summary[k] is not None}
+    figures["held_query_words"] = sum(map(len, queries)) / max(1, len(queries))
+    if a.keep:
+        save_policy(a, s, f"policies/{step + 1}")
+        for old in range(step + 1 - a.keep * a.eval_every, 0, -a.eval_every):
+            shutil.rmtree(Path(a.out, "policies", str(old)), ignore_errors=True)
+    if summary["f1"] > facts.get("best", -1.0):
+        facts["best"] = summary["f1"]
+        save_policy(a, s, "best")
+    return figures
 
 
 def table_of(s: Setting, world: World, **times: dict[str, dict]) -> str:
@@ -354,7 +379,7 @@ def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict
 
 def finish(a: argparse.Namespace, s: Setting, world: World, facts: dict, began: float, kept: Kept) -> None:
     """What comes after the last step: the held-out questions again, result.json and the table."""
-    weights.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
+    save_policy(a, s, "policy")
     after = measure(a, s, world, kept, a.steps + 1) if facts["before"] else {}
     result: dict = {f"before{k}": v for k, v in facts["before"].items()}
     result |= {f"after{k}": v for k, v in after.items()}
@@ -405,13 +430,20 @@ def tune_simulator(a: argparse.Namespace, s: Setting) -> None:
 def save(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, facts: dict) -> None:
     """All that a run needs to go on, whole or not at all; the adapter for others first, so that it is never
     behind the state."""
-    weights.save_adapter(s.body, POLICY, Path(a.out) / "policy", a.policy)
+    save_policy(a, s, "policy")
     tensors = {"policy": s.body.adapter(POLICY)} | disk.pack_optimizer(optimizer)
     if SIMULATOR in s.bodies and SIMULATOR in s.bodies[SIMULATOR][0].roles:
         tensors["simulator"] = s.bodies[SIMULATOR][0].adapter(SIMULATOR)
     if critic := s.body.roles.get(CRITIC):
         tensors |= {"critic": critic.theta, "value": critic.value}
     disk.save_state(Path(a.out) / "state.safetensors", tensors, facts)
+
+
+def save_policy(a: argparse.Namespace, s: Setting, name: str) -> None:
+    """The policy's adapter in PEFT's format, with its prompts, in a directory of the run."""
+    home = Path(a.out, name)
+    weights.save_adapter(s.body, POLICY, home, a.policy)
+    save_words(s.words, home / POLICY_WORDS_FILE)
 
 
 def restore(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer) -> dict:
@@ -433,67 +465,6 @@ def restore(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer)
 def updates_of(s: Setting, optimizer: torch.optim.Optimizer) -> int:
     """Steps that the optimiser has taken."""
     return int(optimizer.state.get(s.body.adapter(POLICY), {}).get("step", 0))
-
-
-class Pause:
-    """Ctrl-C or SIGTERM saves the steps that are whole (a SIGKILL may follow), lets the step end, saves it
-    too, and stops; a second one stops at once. whole(): is the adapter that of the last whole step?"""
-
-    def __init__(self, save: Callable[[], None], whole: Callable[[], bool]):
-        self.asked = self.saving = False
-        self._save, self._whole = save, whole
-
-    def save(self) -> bool:
-        """Save, unless the adapter has moved since the last whole step: a state in the middle of a step
-        cannot be resumed. Returns whether it saved."""
-        if not self._whole():
-            return False
-        self.saving = True  # a signal meanwhile must not write the same files
-        try:
-            self._save()
-        finally:
-            self.saving = False
-        return True
-
-    def __call__(self, *_) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step (again: at once)", file=sys.stderr)
-        if not self.saving:
-            self.save()
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Within it, Ctrl-C and SIGTERM ask for a pause."""
-        old = {sig: signal.signal(sig, self) for sig in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for sig, handler in old.items():
-                signal.signal(sig, handler)
-
-
-@contextmanager
-def saving_on_failure(out: str, facts: dict, pause: Pause) -> Iterator[None]:
-    """Whatever ends the loop early, the steps that are whole are saved if they can be, and the error says how
-    to go on."""
-    try:
-        yield
-    except Exception as e:
-        advice = f"Step {facts['step'] + 1} is lost"
-        try:
-            advice += ", no more" if pause.save() else ", and those since the last save"
-        except OSError as failed:
-            advice += f", and those since the last save, as this one failed ({failed})"
-        advice += f": go on with --out {out} --resume"
-        if isinstance(e, (ValueError, OSError)):
-            raise type(e)(f"{e} {advice}") if type(e) is ValueError else OSError(f"{e} {advice}") from None
-        print(advice, file=sys.stderr)
-        raise
-    except KeyboardInterrupt:
-        pause.save()
-        raise
 
 
 # What a run that goes on may do otherwise than it was begun: it changes neither data nor algorithm, but for

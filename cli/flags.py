@@ -84,6 +84,8 @@ TRAIN: Groups = {
         Flag("eval-data", str, "", "held-out question files, scored before and after", "A,B"),
         Flag("eval-search", str, "", f"the engine that answers them: {ENGINE}", "ENGINE"),
         Flag("eval-questions", int, 500, "how many of them (0: no evaluation)", least=0),
+        Flag("eval-every", int, 0, "steps between greedy looks at the first of them (0: none)", least=0),
+        Flag("eval-few", int, 64, "questions of such a look; the best policy so far is kept in OUT/best"),
         *DOCUMENTS,
     ],
     "how much": [
@@ -139,6 +141,7 @@ TRAIN: Groups = {
     "output": [
         Flag("out", str, "", "directory of the run (runs/<date_time>)", "DIR"),
         RESUME,
+        Flag("keep", int, 0, "policies of so many last looks that are kept, in OUT/policies", least=0),
         Flag("save-every", int, 10, "steps between saves; Ctrl-C saves too"),
         Flag("show-every", int, 20, "steps between coloured trajectories"),
         Flag("track", ("tensorboard", "wandb", "trackio"), "", "send the log there too (its own library)"),

@@ -7,6 +7,7 @@ import pytest
 from test_collect import ANN, LIMITS, WORDS, Letters, engine_of, play
 from test_train import fails, run, shorten  # noqa: F401
 
+import train
 import weights
 from cli.disk import read_json
 from cli.setting import policy_words
@@ -158,7 +159,7 @@ def test_the_prompts_of_an_adapter_are_those_of_an_agent_only(tmp_path):
 
 def test_a_simulator_that_heeds_wants_the_words_of_the_question():
     """Told the golden answer, a simulator writes it whatever is asked: queries then decay, and a real engine
-    finds nothing. Half of the content words: half of the useful documents. All queries of the episode count."""
+    finds nothing. Half the content words, half of the useful documents. An episode's queries all count."""
     question = Question("Where was the author of Emma born?", ("Steventon",))
     ask = lambda text, *earlier: Query(text, question, (0, 0, 0, 0, 0), earlier)  # noqa: E731
     assert covered(ask("EMMA's author: born?")) == 1.0 and covered(ask("the author of it")) == pytest.approx(
@@ -180,3 +181,35 @@ def test_a_simulator_that_heeds_wants_the_words_of_the_question():
         noise("what", 0.0, 0.25) == sum(noise_coin((0, i, 0, 0, 0), False) < 0.25 for i in range(400)) / 400
     )
     assert noise("author of it", 1.0, 0.25) == pytest.approx(0.25 + 0.75 * 2 / 3, abs=0.06)
+
+
+def test_looks_on_the_way_keep_the_best_policy(body, tmp_path, monkeypatch):
+    """Held-out figures every --eval-every steps; the last --keep of those policies stay, and OUT/best is the
+    first that scored highest. A look must not change what is learnt."""
+    shorten(body, monkeypatch)
+    told = ["--steps", "6", "--questions", "2", "--group", "2", "--eval-questions", "6", "--sft-steps", "0"]
+    looks = ["--eval-every", "2", "--eval-few", "4", "--keep", "2", "--algorithm", "reinforce"]
+    scores = iter([0.2, 0.5, 0.5])
+    answer = train.answer
+
+    def scored(a, s, held, search, temperature, label):
+        summary, trajectories = answer(a, s, held, search, temperature, label)
+        if label.startswith("step"):
+            assert len(held) == 4 and temperature == 0.0
+            summary = summary | {"f1": next(scores)}
+        return summary, trajectories
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "answer", scored)
+        run("--out", tmp_path / "a", *told, *looks)
+    run("--out", tmp_path / "b", *told, "--algorithm", "reinforce")
+    rows, plain = (
+        [json.loads(line) for line in (tmp_path / x / "log.jsonl").read_text().splitlines()] for x in "ab"
+    )
+    assert [row.get("held_f1") for row in rows] == [None, 0.2, None, 0.5, None, 0.5]
+    assert {"held_searches", "held_found", "held_query_words", "held_em"} <= rows[1].keys()
+    assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
+    kept = {p.name for p in (tmp_path / "a" / "policies").iterdir()}
+    adapter = lambda *at: tmp_path.joinpath("a", *at, "adapter_model.safetensors").read_bytes()  # noqa: E731
+    assert kept == {"4", "6"} and adapter("best") == adapter("policies", "4") != adapter("policies", "6")
+    assert adapter("policy") == adapter("policies", "6")

@@ -114,7 +114,7 @@ def test_a_forced_search_asks_for_the_question_and_has_no_trajectory():
     assert done["forced"] and done["rows"][0]["query"] == "Who is it?"
     assert done["rows"][0]["labels"] == {"judge": True, "answer": True, "trajectory": None}
     done, _ = play(collector(documents).episode(ANN, (0, 0, 5, 0)), {POLICY: ["<answer>Ann</answer>"]})
-    assert done == {"forced": False, "rows": []}
+    assert not done["forced"] and done["rows"] == []
     says = {POLICY: ["<search>a</search>", "<answer>x</answer>"], REFERENCE: ["yes"]}
     done, _ = play(collector({"a": "d"}, force=True).episode(ANN, (0, 0, 5, 0)), says)
     assert not done["forced"] and len(done["rows"]) == 1

@@ -1,0 +1,70 @@
+"""How a long run is interrupted: Ctrl-C, SIGTERM or an error, with nothing lost but the step in hand.
+
+Not what is saved: that is the caller's `save`.
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Pause:
+    """Ctrl-C or SIGTERM saves the steps that are whole (a SIGKILL may follow), lets the step end, saves it
+    too, and stops; a second one stops at once. whole(): is the adapter that of the last whole step?"""
+
+    def __init__(self, save: Callable[[], None], whole: Callable[[], bool]):
+        self.asked = self.saving = False
+        self._save, self._whole = save, whole
+
+    def save(self) -> bool:
+        """Save, unless the adapter has moved since the last whole step: a state in the middle of a step
+        cannot be resumed. Returns whether it saved."""
+        if not self._whole():
+            return False
+        self.saving = True  # a signal meanwhile must not write the same files
+        try:
+            self._save()
+        finally:
+            self.saving = False
+        return True
+
+    def __call__(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step (again: at once)", file=sys.stderr)
+        if not self.saving:
+            self.save()
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Within it, Ctrl-C and SIGTERM ask for a pause."""
+        old = {sig: signal.signal(sig, self) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in old.items():
+                signal.signal(sig, handler)
+
+
+@contextmanager
+def saving_on_failure(out: str, facts: dict, pause: Pause) -> Iterator[None]:
+    """Whatever ends the loop early, the steps that are whole are saved if they can be, and the error says how
+    to go on."""
+    try:
+        yield
+    except Exception as e:
+        advice = f"Step {facts['step'] + 1} is lost"
+        try:
+            advice += ", no more" if pause.save() else ", and those since the last save"
+        except OSError as failed:
+            advice += f", and those since the last save, as this one failed ({failed})"
+        advice += f": go on with --out {out} --resume"
+        if isinstance(e, (ValueError, OSError)):
+            raise type(e)(f"{e} {advice}") if type(e) is ValueError else OSError(f"{e} {advice}") from None
+        print(advice, file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        pause.save()
+        raise
