@@ -2,6 +2,11 @@
 simulator that heeds the query."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from test_collect import ANN, LIMITS, WORDS, Letters, engine_of, play
@@ -9,6 +14,7 @@ from test_train import fails, run, shorten  # noqa: F401
 
 import train
 import weights
+from cli import flags
 from cli.disk import read_json
 from cli.setting import policy_words
 from model import POLICY, REFERENCE
@@ -213,3 +219,42 @@ def test_looks_on_the_way_keep_the_best_policy(body, tmp_path, monkeypatch):
     adapter = lambda *at: tmp_path.joinpath("a", *at, "adapter_model.safetensors").read_bytes()  # noqa: E731
     assert kept == {"4", "6"} and adapter("best") == adapter("policies", "4") != adapter("policies", "6")
     assert adapter("policy") == adapter("policies", "6")
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash on this machine")
+def test_the_demonstration_asks_for_flags_that_exist(tmp_path):
+    """prepare/real.sh takes an hour: a flag that was renamed would end it after forty minutes. Here a stub
+    stands for python, and each command line is settled as by its command. Called again, only what is missing
+    runs."""
+    stub, told, data = tmp_path / "python", tmp_path / "told", tmp_path / "data"
+    stub.write_text(f"""#!{sys.executable}
+import json, sys
+from pathlib import Path
+argv = sys.argv[1:]
+with open({str(told)!r}, "a") as f:
+    f.write(json.dumps(argv) + "\\n")
+if argv[0] == "-":
+    Path(argv[2], "train.jsonl").touch()
+ends = "sft.json" if "prepare.cold" in argv else "result.json"
+for flag, made in (("--json", ""), ("--out", ends)):
+    if flag in argv:
+        made = Path(argv[argv.index(flag) + 1], made)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.touch()
+""")
+    stub.chmod(0o755)
+    data.mkdir()
+    go = [str(Path(train.__file__).parent / "prepare/real.sh"), "tiny", str(data), str(tmp_path / "out")]
+    for lines in (1 + 2 + 3 + 12 + 10, 10):  # the split, cold starts, runs, evaluations, comparisons
+        told.unlink(missing_ok=True)
+        subprocess.run(
+            ["bash", *go], check=True, env=os.environ | {"PYTHON": str(stub)}, stdout=subprocess.PIPE
+        )
+        calls = [json.loads(line) for line in told.read_text().splitlines()]
+        assert len(calls) == lines
+        for argv in calls:
+            command = {"-m": "cold", "train.py": "train", "eval.py": "eval"}.get(argv[0])
+            if command:
+                given = flags.given_to(command, "", argv[2:] if command == "cold" else argv[1:])
+                a = flags.settle(command, given)
+                assert command == "eval" or a.out.startswith(str(tmp_path / "out" / "0"))

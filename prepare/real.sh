@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# A real language model learns to search, on a CPU: a cold start, RL against a prompted simulator, then BM25.
+#
+#     prepare/real.sh POLICY DATA OUT [SEED]
+#
+# POLICY: a checkpoint (REAL.md: SmolLM2-135M-Instruct). DATA: corpus.jsonl.gz, questions to learn from in
+# train/*.jsonl, others that are asked at the end in test/*.jsonl, and dev/*.jsonl, of which a few are asked on
+# the way. OUT: fresh questions, and a directory a seed. Interrupted, the same command goes on. In the
+# environment: PYTHON, DTYPE (bf16 where the CPU multiplies it), STEPS.
+#
+# Beside the run: its control with shuffled rewards (shuffled), the run whose simulator does not heed the query
+# (deaf), a cold start of which half searches (cold.5), and the body that answers from memory (direct).
+set -euo pipefail
+whole() { (cd "$1" && pwd); }
+policy=$([ -d "$1" ] && whole "$1" || echo "$1") data=$(whole "$2") seed=${4:-0}
+mkdir -p "$3/$seed"
+out=$(whole "$3")
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python} dtype=${DTYPE:-fp32} steps=${STEPS:-16}
+bm25=bm25:$data/corpus.jsonl.gz run=$out/$seed
+
+documents=(--documents 1 --document-words 30)
+lengths=(--turns 1 --prompt-tokens 160 --turn-tokens 40 --observation-tokens 80 --episode-tokens 330)
+common=(--policy "$policy" "${documents[@]}" "${lengths[@]}" --dtype "$dtype" --seed "$seed")
+
+# Supported: the answer stands in what BM25 returns for the question itself. A part of the supported training
+# questions is set aside, neither learnt from nor used to choose anything.
+[ -e "$out/train.jsonl" ] || "$python" - "$data" "$out" "$bm25" <<'EOF'
+import json, random, sys
+from pathlib import Path
+from questions import holds_answer, load_questions
+from search import ask, open_search, presented
+
+data, out, search = Path(sys.argv[1]), Path(sys.argv[2]), presented(open_search(sys.argv[3], 1), 1, 30)
+
+def write(name, questions):
+    rows = [{"id": q.id, "question": q.text, "golden_answers": list(q.answers)} for q in questions]
+    (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+def read(folder):
+    return [q for path in sorted((data / folder).glob("*.jsonl")) for q in load_questions(path)]
+
+def supported(questions):
+    return [q for q in questions if holds_answer(ask(search, q.text), q.answers)]
+
+train = read("train")
+fresh = random.Random(13).sample(kept := supported(train), len(kept) * 3 // 10)
+write("aside.jsonl", fresh)
+write("supported.jsonl", supported(read("test")))
+write("dev.jsonl", supported(read("dev")))
+aside = set(map(id, fresh))
+write("train.jsonl", [q for q in train if id(q) not in aside])
+EOF
+
+cold() { # NAME SHARE
+    [ -e "$run/$1/sft.json" ] && return
+    [ -e "$run/$1/state.safetensors" ] || rm -rf "${run:?}/$1"
+    "$python" -m prepare.cold "${common[@]}" --policy-prompt short --data "$out/train.jsonl" --search "$bm25" \
+        --searching "$2" --scripts 440 --steps 90 --tokens 320 --lr 1e-3 --held 24 --every 30 \
+        --out "$run/$1" $([ -e "$run/$1/state.safetensors" ] && echo --resume)
+}
+
+reinforce() { # NAME MORE...
+    [ -e "$run/$1/result.json" ] && return
+    "$python" train.py "${common[@]}" --adapter "$run/cold" --sim-prompt short --sim-tokens 40 --seat-tokens 330 \
+        --data "$out/train.jsonl" --questions 8 --group 4 --steps "$steps" --lr 3e-4 --kl 0 --noise-end .25 \
+        --eval-data "$out/dev.jsonl" --eval-search "$bm25" --eval-questions 64 --eval-every 4 --keep 1 \
+        --save-every 4 --out "$run/$1" "${@:2}" $([ -e "$run/$1/state.safetensors" ] && echo --resume)
+}
+
+answer() { # NAME ADAPTER MORE...
+    for temperature in 0 1; do
+        json=$run/$1.$temperature.json
+        [ -e "$json" ] || "$python" eval.py "${common[@]}" ${2:+--adapter "$2"} --temperature $temperature \
+            --data "$out/aside.jsonl,$out/supported.jsonl" --seats 32 --json "$json" "${@:3}" \
+            $([ -e "$json.part" ] && echo --resume)
+    done
+}
+
+cold cold .3
+reinforce rl --heed 1
+answer cold "$run/cold" --search "$bm25"
+answer rl "$run/rl/policy" --search "$bm25"
+reinforce shuffled --heed 1 --shuffle-rewards
+answer shuffled "$run/shuffled/policy" --search "$bm25"
+cold cold.5 .5
+answer cold.5 "$run/cold.5" --search "$bm25"
+reinforce deaf
+answer deaf "$run/deaf/policy" --search "$bm25"
+answer direct "" --mode direct
+for other in cold shuffled cold.5 deaf direct; do
+    for temperature in 0 1; do
+        echo "== $other -> rl, temperature $temperature"
+        "$python" eval.py --compare "$run/$other.$temperature.json" "$run/rl.$temperature.json"
+    done
+done
