@@ -332,9 +332,12 @@ def glance(a: argparse.Namespace, s: Setting, world: World, step: int, facts: di
     if not (a.eval_every and world.held) or (step + 1) % a.eval_every:
         return {}
     summary, trajectories = answer(a, s, world.held[: a.eval_few], world.search, 0.0, f"step {step + 1}")
+    searching = judge_of.summarise([t for t in trajectories if t.searches])
     queries = [query.text.split() for t in trajectories for query, _ in t.searches]
-    figures = {f"held_{k}": summary[k] for k in ("f1", "em", "searches", "found") if summary[k] is not None}
+    figures = {f"held_{k}": summary[k] for k in ("f1", "em", "searches")}
     figures["held_query_words"] = sum(map(len, queries)) / max(1, len(queries))
+    if searching["found"] is not None:
+        figures["held_found"] = searching["found"]  # by those that searched
     if a.keep:
         save_policy(a, s, f"policies/{step + 1}")
         for old in range(step + 1 - a.keep * a.eval_every, 0, -a.eval_every):

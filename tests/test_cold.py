@@ -213,7 +213,7 @@ def test_looks_on_the_way_keep_the_best_policy(body, tmp_path, monkeypatch):
         [json.loads(line) for line in (tmp_path / x / "log.jsonl").read_text().splitlines()] for x in "ab"
     )
     assert [row.get("held_f1") for row in rows] == [None, 0.2, None, 0.5, None, 0.5]
-    assert {"held_searches", "held_found", "held_query_words", "held_em"} <= rows[1].keys()
+    assert {"held_searches", "held_query_words", "held_em"} <= rows[1].keys()
     assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
     kept = {p.name for p in (tmp_path / "a" / "policies").iterdir()}
     adapter = lambda *at: tmp_path.joinpath("a", *at, "adapter_model.safetensors").read_bytes()  # noqa: E731
