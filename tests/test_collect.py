@@ -327,6 +327,22 @@ def test_the_toy_world_is_collected_and_a_cut_run_ends_like_a_whole_one(tmp_path
         command(f"{TOY} --out {tmp_path}/b.jsonl")
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--episode-tokens 4096", "longer than the 512 this body can read: lower --episode-tokens"),
+        ("--episode-tokens 40", "no room behind a prompt"),
+        ("--seats 1", "at least 2 seats"),
+    ],
+)
+def test_seats_that_cannot_be_are_refused_at_once(tmp_path, flags, words):
+    """An episode longer than the body reads ended the run in the middle; where nothing fits behind a prompt
+    the advice was to take a larger policy."""
+    with pytest.raises(ValueError, match=words):
+        command(f"{TOY} --out {tmp_path}/a.jsonl {flags}")
+    assert not list(tmp_path.iterdir())
+
+
 LOAD = weights.load
 
 
