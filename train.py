@@ -405,8 +405,7 @@ def preview(s: Setting, question: Question) -> None:
     query = Query(question.text.rstrip("? "), question)
     useful, noisy = (write(s, [query], order)[0] for order in (False, True))
     print(f"the simulator's documents for {query.text!r} (golden: {question.answers[0]})")
-    width = shutil.get_terminal_size().columns
-    print(screen.side_by_side(f"USEFUL\n{useful}", f"NOISY\n{noisy}", width) + "\n", flush=True)
+    print(screen.side_by_side(f"USEFUL\n{useful}", f"NOISY\n{noisy}") + "\n", flush=True)
 
 
 def tune_simulator(a: argparse.Namespace, s: Setting) -> None:

@@ -397,7 +397,9 @@ def test_flags_that_contradict_each_other(tmp_path, monkeypatch, flags, complain
     assert sorted(p.name for p in tmp_path.iterdir()) == ["questions.jsonl"]
 
 
-@pytest.mark.parametrize("data", ["--data toy --search toy", "--data q.jsonl --search none"])
+@pytest.mark.parametrize(
+    "data", ["--data toy --search toy", "--data q.jsonl --search none --episode-tokens 400"]
+)
 def test_the_policy_collects_in_the_words_that_it_was_trained_in(data, tmp_path, monkeypatch):
     """A policy with words of its own would search badly in ours, and its rows would be of other searches."""
     monkeypatch.chdir(tmp_path)
@@ -411,7 +413,7 @@ def test_the_policy_collects_in_the_words_that_it_was_trained_in(data, tmp_path,
 
     monkeypatch.setattr(preparing, "Collector", stop)
     with pytest.raises(ValueError, match="enough"):
-        command(f"--policy tiny --rows 4 --out a.jsonl {data} --policy-prompt words.json")
+        command(f"--policy tiny --rows 4 --out a.jsonl --policy-prompt words.json --prompt-tokens 99 {data}")
     assert made[0].words == Words("Ask {question}", "again", "s")
 
 
