@@ -99,7 +99,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     finish(a, s, world, facts, began, kept)
 
 
-# --------------------------------------------------------------------------------------------- the five verbs
+# ------------------------------------------------------------------------------------------------- the verbs
 
 
 def ask(a: argparse.Namespace, questions: list[Question], step: int) -> list[tuple[int, Question]]:
