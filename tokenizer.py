@@ -15,6 +15,8 @@ import json
 import re
 from pathlib import Path
 
+from cli.disk import read_json
+
 # Special tokens that end a turn, or a text, in whatever checkpoint has them.
 ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
 
@@ -54,11 +56,11 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
         """Reads a Hugging Face directory, never the network. ValueError where a file is missing or broken."""
-        path = Path(directory)
+        path, what = Path(directory), "a directory in Hugging Face format"
         if not (path / "tokenizer.json").is_file():
-            raise ValueError(f"no tokenizer.json in {path}: give a directory in Hugging Face format")
+            raise ValueError(f"no tokenizer.json in {path}: give {what}")
         names = ("generation_config.json", "config.json", "tokenizer_config.json")
-        configs = [_json(path / name) for name in names]
+        configs = [read_json(path / name, what) for name in names if (path / name).exists()]
         from transformers import AutoTokenizer  # seconds to import: only when there is something to load
 
         try:
@@ -128,17 +130,6 @@ class Tokenizer:
 
 def _reason(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def _json(path: Path) -> dict:
-    """A configuration file; {} where it is absent. ValueError where it is not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable JSON, copy it again: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} does not hold a JSON object, copy it again")
-    return value
 
 
 def _bytes(token: str, byte_level: bool) -> bytes:

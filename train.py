@@ -99,7 +99,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     finish(a, s, world, facts, began, kept)
 
 
-# --------------------------------------------------------------------------------------------- the five verbs
+# ------------------------------------------------------------------------------------------------- the verbs
 
 
 def ask(a: argparse.Namespace, questions: list[Question], step: int) -> list[tuple[int, Question]]:
@@ -408,8 +408,7 @@ def preview(s: Setting, question: Question) -> None:
     query = Query(question.text.rstrip("? "), question)
     useful, noisy = (write(s, [query], order)[0] for order in (False, True))
     print(f"the simulator's documents for {query.text!r} (golden: {question.answers[0]})")
-    width = shutil.get_terminal_size().columns
-    print(screen.side_by_side(f"USEFUL\n{useful}", f"NOISY\n{noisy}", width) + "\n", flush=True)
+    print(screen.side_by_side(f"USEFUL\n{useful}", f"NOISY\n{noisy}") + "\n", flush=True)
 
 
 def tune_simulator(a: argparse.Namespace, s: Setting) -> None:

@@ -7,6 +7,7 @@ Not a database: a file is read whole when a run starts, and then only appended t
 """
 
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -213,12 +214,11 @@ class Rows:
 def free_name(folder: str) -> str:
     """Make a new directory for a run: FOLDER/date_time, numbered if two runs start in the same second."""
     name = f"{folder}/{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    for number in range(1, 1000):
+    for number in itertools.count(1):
         out = Path(name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
             out.mkdir(parents=True)
             return str(out)
-    raise ValueError(f"{folder} holds a thousand runs of this second: give --out")
 
 
 def lock(out: Path) -> int | None:

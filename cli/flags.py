@@ -383,7 +383,6 @@ Complaints = Iterator[tuple[object, str]]
 
 
 def _train(a: argparse.Namespace) -> Complaints:
-    room = a.episode_tokens - a.prompt_tokens - 2 * min(a.turn_tokens, 64)
     tuned = a.sim_adapter or a.sft_steps
     served = is_address(a.sim) and tuned
     yield a.sim == OWN and tuned, f"--sim {OWN} has no simulator for --sim-adapter or --sft-steps"
@@ -398,7 +397,7 @@ def _train(a: argparse.Namespace) -> Complaints:
         a.seat_tokens < a.episode_tokens,
         f"--seat-tokens {a.seat_tokens} cannot hold an episode of {a.episode_tokens}: raise it",
     )
-    yield room < 0, "--episode-tokens leaves no room behind a prompt of --prompt-tokens: raise it"
+    yield _crowded(a)
     yield (
         a.task and (a.eval_data or a.eval_search),
         f"the task {a.task} brings its own held-out questions: --eval-data needs --data FILE",
@@ -436,7 +435,13 @@ def _eval(a: argparse.Namespace) -> Complaints:
     yield a.resume and not a.json, "--resume goes on with what --json FILE has kept: give both"
 
 
+def _crowded(a: argparse.Namespace) -> tuple[object, str]:
+    room = a.episode_tokens - a.prompt_tokens - 2 * min(a.turn_tokens, 64)
+    return room < 0, "--episode-tokens leaves no room behind a prompt of --prompt-tokens: raise it"
+
+
 def _collect(a: argparse.Namespace) -> Complaints:
+    yield _crowded(a)
     other = a.task and a.search != a.task
     yield other, f"--data {a.task} is answered by --search {a.task}, not {a.search}"
     noise = a.noise is not None and not a.task

@@ -4,6 +4,7 @@ What this is not: a log. Figures that must last are written by disk.py.
 """
 
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -102,8 +103,8 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def side_by_side(left: str, right: str, width: int) -> str:
-    """Two texts in two columns of a terminal of `width` characters."""
-    half = (width - 3) // 2
+def side_by_side(left: str, right: str) -> str:
+    """Two texts in two columns of the terminal."""
+    half = (shutil.get_terminal_size().columns - 3) // 2
     columns = [[w for line in text.splitlines() for w in textwrap.wrap(line, half)] for text in (left, right)]
     return "\n".join(f"{a:{half}} | {b}" for a, b in zip_longest(*columns, fillvalue=""))

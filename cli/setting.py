@@ -158,10 +158,7 @@ def open_engine(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]
         return None
     if a.command == "train":
         return Engine(bodies, a.seats, a.seat_tokens, prefill=a.micro_tokens)
-    capacity = a.episode_tokens + 1
-    return Engine(
-        bodies, a.seats, min(capacity, len(bodies[POLICY][0].cos)) if a.command == "collect" else capacity
-    )
+    return Engine(bodies, a.seats, a.episode_tokens + 1)
 
 
 def check_prompts(questions: Iterable[Question], tok: Tokenizer, words: Words, limit: int) -> None:

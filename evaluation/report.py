@@ -103,10 +103,10 @@ def p_value(differences: np.ndarray, stream: int, draws: int = DRAWS) -> float:
 
 def by_set(rows: Iterable[dict]) -> dict[str, list[dict]]:
     """set -> its rows, both in the order of the rows."""
-    rows = list(rows)
-    return {
-        name: [row for row in rows if row["set"] == name] for name in dict.fromkeys(r["set"] for r in rows)
-    }
+    sets: dict[str, list[dict]] = {}
+    for row in rows:
+        sets.setdefault(row["set"], []).append(row)
+    return sets
 
 
 def figures(rows: list[dict], draws: int = DRAWS) -> dict:

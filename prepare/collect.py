@@ -24,7 +24,7 @@ from itertools import combinations
 
 from cli.disk import Rows
 from cli.flags import LABELS
-from cli.screen import bar, move
+from cli.screen import bar, move, table
 from engine import Engine
 from model import REFERENCE
 from prepare.traces import spans_of
@@ -192,8 +192,8 @@ def sort_rows(episodes: dict[int, dict], label: str) -> Sorted:
 def agreement(rows: list[dict]) -> str:
     """A table of the three labels: what each says, and how often any two say the same where both decide."""
     said = {label: [row["labels"][label] for row in rows] for label in LABELS}
-    lines = [f"{'label':10}  useful   noisy  undecided"]
-    lines += [f"{k:10}  {v.count(True):6d}  {v.count(False):6d}  {v.count(None):9d}" for k, v in said.items()]
+    names = {"useful": True, "noisy": False, "undecided": None}
+    lines = [table({k: {name: v.count(x) for name, x in names.items()} for k, v in said.items()})]
     for a, b in combinations(LABELS, 2):
         both = [x == y for x, y in zip(said[a], said[b]) if None not in (x, y)]
         share = f"{sum(both) / len(both):.3f}" if both else "-"

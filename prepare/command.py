@@ -5,7 +5,6 @@ Not the work itself: collect.py collects, sft.py fine-tunes, ../simulator.py wri
 
 import argparse
 import random
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,8 +65,7 @@ def command_write(a: argparse.Namespace, task: Task) -> None:
     s = load(a, task)
     engine = simulators.engine_for(body_of(s), s.simulator, [query], 2)
     useful, noisy = (simulators.write(engine, s.simulator, [query], order)[0].text for order in (False, True))
-    width = shutil.get_terminal_size().columns
-    print(side_by_side(f"USEFUL\n{useful}", f"NOISY\n{noisy}", width))
+    print(side_by_side(f"USEFUL\n{useful}", f"NOISY\n{noisy}"))
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning

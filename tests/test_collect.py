@@ -327,6 +327,22 @@ def test_the_toy_world_is_collected_and_a_cut_run_ends_like_a_whole_one(tmp_path
         command(f"{TOY} --out {tmp_path}/b.jsonl")
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--episode-tokens 4096", "longer than the 512 this body can read: lower --episode-tokens"),
+        ("--episode-tokens 40", "no room behind a prompt"),
+        ("--seats 1", "at least 2 seats"),
+    ],
+)
+def test_seats_that_cannot_be_are_refused_at_once(tmp_path, flags, words):
+    """An episode longer than the body reads ended the run in the middle; where nothing fits behind a prompt
+    the advice was to take a larger policy."""
+    with pytest.raises(ValueError, match=words):
+        command(f"{TOY} --out {tmp_path}/a.jsonl {flags}")
+    assert not list(tmp_path.iterdir())
+
+
 LOAD = weights.load
 
 
@@ -381,7 +397,9 @@ def test_flags_that_contradict_each_other(tmp_path, monkeypatch, flags, complain
     assert sorted(p.name for p in tmp_path.iterdir()) == ["questions.jsonl"]
 
 
-@pytest.mark.parametrize("data", ["--data toy --search toy", "--data q.jsonl --search none"])
+@pytest.mark.parametrize(
+    "data", ["--data toy --search toy", "--data q.jsonl --search none --episode-tokens 400"]
+)
 def test_the_policy_collects_in_the_words_that_it_was_trained_in(data, tmp_path, monkeypatch):
     """A policy with words of its own would search badly in ours, and its rows would be of other searches."""
     monkeypatch.chdir(tmp_path)
@@ -395,7 +413,7 @@ def test_the_policy_collects_in_the_words_that_it_was_trained_in(data, tmp_path,
 
     monkeypatch.setattr(preparing, "Collector", stop)
     with pytest.raises(ValueError, match="enough"):
-        command(f"--policy tiny --rows 4 --out a.jsonl {data} --policy-prompt words.json")
+        command(f"--policy tiny --rows 4 --out a.jsonl --policy-prompt words.json --prompt-tokens 99 {data}")
     assert made[0].words == Words("Ask {question}", "again", "s")
 
 

@@ -58,6 +58,21 @@ def test_imports_go_down():
             assert same_folder or floor(other) > floor(name), f"{name} imports {other}, which is above it"
 
 
+def test_what_readme_names_is_there():
+    """Its seven steps and its table of forks send the reader to functions: to none that was renamed."""
+    part = (ROOT / "README.md").read_text().split("## The algorithm in seven steps")[1]
+    named = re.findall(r"`([\w/]+\.py): ([^`]+)`((?:, `[\w.]+`)*)", part)
+    assert len(named) > 20
+    for file, first, more in named:
+        tree, there = ast.parse((ROOT / file).read_text()), set()
+        for node in tree.body:
+            targets = [*getattr(node, "targets", ()), getattr(node, "target", None)]  # tables are named, too
+            there |= {x.id for x in targets if isinstance(x, ast.Name)} | {getattr(node, "name", "")}
+            there |= {f"{node.name}.{f.name}" for f in getattr(node, "body", ()) if hasattr(f, "name")}
+        for name in (first, *re.findall(r"[\w.]+", more)):
+            assert name in there, f"README names {file}: {name}"
+
+
 def test_kernels_know_nothing_of_the_project():
     """A kernel that knows of the model cannot be taken to another project. (The commands beside them declare
     their flags as all commands do.)"""
