@@ -154,7 +154,7 @@ EVAL: Groups = {
     "what is done": [
         Flag("ask", str, None, "show one episode as it happens, instead of measuring", "QUESTION"),
         Flag("answer", str, "", "its golden answer, which a simulator has to be told", "TEXT"),
-        Flag("compare", str, None, "test whether B is better than A: two files of --json", "FILE", many=2),
+        Flag("compare", str, None, "is B better than A? two files of --json, or A1,A2 B1,B2", "FILE", many=2),
         Flag("mode", tuple(MODES), "agent", "search agent, or one of the paper's baselines"),
     ],
     "what is measured": [

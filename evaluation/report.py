@@ -207,20 +207,34 @@ def read_result(path: str) -> dict[tuple, dict]:
     return keyed
 
 
-def compare(a: str, b: str, draws: int = DRAWS) -> dict[str, dict]:
-    """Two result files of the same questions -> {"SET SCORE": {"n", "A", "B", "B - A", "95 %", "p"}}.
+def read_results(paths: str) -> dict[tuple, dict]:
+    """`read_result` of comma-separated files, as of several seeds: a question's scores are their means."""
+    first, *others = ((path, read_result(path)) for path in paths.split(","))
+    for other in others:
+        same_questions(first, other)
+    every = [keyed for _, keyed in (first, *others)]
+    return {key: {s: sum(keyed[key][s] for keyed in every) / len(every) for s in SCORES} for key in every[0]}
 
-    The paired differences are resampled for the interval; p is `p_value`. Raises ValueError where the
-    questions are not the same.
-    """
-    left, right = read_result(a), read_result(b)
-    for one, other, path in ((left, right, a), (right, left, b)):
+
+def same_questions(a: tuple[str, dict], b: tuple[str, dict]) -> None:
+    """Raise ValueError where two results, (path, rows by question), have different questions."""
+    for (path, one), (_, other) in ((a, b), (b, a)):
         if alone := [key for key in one if key not in other]:
             first = f"the first is {alone[0][2][:60]!r} of {alone[0][0]}"
             alone = f"{len(alone)} questions are in {path} alone, {first}"
-            raise ValueError(f"{a} and {b} cannot be compared: {alone}")
+            raise ValueError(f"{a[0]} and {b[0]} cannot be compared: {alone}")
+
+
+def compare(a: str, b: str, draws: int = DRAWS) -> dict[str, dict]:
+    """Two results of the same questions -> {"SET SCORE": {"n", "A", "B", "B - A", "95 %", "p"}}.
+
+    A result is a file, or several with commas between (`read_results`). The paired differences are resampled
+    for the interval; p is `p_value`. Raises ValueError where the questions are not the same.
+    """
+    left, right = read_results(a), read_results(b)
+    same_questions((a, left), (b, right))
     out, sets = {}, []
-    for stream, name in enumerate(by_set(left.values())):
+    for stream, name in enumerate(dict.fromkeys(key[0] for key in left)):
         keys = [key for key in left if key[0] == name]
         x, y = (np.array([[side[k][s] for s in SCORES] for k in keys]) for side in (left, right))  # (n, 3)
         sets.append((x.mean(0), y.mean(0), (y - x) / len(keys), resampled(y - x, stream, draws)))

@@ -286,3 +286,15 @@ def test_only_the_same_run_is_resumed(tmp_path):
         (tmp_path / "out.json.part").write_text(text)
         with pytest.raises(ValueError, match="not an unfinished run"):
             ledger(path, True)
+
+
+def test_several_seeds_are_compared_by_their_mean_over_each_question(tmp_path):
+    """Three seeds of one question are not three questions: taken as such, any difference looks certain."""
+    ones, halves = rows_of([1, 1, 0, 0]), rows_of([0, 1, 0, 1])
+    a, b = files(tmp_path, ones, halves)
+    lines = compare(f"{a},{b}", a, 100)
+    assert lines["q f1"]["n"] == 4 and lines["q f1"]["A"] == pytest.approx(0.5)
+    assert lines["q f1"]["B - A"] == 0.0 and lines["q f1"] == compare(f"{b},{a}", a, 100)["q f1"]
+    (tmp_path / "c.json").write_text(json.dumps({"questions": rows_of([1, 0])}))
+    with pytest.raises(ValueError, match="2 questions are in"):
+        compare(f"{a},{tmp_path / 'c.json'}", b)
