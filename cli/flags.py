@@ -89,7 +89,7 @@ TRAIN: Groups = {
         *DOCUMENTS,
     ],
     "how much": [
-        Flag("steps", int, 200, "of training", cpu=24),
+        Flag("steps", int, 200, "of training", cpu=12),
         Flag("questions", int, 64, "a step", cpu=8),
         Flag("group", int, 5, "episodes a question (siblings), compared with each other", cpu=4),
         SEED,
