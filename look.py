@@ -18,10 +18,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean as mean
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from cli import screen
 from cli.disk import read_json, whole
@@ -30,6 +31,8 @@ from evaluation import report
 from evaluation.kept import OUTCOMES, SCORES, outcome
 
 LIMIT = 2_500_000  # bytes of episodes on a page
+FAILS = "Where it fails"  # begins a sentence, behind which the page has a button
+SHOWN = ("f1", "em", "searches")  # of SCORES, in the table
 # fmt: off
 FLAGS = {"what is shown": [
     Flag("runs", str, NEEDED, "directories of runs, files of eval.py --json", "RUN", many="+", bare=True),
@@ -50,23 +53,23 @@ CURVES = {  # figure -> title, what it means
     "entropy": ("Entropy", "nats a token"),
     "gap": ("Gap", "mean |log-prob in training - when sampled|"),
     "grad_norm": ("Gradient norm", "before clipping"),
-    "skipped_groups": ("Skipped groups", "all siblings had the same reward"),
+    "flat": ("Groups that teach nothing", "share: all siblings had the same reward"),
     "tokens_per_second": ("Tokens a second", "sampled, of policy and simulator"),
-    "seconds_act": ("Seconds to act", "a step"),
-    "seconds_learn": ("Seconds to learn", "a step"),
+    "seconds": ("Seconds a step", "to act; dashed: to learn"),
 }
+PARTS = {"hit": ("useful", "noisy"), "seconds": ("seconds_act", "seconds_learn")}  # lines of one chart
 
 
 @dataclass
 class Run:
-    """What is on disk of a run. kept: step -> its row of episodes.jsonl."""
+    """What is on disk of a run. kept: step -> its row of episodes.jsonl; seconds: None while it goes on."""
 
     name: str
     flags: dict
     given: dict
     log: list[dict]
     kept: dict[int, dict]
-    seconds: float | None  # None: not finished
+    seconds: float | None
 
     def held(self, after: bool) -> dict[str, list[dict]]:
         """Scores of the held-out questions before or after training, by way."""
@@ -85,8 +88,8 @@ def rows_of(path: Path) -> list[dict]:
 
 def read(path: Path, name: str) -> Run:
     """A run's directory. Raises ValueError where it is none."""
-    args = read_json(path / "args.json", "the directory of a run", settled=dict, given=dict)
-    result, what = path / "result.json", "the directory of a run"
+    what, result = "the directory of a run", path / "result.json"
+    args = read_json(path / "args.json", what, settled=dict, given=dict)
     seconds = read_json(result, what, seconds=float)["seconds"] if result.exists() else None
     kept = {row["step"]: row for row in rows_of(path / "episodes.jsonl")}
     return Run(name, args["settled"], args["given"], rows_of(path / "log.jsonl"), kept, seconds)
@@ -96,10 +99,8 @@ def read(path: Path, name: str) -> Run:
 
 
 def value(row: dict, key: str) -> float | None:
-    """A figure of a step's row of the log, or one made from it; None where it has none."""
-    if key == "unanswered":
-        return 1 - row["ends"].get("answer", 0) / sum(row["ends"].values())
-    return row["simulator"].get(key, {}).get("answer") if key in ("useful", "noisy") else row.get(key)
+    """A figure of a step's row of the log; None where it has none."""
+    return row["simulator"].get(key, {}).get("answer") if key in PARTS["hit"] else row.get(key)
 
 
 Line = tuple[str, list[tuple[float, float]], int, bool]  # name, points, number of the colour, dashed
@@ -109,12 +110,11 @@ def lines(runs: Sequence[Run], key: str) -> list[Line]:
     """The lines of a chart."""
     out = []
     for i, run in enumerate(runs):
-        parts = {"hit": ("useful", "noisy"), "held": run.held(False)}.get(key, (key,))
-        for k, part in enumerate(parts):
+        ends = {0: run.held(False), run.flags["steps"]: run.held(True)}
+        for k, part in enumerate((PARTS | {"held": ends[0]}).get(key, (key,))):
             points = [(row["step"], y) for row in run.log if (y := value(row, part)) is not None]
             if key == "held":
-                both = [(run.flags["steps"] * after, run.held(after).get(part)) for after in (False, True)]
-                points = [(x, float(np.mean([row["f1"] for row in rows]))) for x, rows in both if rows]
+                points = [(x, mean(row["f1"] for row in ways[part])) for x, ways in ends.items() if ways]
             name = run.name if part == key else f"{run.name}, {part}"
             out += [(name, points, i, k > 0)] if points else []
     return out
@@ -143,21 +143,19 @@ def chart(drawn: Sequence[Line], width: int = 300, height: int = 150) -> Markup:
     out = []
     for y in ys:
         at, label = place(0, y)[1], f"{y / 1000:g}k" if abs(y) >= 1000 else f"{y:.3g}"
-        mark = '<path class="grid" d="M{} {}H{}"/><text x="{}" y="{}" text-anchor="end">{}</text>'
-        out.append(Markup(mark).format(left, at, width - right, left - 6, at + 3.5, label))
+        out.append(f'<path class="grid" d="M{left} {at}H{width - right}"/>')
+        out.append(f'<text x="{left - 6}" y="{at + 3.5}" text-anchor="end">{label}</text>')
     for x in (x for x in ticks(0, last) if x <= last):
-        mark = '<text x="{}" y="{}" text-anchor="middle">{:g}</text>'
-        out.append(Markup(mark).format(place(x, 0)[0], height - 5, x))
-    for name, points, colour, dashed in drawn:
-        path, style = "L".join(f"{x} {y}" for x, y in (place(*p) for p in points)), " dashed" * dashed
+        out.append(f'<text x="{place(x, 0)[0]}" y="{height - 5}" text-anchor="middle">{x:g}</text>')
+    for name, points, number, dashed in drawn:
+        places, colour = [place(*p) for p in points], f"c{number % 6}"
         data = json.dumps([[x, float(f"{y:.4g}")] for x, y in points])
-        mark = '<path class="line c{}{}" d="M{}" data-name="{}" data-points="{}"/>'
-        out.append(Markup(mark).format(colour % 6, style, path, name, data))
-        for p in points if len(points) < 3 else ():
-            out.append(Markup('<circle class="c{}" cx="{}" cy="{}" r="3"/>').format(colour % 6, *place(*p)))
-    size = Markup('viewBox="0 0 {0} {1}" width="{0}" height="{1}"').format(width, height)
-    head = '<svg {} data-last="{}" data-left="{}" data-right="{}">{}</svg>'
-    return Markup(head).format(size, last, left, right, Markup("").join(out))
+        out.append(f'<path class="line {colour}{" dashed" * dashed}" data-name="{escape(name)}"')
+        out.append(f' data-points="{data}" d="M{"L".join(f"{x} {y}" for x, y in places)}"/>')
+        if len(points) < 3:
+            out += [f'<circle class="{colour}" cx="{x}" cy="{y}" r="3"/>' for x, y in places]
+    head = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}" data-last="{last}"'
+    return Markup(f'<svg {head} data-left="{left}" data-right="{right}">{"".join(out)}</svg>')
 
 
 def picture(runs: Sequence[Run], columns: int = 46) -> str:
@@ -183,7 +181,7 @@ def picture(runs: Sequence[Run], columns: int = 46) -> str:
 
 def sure(values: list[float]) -> tuple[float, list[float] | None]:
     """A mean and its 95 % interval, as evaluation/report.py has them."""
-    return float(np.mean(values)), report.interval(report.resampled(np.array(values)[:, None], 0, 2000))[0]
+    return mean(values), report.interval(report.resampled(np.array(values)[:, None], 0, 2000))[0]
 
 
 def compared(run: Run) -> list[dict]:
@@ -192,55 +190,52 @@ def compared(run: Run) -> list[dict]:
     for way, rows in before.items():
         for hops in (0, *sorted({r["hops"] for r in rows} - {0})):
             both = [[r for r in part if hops in (0, r["hops"])] for part in (rows, after.get(way, ()))]
-            means = [
-                {s: sure([r[s] for r in part]) for s in ("f1", "em", "searches")} for part in both if part
-            ]
-            out.append({"run": run.name, "way": way, "hops": hops, "n": len(both[0]), "means": means})
+            scores = {s: [sure([r[s] for r in part]) for part in both if part] for s in SHOWN}
+            out.append({"run": run.name, "way": way, "hops": hops, "n": len(both[0])} | scores)
             if change := [y["f1"] - x["f1"] for x, y in zip(*both)]:
                 out[-1] |= {"change": sure(change), "p": report.p_value(np.array(change), 0)}
     return out
 
 
 def story(run: Run) -> list[str]:
-    """What happened in a run, where it fails, and what to look out for, in sentences."""
+    """Whether a run learnt, where it fails, what happened, and what to look out for, in sentences."""
     f, n, part = run.flags, len(run.log), max(1, len(run.log) // 8)
-    told = [
-        f"{n} of {f['steps']} steps of {f['questions']} questions and {f['group']} episodes a question; "
-        f"policy {f['policy']}, simulator {f['sim']}, {f['algorithm']}, seed {f['seed']}, on {f['device']}; "
-        + ("not finished." if run.seconds is None else f"{run.seconds:,.0f} s in all.")
-    ]
+    told = ["Whether it learnt is not known: no held-out questions were asked before and after training."]
+    for line in (line for line in compared(run)[:1] if "p" in line):
+        luck, (d, ends) = line["p"] >= 0.05, line["change"]
+        verdict = "It learnt nothing that shows" if luck else "It learnt" if d > 0 else "It got worse"
+        f1, searches = ([score for score, _ in line[s]] for s in ("f1", "searches"))
+        told = [f"{verdict}: held-out F1 {f1[0]:.3f} before, {f1[1]:.3f} after, {d:+.3f}"]
+        told[0] += ", within its error" * luck
+        told[0] += f" (95 % interval {ends[0]:+.3f} to {ends[1]:+.3f})" if ends else ""
+        told[0] += f"; searches {searches[0]:.2f} to {searches[1]:.2f} ({line['way']}, n = {line['n']})."
     if f["shuffle_rewards"]:
         told.append("A control: rewards were shuffled among siblings, so that they teach nothing.")
-    for line in (line for line in compared(run)[:1] if "p" in line):
-        (x, y), (d, ends) = line["means"], line["change"]
-        told.append(
-            f"Held-out F1 ({line['way']}, n = {line['n']}): {x['f1'][0]:.3f} to {y['f1'][0]:.3f}, {d:+.3f}"
-            + (f" (95 % interval {ends[0]:+.3f} to {ends[1]:+.3f})" if ends else "")
-            + (", more than luck" if line["p"] < 0.05 else ", no more than luck may do")
-            + f"; searches {x['searches'][0]:.2f} to {y['searches'][0]:.2f}."
-        )
+    for step in list(run.kept)[-1:]:
+        when, ends = {0: "before", f["steps"] + 1: "after"}.get(step), Counter(run.kept[step]["outcomes"])
+        what = f"held-out questions {when} training" if when else f"episodes of step {step}"
+        bad = ", ".join(f"{count} {name}" for name, count in ends.most_common() if name != OUTCOMES[0])
+        told.append(f"{FAILS}: {ends[OUTCOMES[0]]} of {ends.total()} {what} are right")
+        told[-1] += f"; {bad or 'none fails'}."
+    spent = "not finished" if run.seconds is None else f"{run.seconds:,.0f} s in all"
+    told.append(
+        f"{n} of {f['steps']} steps of {f['questions']} x {f['group']} episodes on {f['device']}, {spent}: "
+    )
+    told[-1] += f"policy {f['policy']}, simulator {f['sim']}, {f['algorithm']}, seed {f['seed']}."
     if not run.log:
         return [*told, "No step has ended yet."]
     first, last = (
-        {k: float(np.mean([value(row, k) or 0.0 for row in rows])) for k in CURVES}
+        {k: mean(value(row, k) or 0.0 for row in rows) for k in CURVES}
         for rows in (run.log[:part], run.log[-part:])
     )
-    named = {"reward": "reward", "searches": "searches", "noise": "share of noisy searches"}
-    moves = ", ".join(f"{name} {first[k]:.2f} to {last[k]:.2f}" for k, name in named.items())
+    moves = ", ".join(f"{k} {first[k]:.2f} to {last[k]:.2f}" for k in ("reward", "searches", "noise"))
     best = max(run.log, key=lambda row: row["reward"])
-    told.append(f"In training, from the first {part} steps to the last {part}: {moves}. ")
+    told.append(f"In training, from the first {part} steps to the last {part}: {moves} (share of searches). ")
     told[-1] += f"The best step was {best['step']}, with a reward of {best['reward']:.3f}."
-    for end in list(run.kept)[-1:]:
-        where = "held-out questions after training" if end > f["steps"] else f"episodes of step {end}"
-        ends = Counter(run.kept[end]["outcomes"])
-        bad = ", ".join(f"{count} {name}" for name, count in ends.most_common() if name != OUTCOMES[0])
-        right = f"{ends[OUTCOMES[0]]} of {ends.total()} {where} are right"
-        told.append(f"Where it fails: {right}; {bad or 'none fails'}.")
-    skipped = last["skipped_groups"] / f["questions"]
     checks = {
         f"{last['unanswered']:.0%} of episodes end without an answer": last["unanswered"] > 0.1,
         f"sampling and training differ (gap {last['gap']:.1e} nats)": last["gap"] > 0.05,
-        f"{skipped:.0%} of groups are skipped, as their siblings have the same reward": skipped > 0.5,
+        f"in {last['flat']:.0%} of groups all siblings have the same reward": last["flat"] > 0.5,
     }
     return told + [f"Look out, at the end: {what}." for what, bad in checks.items() if bad]
 
@@ -264,7 +259,7 @@ def episodes(runs: Sequence[Run], evals: dict[str, dict]) -> tuple[dict, str]:
         for step, row in sorted(run.kept.items()):
             when = {0: "before", run.flags["steps"] + 1: "after"}.get(step)
             for g in row["groups"]:
-                eps = group("held-out" if when else str(step), g["question"], g["golds"], g["hops"])
+                eps = group("held-out" if when else f"step {step}", g["question"], g["golds"], g["hops"])
                 eps += [short(e, numbers) | {"run": number, "when": when} for e in g["episodes"]]
     for number, data in enumerate(evals.values(), len(runs)):
         for row in data["questions"]:
@@ -306,6 +301,7 @@ def page(runs: Sequence[Run], evals: dict[str, dict], compare: dict | None) -> s
         runs=runs,
         names=data["runs"],
         stories=[(run, story(run)) for run in runs],
+        fails=FAILS,
         charts=[(*CURVES[key], chart(some)) for key in CURVES if (some := lines(runs, key))],
         outcomes=OUTCOMES,
         table=[line for run in runs for line in compared(run)],

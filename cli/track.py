@@ -43,5 +43,6 @@ def tracker(library: str, out: str, flags: dict, begun: int) -> Callable[[int, d
         return lambda step, row: [send(k, v, step) for k, v in named(row, flags["questions"]).items()]
     name = Path(out).resolve().name
     more = {"id": name, "dir": out} if library == "wandb" else {}
-    place.init(project="zerosearch", name=name, config=flags, resume="allow", **more)
+    more |= {"resume": "allow"} if more or begun else {}  # or trackio joins it to an older run of this name
+    place.init(project="zerosearch", name=name, config=flags, **more)
     return lambda step, row: place.log(named(row, flags["questions"]), step=step)

@@ -2,7 +2,8 @@
 
 `episodes.jsonl` has one row a step: {"step", "outcomes": {outcome: episodes}, "tokens", "groups": [group]}.
 Step 0 and the step behind the last are the held-out questions before and after, with their scores as well:
-"held": {way: [[a score for each of SCORES]]}. At most about TOKENS tokens are kept of a run, see `Kept.room`.
+"held": {way: [[a score for each of SCORES]]}. At most about TOKENS tokens are kept of a run (`Kept.room`), of
+the held-out questions after training above all those that failed.
 
 Not a dump of all episodes: on real questions those of one run are gigabytes.
 """
@@ -75,15 +76,20 @@ class Kept:
         spent = sum(row["tokens"] for n, row in self.rows.rows.items() if n in between and n < step)
         return TOKENS * 2 / 5 * (step - 1) / len(between) - spent
 
-    def few(self, step: int, trajectories: Sequence[Trajectory], group: int) -> list[int]:
-        """The numbers of the episodes to keep: whole groups, from the first on, while there is room."""
-        room, out = self.room(step), []
-        for start in range(0, len(trajectories), group):
-            if room <= 0:
-                break
-            out += range(start, start + group)
-            room -= sum(len(t.ids) for t in trajectories[start : start + group])
-        return out
+    def few(
+        self, step: int, trajectories: Sequence[Trajectory], group: int = 1, failed: Sequence[int] = ()
+    ) -> list[int]:  # fmt: skip
+        """The numbers of the episodes to keep: whole groups, from the first on, while there is room; half of
+        the room is for those that failed, if any (numbers of the first episode of their groups)."""
+        room, out = self.room(step), set()
+        for least, starts in ((room / 2, failed), (0, range(0, len(trajectories), group))):
+            for start in starts:
+                if room <= least:
+                    break
+                members = {*range(start, start + group)} - out
+                out |= members
+                room -= sum(len(trajectories[i].ids) for i in members)
+        return sorted(out)
 
     def add(
         self, step: int, trajectories: Sequence[Trajectory], rows: list[dict], group: int = 1,
@@ -91,7 +97,8 @@ class Kept:
     ) -> None:  # fmt: skip
         """Keep a step. rows: `answered` of each episode; held: of all held-out ones, by way; more: number of
         an episode -> its reward, advantage, ratios."""
-        few, groups = self.few(step, trajectories, group), []
+        worst = sorted((row["f1"], i) for i, row in enumerate(rows) if row["f1"] < 1 and step > self.steps)
+        few, groups = self.few(step, trajectories, group, [i for _, i in worst]), []
         for start in few[::group]:
             q, siblings = trajectories[start].question, range(start, start + group)
             eps = [told(trajectories[i], rows[i], self.tok, **(more or {}).get(i, {})) for i in siblings]

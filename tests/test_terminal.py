@@ -1,5 +1,6 @@
 """What a person at the terminal sees, and what a dashboard is sent."""
 
+import json
 import os
 import subprocess
 import sys
@@ -97,6 +98,32 @@ def test_the_real_wandb_offline(tmp_path):
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     for name in WANTED:
         assert name.encode() in file.read_bytes(), name
+
+
+def test_the_real_trackio(tmp_path):
+    """The same, read back with Trackio's own command; a run that goes on keeps its curve, and another run in
+    a directory of the same name begins one of its own."""
+    pytest.importorskip("trackio", reason="pip install trackio")
+    env = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
+
+    def steps(*told, begun=0):
+        code = f"from cli import track; tell = track.tracker('trackio', 'runs/mine', {FLAGS!r}, {begun})\n"
+        code += f"for step in {told}: tell(step, {ROW!r} | {{'reward': step / 8}})"
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=300)
+
+    def read(*asked):
+        command = [sys.executable, "-m", "trackio.cli", *asked, "--project", "zerosearch", "--json"]
+        return json.loads(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+
+    steps(1, 2)
+    steps(3, 4, begun=2)
+    assert read("list", "runs")["runs"] == ["mine"]
+    for name, value in WANTED.items():
+        curve = read("get", "metric", "--run", "mine", "--metric", name)["values"]
+        wanted = [(n, n / 8 if name == "train/reward" else value) for n in (1, 2, 3, 4)]
+        assert [(point["step"], point["value"]) for point in curve] == wanted
+    steps(1, 2)
+    assert len(read("list", "runs")["runs"]) == 2
 
 
 def test_a_library_that_is_not_there(monkeypatch):
