@@ -202,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     if a.ask is not None:
         ask(a, task)
         return
-    sets, rows = task.to_evaluate(), []
+    with screen.waiting("reading questions"):
+        sets, rows = task.to_evaluate(), []
     if a.policy:
         rows = measure(a, task, sets)
         figures = report.figures(rows)

@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -28,10 +29,12 @@ from cli import screen
 from cli.disk import read_json, whole
 from cli.parser import NEEDED, Flag, parse, with_defaults
 from evaluation import report
+from evaluation.health import alarm
 from evaluation.kept import OUTCOMES, SCORES, outcome
 
 LIMIT = 2_500_000  # bytes of episodes on a page
-FAILS = "Where it fails"  # begins a sentence, behind which the page has a button
+DRAWS = 2_000  # resamples of an interval
+MOVES = {"reward": "reward", "searches": "searches", "noise": "share of noisy searches"}  # told in words
 SHOWN = ("f1", "em", "searches")  # of SCORES, in the table
 # fmt: off
 FLAGS = {"what is shown": [
@@ -60,7 +63,7 @@ CURVES = {  # figure -> title, what it means
 PARTS = {"hit": ("useful", "noisy"), "seconds": ("seconds_act", "seconds_learn")}  # lines of one chart
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """What is on disk of a run. kept: step -> its row of episodes.jsonl; seconds: None while it goes on."""
 
@@ -179,21 +182,26 @@ def picture(runs: Sequence[Run], columns: int = 46) -> str:
 # --------------------------------------------------------------------------------------------- what happened
 
 
-def sure(values: list[float]) -> tuple[float, list[float] | None]:
-    """A mean and its 95 % interval, as evaluation/report.py has them."""
-    return mean(values), report.interval(report.resampled(np.array(values)[:, None], 0, 2000))[0]
+def sure(rows: list[list[float]]) -> list[tuple[float, list[float] | None]]:
+    """The mean of each column and its 95 % interval, as evaluation/report.py has them."""
+    values = np.array(rows)
+    return list(zip(values.mean(0).tolist(), report.interval(report.resampled(values, 0, DRAWS))))
 
 
+@cache
 def compared(run: Run) -> list[dict]:
     """The table: a line for each way to ask, of all held-out questions and of those of so many hops."""
     out, (before, after) = [], (run.held(False), run.held(True))
     for way, rows in before.items():
         for hops in (0, *sorted({r["hops"] for r in rows} - {0})):
             both = [[r for r in part if hops in (0, r["hops"])] for part in (rows, after.get(way, ()))]
-            scores = {s: [sure([r[s] for r in part]) for part in both if part] for s in SHOWN}
-            out.append({"run": run.name, "way": way, "hops": hops, "n": len(both[0])} | scores)
-            if change := [y["f1"] - x["f1"] for x, y in zip(*both)]:
-                out[-1] |= {"change": sure(change), "p": report.p_value(np.array(change), 0)}
+            scores = zip(*(sure([[r[s] for s in SHOWN] for r in part]) for part in both if part))
+            out.append(
+                {"run": run.name, "way": way, "hops": hops, "n": len(both[0]), **dict(zip(SHOWN, scores))}
+            )
+            if change := [[y["f1"] - x["f1"]] for x, y in zip(*both)]:
+                p = report.p_value(np.array(change)[:, 0], 0, DRAWS)
+                out[-1] |= {"change": sure(change)[0], "p": p}
     return out
 
 
@@ -215,8 +223,8 @@ def story(run: Run) -> list[str]:
         when, ends = {0: "before", f["steps"] + 1: "after"}.get(step), Counter(run.kept[step]["outcomes"])
         what = f"held-out questions {when} training" if when else f"episodes of step {step}"
         bad = ", ".join(f"{count} {name}" for name, count in ends.most_common() if name != OUTCOMES[0])
-        told.append(f"{FAILS}: {ends[OUTCOMES[0]]} of {ends.total()} {what} are right")
-        told[-1] += f"; {bad or 'none fails'}."
+        right = f"{ends[OUTCOMES[0]]} of {ends.total()} {what} are right"
+        told.append(f"Where it fails: {right}; {bad or 'none fails'}.")
     spent = "not finished" if run.seconds is None else f"{run.seconds:,.0f} s in all"
     told.append(
         f"{n} of {f['steps']} steps of {f['questions']} x {f['group']} episodes on {f['device']}, {spent}: "
@@ -224,20 +232,15 @@ def story(run: Run) -> list[str]:
     told[-1] += f"policy {f['policy']}, simulator {f['sim']}, {f['algorithm']}, seed {f['seed']}."
     if not run.log:
         return [*told, "No step has ended yet."]
-    first, last = (
-        {k: mean(value(row, k) or 0.0 for row in rows) for k in CURVES}
-        for rows in (run.log[:part], run.log[-part:])
-    )
-    moves = ", ".join(f"{k} {first[k]:.2f} to {last[k]:.2f}" for k in ("reward", "searches", "noise"))
+    first, last = run.log[:part], run.log[-part:]
+    moves = [[mean(row[k] for row in rows) for rows in (first, last)] for k in MOVES]
+    moves = ", ".join(f"{name} {x:.2f} to {y:.2f}" for name, (x, y) in zip(MOVES.values(), moves))
     best = max(run.log, key=lambda row: row["reward"])
-    told.append(f"In training, from the first {part} steps to the last {part}: {moves} (share of searches). ")
-    told[-1] += f"The best step was {best['step']}, with a reward of {best['reward']:.3f}."
-    checks = {
-        f"{last['unanswered']:.0%} of episodes end without an answer": last["unanswered"] > 0.1,
-        f"sampling and training differ (gap {last['gap']:.1e} nats)": last["gap"] > 0.05,
-        f"in {last['flat']:.0%} of groups all siblings have the same reward": last["flat"] > 0.5,
-    }
-    return told + [f"Look out, at the end: {what}." for what, bad in checks.items() if bad]
+    told.append(f"In training, from the first {part} steps to the last {part}: {moves}. The best step was ")
+    told[-1] += f"{best['step']}, with a reward of {best['reward']:.3f}."
+    gap = mean(row.get("gap", 0.0) for row in last)
+    wrong = [f"sampling and training differ (gap {gap:.1e} nats)"] * (gap > 0.05) + [alarm(run.log)]
+    return told + [f"Look out: {what}." for what in wrong if what]
 
 
 # ----------------------------------------------------------------------------------------------- the episodes
@@ -301,7 +304,6 @@ def page(runs: Sequence[Run], evals: dict[str, dict], compare: dict | None) -> s
         runs=runs,
         names=data["runs"],
         stories=[(run, story(run)) for run in runs],
-        fails=FAILS,
         charts=[(*CURVES[key], chart(some)) for key in CURVES if (some := lines(runs, key))],
         outcomes=OUTCOMES,
         table=[line for run in runs for line in compared(run)],
@@ -324,7 +326,8 @@ def main(argv: list[str] | None = None) -> None:
     files = [p for p in paths if not p.is_dir()]
     evals = {named[p]: read_json(p, "that of eval.py --json", flags=dict, questions=list) for p in files}
     compare = report.compare(*map(str, files)) if len(files) == 2 else None
-    text = picture(runs) if a.picture else page(runs, evals, compare)
+    with screen.waiting(f"drawing {', '.join(named.values())}"):
+        text = picture(runs) if a.picture else page(runs, evals, compare)
     usual = paths[0] / "look.html" if paths[0].is_dir() else paths[0].with_suffix(".html")
     out = Path(a.picture or a.out or usual)
     with whole(out) as part:

@@ -86,8 +86,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             tell(a, s, step, row, trajectories, log)
             keep(a, s, step, trajectories, rewards, dict(zip(map(id, taught), adv.flatten().tolist())), kept)
             track(step + 1, row)
-            past = screen.trend([r["reward"] for r in log.rows.values()])
-            screen.move(line, step + 1, f"reward {past} {row['reward']:.2f}, searches {row['searches']:.2f}")
+            screen.move(line, step + 1, f"reward {row['reward']:.2f}, searches {row['searches']:.2f}")
             add_audit(facts["documents"], row["simulator"])
             facts |= {"step": step + 1, "updates": updates_of(s, optimizer)}
             facts |= {"seconds": time.monotonic() - began}
@@ -406,7 +405,8 @@ def preview(s: Setting, question: Question) -> None:
     """Print what the simulator writes, useful and noisy, when a question is the query (without its mark,
     as policies search)."""
     query = Query(question.text.rstrip("? "), question)
-    useful, noisy = (write(s, [query], order)[0] for order in (False, True))
+    with screen.waiting("the simulator writes an example"):
+        useful, noisy = (write(s, [query], order)[0] for order in (False, True))
     print(f"the simulator's documents for {query.text!r} (golden: {question.answers[0]})")
     print(screen.side_by_side(f"USEFUL\n{useful}", f"NOISY\n{noisy}") + "\n", flush=True)
 
@@ -524,7 +524,8 @@ def main(argv: list[str] | None = None) -> None:
     with disk.claimed(Path(a.out), resume):
         homes = find_bodies(a)  # first: a mistyped name shows at once
         task = kind(a.task)(a)
-        world = World(*task.to_train())
+        with screen.waiting("reading questions"):
+            world = World(*task.to_train())
         s = load(a, task, world.questions + world.held, homes)
         inputs = {"questions": world.questions, "held-out questions": world.held}
         inputs |= {"policy's words": s.words, "simulator's words": s.simulator and s.simulator.words}

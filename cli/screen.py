@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 
@@ -69,11 +69,6 @@ def clear() -> None:
 def coloured() -> bool:
     """Whether what is printed goes to a terminal that is to have colours."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
-def trend(values: Sequence[float]) -> str:
-    """The last values as a small curve from 0 to 1: ▁▃▅█."""
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * v))] for v in values[-16:])
 
 
 def move(shown, done: int, note: str = "") -> None:

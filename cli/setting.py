@@ -69,9 +69,10 @@ def load(
     homes = find_bodies(a) if homes is None else homes
     limits = limits_of(a) if POLICY in homes else None
     server = Chat(a.sim) if simulated(a) and is_address(a.sim) else None
-    toks = {home: Tokenizer.load(home) for home in dict.fromkeys(homes.values())}
-    if questions:
-        check_prompts(questions, toks[homes[POLICY]], words, limits.prompt)
+    with screen.waiting("reading tokenizers, checking prompts"):
+        toks = {home: Tokenizer.load(home) for home in dict.fromkeys(homes.values())}
+        if questions:
+            check_prompts(questions, toks[homes[POLICY]], words, limits.prompt)
     if a.command == "train":
         print(plan_memory(a, list(dict.fromkeys(homes.values()))), flush=True)
     dtype = model.DTYPES[a.dtype]

@@ -14,6 +14,11 @@ transformers would import this file to look for a `__version__`: there is none, 
 """
 
 # ruff: noqa: F401 (these names are the package)
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.stderr.isatty():  # `python -m kernels`, not an import
+    print("loading torch ...", end="\r", file=sys.stderr, flush=True)
+
 from .attention import attention
 from .cached_attention import cached_attention
 from .launch import compiled

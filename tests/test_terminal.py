@@ -11,7 +11,8 @@ import pytest
 from cli import screen, track
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("train.py", "eval.py", "simulator.py", "look.py", "-m bench", "-m toy.make")
+COMMANDS = ("train.py", "eval.py", "simulator.py", "look.py", "-m bench", "-m toy.make", "-m kernels")
+COMMANDS += ("-m bench.ablate", "-m bench.growth", "-m kernels.tools.compile_check")
 
 
 def typed(command, tmp_path):
@@ -41,11 +42,6 @@ def test_a_file_holds_no_traces_of_the_live_line(capsys):
         screen.move(bar, 1, "reward 0.5")
     out, err = capsys.readouterr()
     assert out == "step 1\n" and err == ""
-
-
-def test_the_small_curve():
-    """A curve whose ends are out of its range would be an IndexError in the middle of a run."""
-    assert screen.trend([0.0, 0.5, 1.0]) == "▁▅█" and len(screen.trend([0.3] * 99)) == 16
 
 
 ROW = {
