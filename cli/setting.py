@@ -90,7 +90,8 @@ def load(
         noise = getattr(a, "noise", 0.0)
         heed = getattr(a, "heed", 0.0)
         simulator = Simulator(tok, sim_words, noise, shared, a.sim_tokens, temperature, server, heed)
-    return Setting(task, bodies, words, limits, simulator, open_engine(a, bodies))
+    with screen.waiting("making room for the cache"):
+        return Setting(task, bodies, words, limits, simulator, open_engine(a, bodies))
 
 
 def simulated(a: argparse.Namespace) -> bool:

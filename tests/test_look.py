@@ -320,7 +320,7 @@ def test_the_page_in_a_browser(tok, tmp_path):
     other = ["home Bato?", "no answer"]
     assert told["keys"] == [one, two, other, two, one, other, one]
     assert told["unanswered"] == 3 and told["failed"] == 3 + 3 + 4 + 1 and told["right"] == 3 + 3 + 3
-    assert told["twice"] == 3 and "2 searches" in told["first"] and told["pale"] == 1
+    assert told["twice"] == 3 and "searches: 2" in told["first"] and told["pale"] == 1
     assert told["both"] == "3 0", "two filters must hold for the same episode, not for its group"
     assert told["found"] == 6 and told["none"] == "0No episode is like that."
     assert (told["before"], told["after"], told["ends"]) == (4, 4, ["after", "before"])
