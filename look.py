@@ -45,7 +45,7 @@ FLAGS = {"what is shown": [
 # fmt: on
 CURVES = {  # figure -> title, what it means
     "reward": ("Reward", "mean; the curriculum makes documents worse"),
-    "held": ("Held-out F1", "before and after, real engine; dashed: other ways to ask"),
+    "held": ("Held-out F1", "before and after, real engine; dashed: other ways to ask, --eval-every"),
     "em": ("Exact match", "share of episodes"),
     "searches": ("Searches", "an episode"),
     "unanswered": ("No answer", "share of episodes"),
@@ -114,9 +114,9 @@ def lines(runs: Sequence[Run], key: str) -> list[Line]:
     out = []
     for i, run in enumerate(runs):
         ends = {0: run.held(False), run.flags["steps"]: run.held(True)}
-        for k, part in enumerate((PARTS | {"held": ends[0]}).get(key, (key,))):
+        for k, part in enumerate((PARTS | {"held": (*ends[0], "held_f1")}).get(key, (key,))):
             points = [(row["step"], y) for row in run.log if (y := value(row, part)) is not None]
-            if key == "held":
+            if key == "held" and part in ends[0]:
                 points = [(x, mean(row["f1"] for row in ways[part])) for x, ways in ends.items() if ways]
             name = run.name if part == key else f"{run.name}, {part}"
             out += [(name, points, i, k > 0)] if points else []

@@ -207,6 +207,19 @@ def test_ticks_are_round_and_hold_the_values():
     assert ys[0] == max(ys) and ys[1] == min(ys) and ys[2] == pytest.approx((ys[0] + ys[1]) / 2, abs=0.1)
 
 
+def test_held_out_scores_between_are_drawn(tok, tmp_path):
+    """With --eval-every the held-out F1 is a curve: its two ends tell nothing of the way."""
+    out = write_run(tmp_path / "run", tok)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log[1]["held_f1"] = 0.75
+    (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    drawn = look.lines([look.read(out, "mine")], "held")
+    assert drawn == [
+        ("mine, sampled", [(0, 0.0), (3, 1.0)], 0, False),
+        ("mine, held_f1", [(2, 0.75)], 0, True),
+    ]
+
+
 def test_a_run_that_goes_on_can_be_looked_at(tok, tmp_path, capsys):
     """The last line of a file that is being written is half there; a run without a step has no curve."""
     out = write_run(tmp_path / "run", tok)
