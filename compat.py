@@ -15,7 +15,6 @@ REINFORCE without a baseline is `--algorithm reinforce`. Not for use: only for c
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import groupby
 
 from torch import Tensor
 
@@ -65,8 +64,7 @@ def nucleus(logits: Tensor, role: Tensor, mass: float = 0.95) -> Tensor:
 def retold(t: Trajectory, tok, defects: Iterable[str]) -> Trajectory:
     """retoken, documents: the trajectory as it is trained. No log-prob is known: see grpo.py, `assess`."""
     new = replace(t, ids=[], mask=[], logps=[])
-    for mine, run in groupby(zip(t.ids, t.mask), lambda token: token[1]):
-        ids = [i for i, _ in run]
+    for mine, ids in t.stretches():
         if mine and "retoken" in defects:
             ids = tok.encode(tok.decode([i for i in ids if i not in tok.eos]))
         trained = mine or ("documents" in defects and new.ids)

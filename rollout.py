@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, count, islice
+from itertools import accumulate, count, groupby, islice
 
 import numpy as np
 
@@ -129,6 +129,11 @@ class Trajectory:
         self.ids += ids
         self.mask += [int(logps is not None)] * len(ids)
         self.logps += [0.0] * len(ids) if logps is None else logps
+
+    def stretches(self) -> Iterator[tuple[bool, list[int]]]:
+        """(whether sampled, ids) of each stretch of tokens of one kind, from the prompt on."""
+        for sampled, run in groupby(zip(self.mask, self.ids), lambda token: token[0]):
+            yield bool(sampled), [i for _, i in run]
 
 
 TAG = re.compile(r"<(/?)(think|search|answer)>")

@@ -9,7 +9,6 @@ matrices. The network itself is in model.py.
     load_adapter(body, POLICY, "runs/mine/policy")
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,7 +176,7 @@ def save_model(model: Model, path: str | Path) -> None:
     """Write config.json and model.safetensors as a Hugging Face directory."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(model.config.hf, indent=2) + "\n")
+    write_json(path / "config.json", model.config.hf)
     tensors = {k: v.cpu().contiguous().clone() for k, v in hf_tensors(model).items()}
     save_tensors(path / "model.safetensors", tensors, {"format": "pt"})
 

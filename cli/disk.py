@@ -142,6 +142,12 @@ def contents(folder: Path) -> str:
     return fingerprint(parts)
 
 
+def same_flags(old: dict, new: dict, where: Path) -> None:
+    """Raise ValueError where a run would go on with another value of a flag."""
+    if changed := [k.replace("_", "-") for k in new if old.get(k) != new[k]]:
+        raise ValueError(f"{where} was begun with another --{changed[0]}: resume with the same")
+
+
 # ------------------------------------------------------------------------------------------------------- rows
 
 
@@ -178,15 +184,14 @@ class Rows:
         end = data.rfind(b"\n") + 1
         try:
             lines = [json.loads(line) for line in data[:end].splitlines()]
-            old = lines.pop(0)["flags"] if self.settings is not None and lines else self.settings
-            changed = [k for k, v in (self.settings or {}).items() if old.get(k) != v]
+            old = self.settings or {}
+            if self.settings is not None and lines:
+                old = dict(lines.pop(0)["flags"])
             for row in lines:
                 self.rows[self.key(row)] = row
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{self.path} is not an unfinished run: delete it and start again") from None
-        if changed:
-            name = changed[0].replace("_", "-")
-            raise ValueError(f"{self.path} was started with another --{name}: resume with the same")
+        same_flags(old, self.settings or {}, self.path)
         os.truncate(self.path, end)
 
     def add(self, row: dict) -> None:

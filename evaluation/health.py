@@ -7,7 +7,6 @@ remedy: `--guard`, `--strata`, a lower `--lr` or a higher `--kl` are.
 
 import re
 from collections.abc import Sequence
-from itertools import groupby
 
 from torch import Tensor
 
@@ -27,9 +26,8 @@ def repetition(texts: Sequence[str], n: int = 3) -> float:
 
 def thoughts(t: Trajectory, tok) -> str:
     """What the policy wrote inside think tags, all turns together."""
-    runs = groupby(zip(t.mask, t.ids), lambda token: token[0])
-    sampled = [tok.decode([i for _, i in run]) for mine, run in runs if mine]
-    return " ".join(thought for text in sampled for thought in THOUGHT.findall(text))
+    said = [tok.decode(ids) for sampled, ids in t.stretches() if sampled]
+    return " ".join(thought for text in said for thought in THOUGHT.findall(text))
 
 
 def health(trajectories: list[Trajectory], rewards: Tensor, tok) -> dict[str, float | None]:

@@ -7,7 +7,6 @@ token, which share a seat.
 import codecs
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import groupby
 
 from model import POLICY
 from rollout import Episode, Sampled, Trajectory, Turn, harmless, stopped
@@ -51,8 +50,8 @@ def shown(t: Trajectory, tok: Tokenizer, colour: bool) -> str:
     """A whole episode as the screen shows it: the picture of the mask."""
     parts: list[str] = []
     screen = Screen(tok, parts.append, colour)
-    for sampled, run in groupby(zip(t.ids, t.mask), key=lambda pair: pair[1]):
-        screen.show([i for i, _ in run], bool(sampled))
+    for sampled, ids in t.stretches():
+        screen.show(ids, sampled)
     screen.end()
     return "".join(parts)
 

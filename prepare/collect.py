@@ -27,6 +27,7 @@ from cli.flags import LABELS
 from cli.screen import bar, move, table
 from engine import Engine
 from model import REFERENCE
+from prepare.rows import row_of
 from prepare.traces import spans_of
 from questions import cover_em, f1, holds_answer
 from rollout import Documents, Limits, Query, Question, Search, Turn, episode
@@ -104,18 +105,10 @@ class Collector:
         for query, documents in found:
             says = yield from judged(self.tok, self.judge, query, documents.text, self.room)
             labels = dict(zip(LABELS, (says, holds_answer(documents.text, question.answers), reached)))
-            rows.append(raw_row(query, documents.text) | {"labels": labels})
+            rows.append(row_of(query, documents.text) | {"labels": labels})
         told = {"question": question.text, "golden_answers": list(question.answers)}
         told |= {"f1": f1(t.answer, question.answers), "spans": spans_of(t, self.tok)}  # a trace: see cold.py
         return told | {"forced": forced, "rows": rows}
-
-
-def raw_row(query: Query, documents: str) -> dict:
-    """A row without a quality. Its answer is the first golden one in the documents, else the first."""
-    answers = query.question.answers
-    answer = next((gold for gold in answers if holds_answer(documents, [gold])), answers[0])
-    row = {"query": query.text, "question": query.question.text, "answer": answer, "documents": documents}
-    return row | ({"earlier": [list(search) for search in query.earlier]} if query.earlier else {})
 
 
 def collect(

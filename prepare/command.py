@@ -44,7 +44,8 @@ def command_audit(a: argparse.Namespace, task: Task) -> None:
     if a.rows:
         queries = [row_query(row) for row in read_rows(a.rows, column_names(a.columns))]
     else:
-        queries = [Query(q.text, q) for q in load_questions(a.data, a.limit)]
+        questions = load_questions(a.data, a.limit)
+        queries = [Query(q.text.rstrip("? "), q) for q in questions]  # without the mark, as policies search
     queries = addressed(queries[: a.limit], a.seed)
     s = load(a, task)
     engine = simulators.engine_for(body_of(s), s.simulator, queries, a.seats)
@@ -179,9 +180,7 @@ def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
     if not (out / STATE_FILE).exists():
         raise ValueError(f"{out} holds no unfinished run to resume")
     state, facts = disk.load_state(out / STATE_FILE)
-    if changed := sorted(k for k in settings if settings[k] != facts["flags"].get(k)):
-        flag = changed[0].replace("_", "-")
-        raise ValueError(f"{out} was begun with another --{flag}: resume with the same")
+    disk.same_flags(facts["flags"], settings, out)
     return state, facts
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from cli.disk import whole
-from questions import hub_rows, is_parquet, is_path, numbered, parquet_rows
+from questions import holds_answer, hub_rows, is_parquet, is_path, numbered, parquet_rows
 from rollout import Query, Question
 from search import read_lines
 
@@ -130,8 +130,16 @@ def _listed(path: Path) -> list[dict] | None:
     return rows
 
 
+def row_of(query: Query, documents: str) -> dict:
+    """A row without a quality. Its answer is the first golden one in the documents, else the first."""
+    answers = query.question.answers
+    answer = next((gold for gold in answers if holds_answer(documents, [gold])), answers[0])
+    row = {"query": query.text, "question": query.question.text, "answer": answer, "documents": documents}
+    return row | ({"earlier": [list(search) for search in query.earlier]} if query.earlier else {})
+
+
 def row_query(row: dict) -> Query:
-    """A row's query, with its question."""
+    """The query of a row, with its question."""
     question = Question(row["question"], (row["answer"],))
     return Query(row["query"], question, (), tuple(map(tuple, row.get("earlier", ()))))
 

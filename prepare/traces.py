@@ -7,7 +7,7 @@
 body than the one that made a trace can learn it. The prompt is not part of it: the learner has its own.
 """
 
-from itertools import groupby
+from itertools import islice
 
 from prepare.sft import Example
 from rollout import Limits, Question, Trajectory, observation, opened
@@ -19,10 +19,9 @@ SPANS = ("sampled", "documents", "given")  # given: the notice after an invalid 
 
 def spans_of(t: Trajectory, tok: Tokenizer) -> list[list[str]]:
     """A finished episode as the spans of a trace: what follows its prompt, cut where the mask changes."""
-    out, searches, end = [], iter(t.searches), t.mask.index(1)
-    for sampled, run in groupby(t.mask[end:]):
-        first, end = end, end + len([*run])
-        text = tok.decode(t.ids[first:end])
+    out, searches = [], iter(t.searches)
+    for sampled, ids in islice(t.stretches(), 1, None):
+        text = tok.decode(ids)
         if sampled:
             out.append(["sampled", text])
         elif text.startswith("\n\n<information>"):

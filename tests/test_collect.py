@@ -612,5 +612,5 @@ def test_bodies_and_shortened_documents():
 def test_a_row_holds_the_alias_that_its_documents_hold():
     """A simulator told "NYC" for documents that say "New York" learns that answers need not stand there."""
     query = Query("q", Question("big apple?", ("NYC", "New York")), (0,))
-    assert collect.raw_row(query, "Doc 1: New York is large")["answer"] == "New York"
-    assert collect.raw_row(query, "Doc 1: nothing")["answer"] == "NYC"
+    assert rows_of.row_of(query, "Doc 1: New York is large")["answer"] == "New York"
+    assert rows_of.row_of(query, "Doc 1: nothing")["answer"] == "NYC"

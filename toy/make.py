@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -26,7 +25,7 @@ from cli import screen
 from cli.disk import load_state, pack_optimizer, save_state, unpack_optimizer
 from cli.parser import Flag, parse, with_defaults
 from model import REFERENCE, Config, Model
-from prepare.sft import batches
+from prepare.sft import Example, batches
 from tokenizer import BYTE, Tokenizer
 
 from .texts import Piece, drill, practice, reading, recall, simulation, transcript
@@ -82,13 +81,6 @@ def write_tokenizer(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-class Example(NamedTuple):
-    """A training text as ids; learned[i] says whether ids[i] carries the loss."""
-
-    ids: list[int]
-    learned: list[bool]
-
-
 def encode(tok: Tokenizer, pieces: list[Piece]) -> Example:
     """Pieces -> ids, piece by piece."""
     parts = [(tok.encode(text, special=True), learn) for text, learn in pieces]
@@ -117,11 +109,11 @@ def optimizers(model: Model) -> list[torch.optim.Optimizer]:
 def train_step(model: Model, tok: Tokenizer, opts: list, step: int, seed: int) -> tuple[float, int]:
     """One step of pre-training -> mean loss (nats per learned token), tokens seen."""
     texts = list(texts_of(tok, step, seed))
-    count, total = sum(sum(t.learned) for t in texts), 0.0
+    count, total = sum(sum(t.mask) for t in texts), 0.0
     for batch in batches(texts, MICRO):
         T = max(len(t.ids) for t in batch)
         ids = torch.tensor([t.ids + [0] * (T - len(t.ids)) for t in batch])  # (B, T)
-        learned = torch.tensor([t.learned + [False] * (T - len(t.ids)) for t in batch])[:, 1:]  # (B, T - 1)
+        learned = torch.tensor([t.mask + [0] * (T - len(t.ids)) for t in batch]).bool()[:, 1:]  # (B, T - 1)
         h = model(ids, REFERENCE)[:, :-1][learned]  # (N, d)
         loss = F.cross_entropy(model.logits(h), ids[:, 1:][learned], reduction="sum") / count
         loss.backward()
@@ -139,7 +131,8 @@ def reading_accuracy(model: Model, tok: Tokenizer, n: int = 64, seed: int = 0) -
     """The share of objects (UNKNOWN among them) that the body reads off fresh facts, greedily."""
     rng, right = random.Random(f"exam {seed}"), []
     for _ in range(n):
-        ids, learned = encode(tok, reading(rng))
+        text = encode(tok, reading(rng))
+        ids, learned = text.ids, text.mask
         said = model.logits(model(torch.tensor([ids]), REFERENCE)[0]).argmax(-1).tolist()  # (T,)
         right += [said[i - 1] == ids[i] for i in range(1, len(ids)) if learned[i] and not learned[i - 1]]
     return sum(right) / len(right)

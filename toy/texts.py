@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+from prepare.rows import row_of
 from rollout import Query, Question, Trajectory
 from search import number
 from simulator import messages
@@ -160,9 +161,7 @@ def rows(n: int, seed: int = 0) -> list[dict]:
     rng, out = random.Random(f"rows {seed}"), []
     for _ in range(n):
         query, documents, noisy = answered(rng, tuning=True)
-        row = {"query": query.text, "question": query.question.text, "answer": query.question.answers[0]}
-        row |= {"documents": documents, "quality": "noisy" if noisy else "useful"}
-        out.append(row | {"earlier": [list(search) for search in query.earlier]})
+        out.append(row_of(query, documents) | {"quality": "noisy" if noisy else "useful"})
     return out
 
 
