@@ -103,7 +103,7 @@ def test_unknown_log_probs_become_those_before_the_update(monkeypatch):
     monkeypatch.setattr(grpo, "token_logps", lambda m, b, role, *_: (torch.arange(3.0), None))
     (b,) = grpo.make_batches([told(("p", 0), ("abc", 1))], [1.0], 99)
     b.old[1] = float("nan")
-    (got,) = grpo.assess(None, [b], grpo.Objective(kl=0.0))
+    (got,) = grpo.assess(SimpleNamespace(roles={}), [b], grpo.Objective(kl=0.0))
     assert got.old.tolist() == [-0.5, 1, -0.5]
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,7 +343,7 @@ def test_a_document_changes_no_advantage_and_no_return(name, monkeypatch):
             t.ids[at:at], t.mask[at:at], t.logps[at:at] = [9] * documents, [0] * documents, [0.0] * documents
         batches = make_batches(ts, adv, 50, "cpu", normaliser, 40)
         mine = {}
-        for b in grpo.assess(None, batches, o):
+        for b in grpo.assess(SimpleNamespace(roles={}), batches, o):
             for row in range(len(b.ids)):
                 of = b.segment == row
                 key = tuple(b.ids[row][b.mask[row]].tolist())
