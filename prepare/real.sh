@@ -16,7 +16,7 @@ policy=$([ -d "$1" ] && whole "$1" || echo "$1") data=$(whole "$2") seed=${4:-0}
 mkdir -p "$3/$seed"
 out=$(whole "$3")
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python} dtype=${DTYPE:-fp32} steps=${STEPS:-12}
+python=${PYTHON:-python} dtype=${DTYPE:-fp32} steps=${STEPS:-8}
 bm25=bm25:$data/corpus.jsonl.gz run=$out/$seed
 
 documents=(--documents 1 --document-words 30)
@@ -66,36 +66,37 @@ cold() { # NAME SHARE
 reinforce() { # NAME MORE...
     [ -e "$run/$1/result.json" ] && return
     "$python" train.py "${common[@]}" --adapter "$run/cold" --sim-prompt short --sim-tokens 40 --seat-tokens 330 \
-        --data "$out/train.jsonl" --questions 8 --group 4 --steps "$steps" --lr 3e-4 --kl 0 --noise-end .25 \
-        --eval-data "$out/dev.jsonl" --eval-search "$bm25" --eval-questions 64 --eval-every 4 --keep 1 \
+        --data "$out/train.jsonl" --questions 8 --group 4 --steps "$steps" --lr 3e-4 --kl .05 --noise-end .25 \
+        --shared-coins --eval-data "$out/dev.jsonl" --eval-search "$bm25" --eval-questions 64 --eval-every 4 --keep 1 \
         --save-every 4 --out "$run/$1" "${@:2}" $([ -e "$run/$1/state.safetensors" ] && echo --resume)
 }
 
-answer() { # NAME ADAPTER MORE...
-    for how in "0 $out/aside.jsonl,$out/supported.jsonl" "1 $out/aside.jsonl,$out/supported.jsonl" \
-        "0 $out/unselected.jsonl"; do
-        read -r temperature files <<<"$how"
-        json=$run/$1.$temperature.json
-        [[ $files != *unselected* ]] || json=$run/$1.unselected.json
-        [ -e "$json" ] || "$python" eval.py "${common[@]}" ${2:+--adapter "$2"} --temperature "$temperature" \
-            --data "$files" --seats 32 --json "$json" "${@:3}" $([ -e "$json.part" ] && echo --resume)
-    done
+answer() { # NAME ADAPTER HOW MORE...; HOW: the temperature, or unselected (greedy)
+    json=$run/$1.$3.json temperature=$3 files=$out/aside.jsonl,$out/supported.jsonl
+    [ "$3" != unselected ] || { temperature=0 files=$out/unselected.jsonl; }
+    [ -e "$json" ] || "$python" eval.py "${common[@]}" ${2:+--adapter "$2"} --temperature "$temperature" \
+        --data "$files" --seats 64 --json "$json" "${@:4}" $([ -e "$json.part" ] && echo --resume)
 }
 
-cold cold .3
+compare() { # OTHER HOW
+    echo "== $1 -> rl: $2"
+    "$python" eval.py --compare "$run/$1.$2.json" "$run/rl.$2.json"
+}
+
+cold cold .2
 reinforce rl --heed 1
-answer cold "$run/cold" --search "$bm25"
-answer rl "$run/rl/policy" --search "$bm25"
+for how in 0 1 unselected; do
+    answer cold "$run/cold" $how --search "$bm25"
+    answer rl "$run/rl/policy" $how --search "$bm25"
+    compare cold $how
+done
 reinforce shuffled --heed 1 --shuffle-rewards
-answer shuffled "$run/shuffled/policy" --search "$bm25"
 cold cold.5 .5
-answer cold.5 "$run/cold.5" --search "$bm25"
 reinforce deaf
-answer deaf "$run/deaf/policy" --search "$bm25"
-answer direct "" --mode direct
-for other in cold shuffled cold.5 deaf direct; do
-    for how in 0 1 unselected; do
-        echo "== $other -> rl, temperature or set: $how"
-        "$python" eval.py --compare "$run/$other.$how.json" "$run/rl.$how.json"
-    done
+for how in 0 1; do
+    answer shuffled "$run/shuffled/policy" $how --search "$bm25"
+    answer cold.5 "$run/cold.5" $how --search "$bm25"
+    answer deaf "$run/deaf/policy" $how --search "$bm25"
+    answer direct "" $how --mode direct
+    for other in shuffled cold.5 deaf direct; do compare $other $how; done
 done

@@ -245,7 +245,7 @@ for flag, made in (("--json", ""), ("--out", ends)):
     stub.chmod(0o755)
     data.mkdir()
     go = [str(Path(train.__file__).parent / "prepare/real.sh"), "tiny", str(data), str(tmp_path / "out")]
-    for lines in (1 + 2 + 3 + 18 + 15, 15):  # the split, cold starts, runs, evaluations, comparisons
+    for lines in (1 + 2 + 3 + 14 + 11, 11):  # the split, cold starts, runs, evaluations, comparisons
         told.unlink(missing_ok=True)
         subprocess.run(
             ["bash", *go], check=True, env=os.environ | {"PYTHON": str(stub)}, stdout=subprocess.PIPE
