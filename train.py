@@ -28,7 +28,6 @@ import compat
 import eval as judge_of
 import grpo
 import simulator as simulators
-import weights
 from cli import disk, flags, screen
 from cli.disk import Rows
 from cli.pause import Pause, saving_on_failure
@@ -44,7 +43,6 @@ from recipes import ALONE, Objective, advantages, informative, shuffle_siblings
 from rollout import Query, Question, Search, Trajectory, episode
 from simulator import audit_figures, p_noise
 from tasks import kind
-from words import POLICY_WORDS_FILE, WORDS_FILE, save_words
 
 
 def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
@@ -338,12 +336,12 @@ def glance(a: argparse.Namespace, s: Setting, world: World, step: int, facts: di
     if searching["found"] is not None:
         figures["held_found"] = searching["found"]  # by those that searched
     if a.keep:
-        save_policy(a, s, f"policies/{step + 1}")
+        s.keep(POLICY, Path(a.out, "policies", str(step + 1)))
         for old in range(step + 1 - a.keep * a.eval_every, 0, -a.eval_every):
             shutil.rmtree(Path(a.out, "policies", str(old)), ignore_errors=True)
     if summary["f1"] > facts.get("best", -1.0):
         facts["best"] = summary["f1"]
-        save_policy(a, s, "best")
+        s.keep(POLICY, Path(a.out, "best"))
     return figures
 
 
@@ -367,9 +365,7 @@ def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict
         print(table_of(s, world, before=facts["before"]), flush=True)
     if a.sft_steps:
         tune_simulator(a, s)
-        home = Path(a.out) / "simulator"
-        weights.save_adapter(s.bodies[SIMULATOR][0], SIMULATOR, home, a.sim)
-        save_words(s.simulator.words, home / WORDS_FILE)
+        s.keep(SIMULATOR, Path(a.out, "simulator"))
     if s.simulator:
         preview(s, world.questions[0])
         with screen.waiting("auditing the simulator"):
@@ -381,7 +377,7 @@ def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict
 
 def finish(a: argparse.Namespace, s: Setting, world: World, facts: dict, began: float, kept: Kept) -> None:
     """What comes after the last step: the held-out questions again, result.json and the table."""
-    save_policy(a, s, "policy")
+    s.keep(POLICY, Path(a.out, "policy"))
     after = measure(a, s, world, kept, a.steps + 1) if facts["before"] else {}
     result: dict = {f"before{k}": v for k, v in facts["before"].items()}
     result |= {f"after{k}": v for k, v in after.items()}
@@ -432,20 +428,13 @@ def tune_simulator(a: argparse.Namespace, s: Setting) -> None:
 def save(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, facts: dict) -> None:
     """All that a run needs to go on, whole or not at all; the adapter for others first, so that it is never
     behind the state."""
-    save_policy(a, s, "policy")
+    s.keep(POLICY, Path(a.out, "policy"))
     tensors = {"policy": s.body.adapter(POLICY)} | disk.pack_optimizer(optimizer)
     if SIMULATOR in s.bodies and SIMULATOR in s.bodies[SIMULATOR][0].roles:
         tensors["simulator"] = s.bodies[SIMULATOR][0].adapter(SIMULATOR)
     if critic := s.body.roles.get(CRITIC):
         tensors |= {"critic": critic.theta, "value": critic.value}
     disk.save_state(Path(a.out) / "state.safetensors", tensors, facts)
-
-
-def save_policy(a: argparse.Namespace, s: Setting, name: str) -> None:
-    """The policy's adapter in PEFT's format, with its prompts, in a directory of the run."""
-    home = Path(a.out, name)
-    weights.save_adapter(s.body, POLICY, home, a.policy)
-    save_words(s.words, home / POLICY_WORDS_FILE)
 
 
 def restore(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer) -> dict:

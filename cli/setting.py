@@ -25,7 +25,17 @@ from servers import Chat, is_address
 from simulator import Simulator
 from tasks import Task
 from tokenizer import Tokenizer
-from words import POLICY_WORDS_FILE, PROMPTED_WORDS, SFT_WORDS, SimWords, Words, load_policy_words, words_for
+from words import (
+    POLICY_WORDS_FILE,
+    PROMPTED_WORDS,
+    SFT_WORDS,
+    WORDS_FILE,
+    SimWords,
+    Words,
+    load_policy_words,
+    save_words,
+    words_for,
+)
 
 SMALL = 256  # hidden size below which a second thread costs more than it gains
 
@@ -49,6 +59,13 @@ class Setting:
     @property
     def tok(self) -> Tokenizer:
         return self.bodies[POLICY][1]
+
+    def keep(self, role: int, home: Path) -> None:
+        """Write the adapter of the policy or the simulator, in PEFT's format, and the prompts it is trained on."""
+        base = self.task.a.policy if role == POLICY else self.task.a.sim
+        weights.save_adapter(self.bodies[role][0], role, home, base)
+        words = (self.words, POLICY_WORDS_FILE) if role == POLICY else (self.simulator.words, WORDS_FILE)
+        save_words(words[0], home / words[1])
 
 
 def load(

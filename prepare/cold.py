@@ -20,18 +20,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import weights
 from cli import disk, flags, screen
-from cli.setting import load
 from model import POLICY
-from prepare.command import Tuning, split_by_question, tune
+from prepare.command import split_by_question, tune
 from prepare.rows import write_rows
 from prepare.traces import example, parse_trace
 from questions import holds_answer
 from rollout import Question, Search
 from search import ask, content, read_lines
 from tasks import Task, kind
-from words import POLICY_WORDS_FILE, save_words
 
 # ------------------------------------------------------------------------------------------------- the traces
 
@@ -82,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         if not kept:
             raise ValueError(f"none of the {len(traces)} traces has an f1 of at least --least {a.least}")
         exam, rows = split_by_question(kept, a.held, a.seed)
-        tune(a, out, rows, exam, partial(tuning, a, task))
+        tune(a, task, POLICY, rows, exam, lambda s: partial(example, s.tok, s.words, s.limits))
 
 
 def scripted(a: argparse.Namespace, task: Task, out: Path) -> Path:
@@ -92,18 +89,6 @@ def scripted(a: argparse.Namespace, task: Task, out: Path) -> Path:
         made = script(task.to_collect(), task.search(a.search), a.scripts, a.searching, a.seed)
         write_rows(list(screen.bar("scripting traces", a.scripts, "traces", over=made)), path)
     return path
-
-
-def tuning(a: argparse.Namespace, task: Task) -> Tuning:
-    """What `tune` needs of the policy."""
-    s = load(a, task)
-
-    def keep(out: Path) -> None:
-        weights.save_adapter(s.body, POLICY, out, a.policy)
-        save_words(s.words, out / POLICY_WORDS_FILE)
-
-    encode = partial(example, s.tok, s.words, s.limits)
-    return Tuning(s.body, POLICY, encode, keep)
 
 
 if __name__ == "__main__":

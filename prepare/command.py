@@ -7,12 +7,10 @@ import argparse
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import simulator as simulators
-import weights
 from cli import disk, flags
 from cli.screen import side_by_side, table
 from cli.setting import Setting, load
@@ -24,7 +22,6 @@ from questions import load_questions
 from rollout import Query, Question
 from simulator import addressed
 from tasks import Task, kind
-from words import WORDS_FILE, SimWords, save_words
 
 STATE_FILE, RESULT_FILE = "state.safetensors", "sft.json"
 
@@ -105,55 +102,48 @@ def command_sft(a: argparse.Namespace, task: Task) -> None:
     else:
         exam, rows = split_by_question(rows, a.held, a.seed)
     with disk.claimed(out, a.resume):
-        tune(a, out, rows, exam, partial(simulator_tuning, a, task, exam))
+        tune(a, task, SIMULATOR, rows, exam, encoder, partial(audited, a, exam))
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """What `tune` trains: a role of a body, its rows as ids, what is saved, and what else is measured."""
-
-    body: Model
-    role: int
-    encode: Callable[[dict], sft.Example]
-    keep: Callable[[Path], None]  # writes the adapter and its prompts into a directory
-    audit: Callable[[str], dict] = lambda when: {}
+def encoder(s: Setting) -> Callable[[dict], sft.Example]:
+    """How a simulator's rows become ids."""
+    tok = s.bodies[SIMULATOR][1]
+    return partial(sft.example, tok, s.simulator.words, sft.end_of_turn(tok))
 
 
-def simulator_tuning(a: argparse.Namespace, task: Task, exam: list[dict]) -> Tuning:
-    s = load(a, task)
-    (body, tok), simulator = s.bodies[SIMULATOR], s.simulator
-    queries = addressed([row_query(row) for row in exam[: a.audit]], a.seed)
-
-    def audit(when: str) -> dict:
-        engine = simulators.engine_for(body, simulator, queries, a.seats)
-        return simulators.audit(engine, simulator, queries, f"audit {when}")
-
-    encode = partial(sft.example, tok, simulator.words, sft.end_of_turn(tok))
-    keep = partial(save, body, simulator.words, a.sim)
-    return Tuning(body, SIMULATOR, encode, keep, audit if queries else Tuning.audit)
+def audited(a: argparse.Namespace, exam: list[dict], s: Setting, when: str) -> dict:
+    """The audit of a simulator on held-out rows."""
+    if not (queries := addressed([row_query(row) for row in exam[: a.audit]], a.seed)):
+        return {}
+    engine = simulators.engine_for(s.bodies[SIMULATOR][0], s.simulator, queries, a.seats)
+    return simulators.audit(engine, s.simulator, queries, f"audit {when}")
 
 
 def tune(
-    a: argparse.Namespace, out: Path, rows: list[dict], exam: list[dict], load: Callable[[], Tuning]
-) -> None:
-    """The fine-tuning itself, in a directory that is ours. load: called when all cheap checks are done."""
+    a: argparse.Namespace, task: Task, role: int, rows: list[dict], exam: list[dict],
+    encoder: Callable[[Setting], Callable[[dict], sft.Example]],
+    audit: Callable[[Setting, str], dict] = lambda s, when: {},
+) -> None:  # fmt: skip
+    """The fine-tuning of a role, in a directory that is ours: a simulator's on rows, a policy's on traces."""
     settings = {k: v for k, v in vars(a).items() if k not in ("command", "resume", "out", "device", "seats")}
+    out = Path(a.out)
     state, facts = unfinished(out, settings, a.resume)
-    t = load()
-    adapter, optimizer = t.body.adapter(t.role), sft.adamw(t.body, t.role)
-    print(f"{len(rows)} rows, {len(exam)} held out, {adapter.numel():,} parameters to train, {t.body.device}")
+    s = load(a, task)
+    body, encode = s.bodies[role][0], encoder(s)
+    adapter, optimizer = body.adapter(role), sft.adamw(body, role)
+    print(f"{len(rows)} rows, {len(exam)} held out, {adapter.numel():,} parameters to train, {body.device}")
 
     def look(when: str) -> dict:
         """{"loss": nats a token of the held-out rows, "audit": ...}; {} where nothing is held out."""
-        loss = sft.held_out_loss(t.body, t.role, [t.encode(row) for row in exam], a.micro) if exam else None
-        return {"loss": loss, "audit": t.audit(when)} if exam else {}
+        loss = sft.held_out_loss(body, role, [encode(row) for row in exam], a.micro) if exam else None
+        return {"loss": loss, "audit": audit(s, when)} if exam else {}
 
     if state:
         adapter.data.copy_(state["adapter"])
         disk.unpack_optimizer(optimizer, state)
     facts = facts or {"step": 0, "flags": settings, "before": look("before")}
     run = sft.fine_tune(
-        t.body, t.role, rows, t.encode, a.steps, a.lr, tokens=a.tokens, exam=exam, every=a.every,
+        body, role, rows, encode, a.steps, a.lr, tokens=a.tokens, exam=exam, every=a.every,
         seed=a.seed, micro=a.micro, optimizer=optimizer, done=facts["step"],
     )  # fmt: skip
     for p in run:
@@ -161,12 +151,12 @@ def tune(
             print(p, flush=True)
         if p.step % a.every == 0 or p.step == a.steps:
             facts["step"] = p.step
-            t.keep(out)
+            s.keep(role, out)
             tensors = {"adapter": adapter.detach()} | disk.pack_optimizer(optimizer)
             disk.save_state(out / STATE_FILE, tensors, facts)
     before, after = facts["before"], look("after")
     result = {"before": before, "after": after, "rows": len(rows), "held": len(exam), "flags": settings}
-    t.keep(out)
+    s.keep(role, out)
     disk.write_json(out / RESULT_FILE, result)
     print(report(before, after))
     (out / STATE_FILE).unlink()
@@ -182,12 +172,6 @@ def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
     state, facts = disk.load_state(out / STATE_FILE)
     disk.same_flags(facts["flags"], settings, out)
     return state, facts
-
-
-def save(body: Model, words: SimWords, base: str, out: Path) -> None:
-    """The adapter in PEFT's format, and the words that it is trained on."""
-    weights.save_adapter(body, SIMULATOR, out, base)
-    save_words(words, out / WORDS_FILE)
 
 
 def report(before: dict, after: dict) -> str:
