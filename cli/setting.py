@@ -61,7 +61,7 @@ class Setting:
         return self.bodies[POLICY][1]
 
     def keep(self, role: int, home: Path) -> None:
-        """Write the adapter of the policy or the simulator, in PEFT's format, and the prompts it is trained on."""
+        """Write a role's adapter, in PEFT's format, and the prompts that it is trained on."""
         base = self.task.a.policy if role == POLICY else self.task.a.sim
         weights.save_adapter(self.bodies[role][0], role, home, base)
         words = (self.words, POLICY_WORDS_FILE) if role == POLICY else (self.simulator.words, WORDS_FILE)
