@@ -40,30 +40,31 @@ def keywords(question: str) -> str:
 
 
 def script(questions: list[Question], search: Search, n: int, share: float, seed: int) -> Iterator[dict]:
-    """n traces about different questions in a seeded order; a `share` of them searches.
+    """n traces about different questions in a seeded order; a `share` of them searches, the others answer at
+    once.
 
-    One that searches asks for `keywords`, reads what the engine returns, and gives a golden answer that is in
-    there; questions for which the engine finds none are left to the traces that answer at once. Raises
-    ValueError if there are too few questions of either kind.
+    All are about questions whose answer the engine finds with `keywords`, and chance alone decides which of
+    them search: a policy that could tell from the question would have nothing left to explore. Raises
+    ValueError if there are too few such questions.
     """
-    wanted = {True: round(n * share), False: n - round(n * share)}
-    for q in random.Random(seed).sample(questions, len(questions)):
-        if not any(wanted.values()):
+    rng = random.Random(seed)
+    searching = rng.sample([True] * round(n * share) + [False] * (n - round(n * share)), n)
+    for q in rng.sample(questions, len(questions)):
+        if not searching:
             return
-        query, spans = keywords(q.text), []
-        if wanted[True]:
-            documents = ask(search, query, q)
-            answer = next((gold for gold in q.answers if holds_answer(documents, [gold])), None)
-            if answer is not None:
-                spans = [["sampled", f"<search> {query} </search>"], ["documents", documents]]
-        if not wanted[bool(spans)]:
+        query = keywords(q.text)
+        documents = ask(search, query, q)
+        answer = next((gold for gold in q.answers if holds_answer(documents, [gold])), None)
+        if answer is None:
             continue
-        wanted[bool(spans)] -= 1
-        spans.append(["sampled", f"<answer> {answer if spans else q.answers[0]} </answer>"])
+        spans = [["sampled", f"<search> {query} </search>"], ["documents", documents]] * searching.pop()
+        spans.append(["sampled", f"<answer> {answer} </answer>"])
         yield {"question": q.text, "golden_answers": list(q.answers), "f1": 1.0, "spans": spans}
-    if any(wanted.values()):
-        lacking = f"{wanted[True]} whose answer the engine finds" if wanted[True] else f"{wanted[False]}"
-        raise ValueError(f"the questions do not suffice for {n} traces: {lacking} are lacking")
+    if searching:
+        raise ValueError(
+            f"the engine finds the answers of {n - len(searching)} of {len(questions)} questions: fewer than "
+            f"--scripts {n}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -59,7 +59,7 @@ cold() { # NAME SHARE
     [ -e "$run/$1/sft.json" ] && return
     [ -e "$run/$1/state.safetensors" ] || rm -rf "${run:?}/$1"
     "$python" -m prepare.cold "${common[@]}" --policy-prompt short --data "$out/train.jsonl" --search "$bm25" \
-        --searching "$2" --scripts 440 --steps 90 --tokens 320 --lr 1e-3 --held 24 --every 30 \
+        --searching "$2" --scripts 320 --steps 80 --tokens 320 --lr 1e-3 --held 24 --every 30 \
         --out "$run/$1" $([ -e "$run/$1/state.safetensors" ] && echo --resume)
 }
 
@@ -83,7 +83,7 @@ compare() { # OTHER HOW
     "$python" eval.py --compare "$run/$1.$2.json" "$run/rl.$2.json"
 }
 
-cold cold .2
+cold cold .3
 reinforce rl --heed 1
 for how in 0 1 unselected; do
     answer cold "$run/cold" $how --search "$bm25"

@@ -32,24 +32,28 @@ KNOWN = engine_of({w: f"Doc 1: {w.upper()} is it" if w < "u" else "Doc 1: no" fo
 
 def test_a_script_searches_for_content_and_answers_with_what_it_found():
     """A trace whose answer is not in its documents teaches a policy to ignore them; one whose query is the
-    whole question teaches nothing about queries."""
-    traces = list(cold.script(QUESTIONS, KNOWN, 6, 0.5, seed=0))
+    whole question teaches nothing about queries. Whether a trace searches must not depend on its question:
+    those that answer at once are about questions that the engine could answer, too."""
+    traces = list(cold.script(QUESTIONS, KNOWN, 4, 0.5, seed=0))
     searching = [t for t in traces if len(t["spans"]) == 3]
-    assert len(searching) == 3 and len({t["question"] for t in traces}) == 6
-    for t in searching:
-        (_, query), (what, documents), (_, answer) = t["spans"]
+    assert len(searching) == 2 and len({t["question"] for t in traces}) == 4
+    for t in traces:
+        *read, (_, answer) = t["spans"]
         (gold,) = t["golden_answers"]
-        assert query == f"<search> {gold.lower()} </search>" and what == "documents" and gold in documents
-        assert answer == f"<answer> {gold} </answer>"
-    assert all(t["spans"] == [["sampled", f"<answer> {t['golden_answers'][0]} </answer>"]]
-               for t in traces if t not in searching)  # fmt: skip
-    again = list(cold.script(QUESTIONS, KNOWN, 6, 0.5, seed=0))
-    assert again == traces != list(cold.script(QUESTIONS, KNOWN, 6, 0.5, seed=1))
+        assert answer == f"<answer> {gold} </answer>" and gold in ("PA", "QA", "RA", "SA", "TA")
+        if read:
+            (_, query), (what, documents) = read
+            assert query == f"<search> {gold.lower()} </search>" and what == "documents" and gold in documents
+    again = list(cold.script(QUESTIONS, KNOWN, 4, 0.5, seed=0))
+    others = [list(cold.script(QUESTIONS, KNOWN, 4, 0.5, seed=seed)) for seed in range(1, 9)]
+    assert again == traces and traces not in others
+    which = {t["question"] for traces in others for t in traces if len(t["spans"]) == 3}
+    assert len(which) == 5  # any of them may search
 
 
 def test_too_few_questions_for_a_script_are_an_error():
-    """Fewer searches than --searching says are another cold start than was asked for."""
-    with pytest.raises(ValueError, match="2 whose answer the engine finds are lacking"):
+    """Fewer traces than --scripts says are another cold start than was asked for."""
+    with pytest.raises(ValueError, match="finds the answers of 5 of 8 questions"):
         list(cold.script(QUESTIONS, KNOWN, 7, 1.0, seed=0))
 
 
