@@ -11,7 +11,7 @@ Not a dump of all episodes: on real questions those of one run are gigabytes.
 import codecs
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
 
 from cli.disk import Rows
@@ -77,18 +77,16 @@ class Kept:
         return TOKENS * 2 / 5 * (step - 1) / len(between) - spent
 
     def few(
-        self, step: int, trajectories: Sequence[Trajectory], group: int = 1, failed: Sequence[int] = ()
-    ) -> list[int]:  # fmt: skip
-        """The numbers of the episodes to keep: whole groups, from the first on, while there is room; half of
-        the room is for those that failed, if any (numbers of the first episode of their groups)."""
-        room, out = self.room(step), set()
-        for least, starts in ((room / 2, failed), (0, range(0, len(trajectories), group))):
-            for start in starts:
-                if room <= least:
-                    break
-                members = {*range(start, start + group)} - out
-                out |= members
-                room -= sum(len(trajectories[i].ids) for i in members)
+        self, step: int, ts: Sequence[Trajectory], group: int = 1, failed: Sequence[int] = ()
+    ) -> list[int]:
+        """The numbers of the episodes to keep: whole groups, from the first on, while there is room; in turn
+        with those that failed (numbers of the first episode of their groups)."""
+        turns = chain.from_iterable(zip_longest(failed, range(0, len(ts), group)))
+        room, out = self.room(step), []
+        for start in dict.fromkeys(turns):
+            if room > 0 and start is not None:
+                out += range(start, start + group)
+                room -= sum(len(t.ids) for t in ts[start : start + group])
         return sorted(out)
 
     def add(
