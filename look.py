@@ -5,8 +5,8 @@
     python look.py a.json b.json                  evaluations (eval.py --json), and their comparison
     python look.py docs/seed0 docs/shuffled --picture docs/picture.svg       README's picture
 
-A run may still be going on. The file needs no network and no other file. Of a run's episodes it shows those
-that evaluation/kept.py keeps. Layout and script are in look.html.jinja.
+A run may still be going on. The file needs no network and no other file; its layout and script are in
+look.html.jinja. Of a run's episodes it shows those that evaluation/kept.py keeps.
 
 Not a dashboard: nothing is watched and nothing is served.
 """
@@ -29,7 +29,7 @@ from cli.disk import read_json, whole
 from cli.parser import NEEDED, Flag, parse, with_defaults
 from evaluation import report
 from evaluation.health import alarm
-from evaluation.kept import OUTCOMES, SCORES, outcome
+from evaluation.kept import SCORES, outcome
 
 LIMIT = 2_700_000  # characters of episodes on a page
 DRAWS = 2_000  # resamples of an interval
@@ -66,7 +66,6 @@ class Run(NamedTuple):
     log: list[dict]  # rows of log.jsonl
     kept: list[dict]  # rows of episodes.jsonl, with what they are called: "when"
     table: list[dict]  # scores
-    seconds: float | None = None  # None while it goes on
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -80,14 +79,12 @@ def rows_of(path: Path) -> list[dict]:
 
 def read_run(path: Path) -> Run:
     """A run's directory. Raises ValueError where it is none."""
-    what, result = "the directory of a run", path / "result.json"
-    flags = read_json(path / "args.json", what, settled=dict)["settled"]
-    seconds = read_json(result, what, seconds=float)["seconds"] if result.exists() else None
+    flags = read_json(path / "args.json", "the directory of a run", settled=dict)["settled"]
     log, kept = rows_of(path / "log.jsonl"), rows_of(path / "episodes.jsonl")
     for row in kept:
         held = "held-out, after" if row["step"] else "held-out, before"
         row["when"] = held if "held" in row else f"step {row['step']}"
-    return Run(str(path), flags, log, kept, held_out([row["held"] for row in kept if "held" in row]), seconds)
+    return Run(str(path), flags, log, kept, held_out([row["held"] for row in kept if "held" in row]))
 
 
 def read_evaluation(path: Path) -> Run:
@@ -166,13 +163,9 @@ def chart(drawn: Sequence[Line], width: int = 300, height: int = 150) -> Markup:
     for x in (x for x in ticks(0, last) if x <= last):
         out.append(f'<text x="{place(x, 0)[0]}" y="{height - 5}" text-anchor="middle">{x:g}</text>')
     for name, points, number, dashed in drawn:
-        kind, d = (
-            f"line c{number % 6}{' dashed' * dashed}",
-            "L".join("{} {}".format(*place(*p)) for p in points),
-        )
-        out.append(
-            f'<path class="{kind}" data-name="{escape(name)}" d="M{d}h0"/>'
-        )  # h0: a single point shows
+        d = "L".join("{} {}".format(*place(*point)) for point in points) + "h0"  # a single point shows
+        kind = f"line c{number % 6}{' dashed' * dashed}"
+        out.append(f'<path class="{kind}" data-name="{escape(name)}" d="M{d}"/>')
     head = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     return Markup(f"<svg {head}>{''.join(out)}</svg>")
 
@@ -182,8 +175,7 @@ def picture(runs: Sequence[Run], columns: int = 46) -> str:
     told = [e | {"hops": g["hops"]} for row in runs[0].kept for g in row["groups"] for e in g["episodes"]]
     if not told:
         raise ValueError(f"{runs[0].name} has kept no episode")
-    right = [e for e in told if e["outcome"] == OUTCOMES[0] and len(e["searches"]) == 2]
-    episode = max(right or told, key=lambda e: e["hops"])
+    episode = max(told, key=lambda e: (e["outcome"] == "right" and len(e["searches"]) == 2, e["hops"]))
     kinds = [part % 2 for part, length in enumerate(episode["runs"]) for _ in range(length)]
     rows, room = [[]], columns  # of (sampled?, text)
     for piece, sampled in zip(episode["pieces"], kinds):
@@ -207,19 +199,19 @@ def story(run: Run) -> list[str]:
         low, high = ends or (change, change)
         verdict = "It learnt" if low > 0 else "It got worse" if high < 0 else "It learnt nothing that shows"
         f1, searches = ([row[f"{s} {when}"][0] for when in ("before", "after")] for s in ("f1", "searches"))
-        told.append(f"{verdict}: held-out F1 {f1[0]:.3f} before, {f1[1]:.3f} after, {change:+.3f} (95 % ")
-        told[0] += f"interval {low:+.3f} to {high:+.3f}); searches {searches[0]:.2f} to {searches[1]:.2f} "
-        told[0] += f"({row['asked']}, n = {row['n']})."
+        told.append(f"{verdict}: held-out F1 {f1[0]:.3f} before, {f1[1]:.3f} after, {change:+.3f}")
+        told[0] += f" (95 % interval {low:+.3f} to {high:+.3f})" if ends else ""
+        told[0] += f"; searches {searches[0]:.2f} to {searches[1]:.2f} ({row['asked']}, n = {row['n']})."
     if f["shuffle_rewards"]:
         told.append("A control: rewards were shuffled among siblings, so that they teach nothing.")
     for row in run.kept[-1:]:
         ends = Counter(row["outcomes"])
-        bad = ", ".join(f"{count} {name}" for name, count in ends.most_common() if name != OUTCOMES[0])
-        right = f"{ends[OUTCOMES[0]]} of {ends.total()} episodes ({row['when']}) are right"
+        bad = ", ".join(f"{count} {name}" for name, count in ends.most_common() if name != "right")
+        right = f"{ends['right']} of {ends.total()} episodes ({row['when']}) are right"
         told.append(f"Where it fails: {right}; {bad or 'none fails'}.")
-    spent = "not finished" if run.seconds is None else f"{run.seconds:,.0f} s in all"
-    told.append(f"{len(run.log)} of {f['steps']} steps of {f['questions']} x {f['group']} episodes on ")
-    told[-1] += f"{f['device']}, {spent}: policy {f['policy']}, simulator {f['sim']}, "
+    spent = sum(row["seconds_act"] + row["seconds_learn"] for row in run.log)
+    told.append(f"{len(run.log)} of {f['steps']} steps of {f['questions']} x {f['group']} episodes in ")
+    told[-1] += f"{spent:,.0f} s on {f['device']}: policy {f['policy']}, simulator {f['sim']}, "
     told[-1] += f"{f['algorithm']}, seed {f['seed']}."
     return told + [f"Look out: {worse}." for worse in [alarm(run.log)] if worse]
 
@@ -248,8 +240,7 @@ def cell(value: object) -> str:
 def page(runs: Sequence[Run], compare: dict[str, dict]) -> str:
     """The HTML."""
     questions, kept = episodes(runs)
-    data = json.dumps({"questions": questions, "outcomes": OUTCOMES}, separators=(",", ":"))
-    keys = dict.fromkeys(key for run in runs for key in run.flags)
+    keys = dict.fromkeys(key for run in runs for key, value in run.flags.items() if value not in ("", None))
     flags = [{"flag": key} | {run.name: str(run.flags.get(key)) for run in runs} for key in keys]
     return TEMPLATES.get_template("look.html.jinja").render(
         runs=runs,
@@ -259,7 +250,7 @@ def page(runs: Sequence[Run], compare: dict[str, dict]) -> str:
         flags=sorted(flags, key=lambda row: -len(set(row.values()))),  # those that differ first
         cell=cell,
         kept=kept,
-        data=Markup(data.replace("<", "\\u003c")),
+        data=Markup(json.dumps(questions, separators=(",", ":")).replace("<", "\\u003c")),
     )
 
 
@@ -269,8 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     paths = [Path(name) for name in a.runs]
     with screen.waiting(f"drawing {', '.join(a.runs)}"):
         runs = [read_run(path) if path.is_dir() else read_evaluation(path) for path in paths]
-        files = [name for name in a.runs if not Path(name).is_dir()]
-        compare = report.compare(*files) if len(files) == 2 else {}
+        compare = report.compare(*a.runs) if [path.is_dir() for path in paths] == [False, False] else {}
         text = picture(runs) if a.picture else page(runs, compare)
     usual = paths[0] / "look.html" if paths[0].is_dir() else paths[0].with_suffix(".html")
     out = Path(a.picture or a.out or usual)

@@ -297,10 +297,7 @@ class World:
 
 
 def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: int) -> dict[str, dict]:
-    """Held-out questions through the real engine, in each of the task's ways (sampled, greedy, ...).
-
-    step: what the page is to call it, 0 before training and steps + 1 after it.
-    """
+    """Held-out questions through the real engine, in each of the task's ways. step: its number in `kept`."""
     out, held, first = {}, {}, []
     for suffix, (label, search, temperature) in s.task.ways(world.search).items():
         summary, trajectories = answer(a, s, world.held, search, temperature, label)
