@@ -89,14 +89,17 @@ def read_run(path: Path) -> Run:
 
 def read_evaluation(path: Path) -> Run:
     """A file of eval.py --json. Raises ValueError where it is none."""
-    data, kept = read_json(path, "that of eval.py --json", flags=dict, questions=list, sets=dict), []
+    data, kept, table = read_json(path, "that of eval.py --json", flags=dict, questions=list), [], []
     for row in data["questions"]:
         e = {k: row[k] for k in ("answer", "end", "f1")} | {"outcome": outcome(row)}
         e["searches"] = [[query, None] for query in row["queries"]]
         group = {"question": row["question"], "golds": row["golden_answers"], "episodes": [e]}
         kept.append({"when": row["set"], "groups": [group]})
-    scores = {k: {s: (v[s], v["intervals"].get(s)) for s in report.MEANS} for k, v in data["sets"].items()}
-    table = [{"set": name, "n": data["sets"][name]["n"]} | means for name, means in scores.items()]
+    for name, part in data.get("sets", {}).items():
+        ends = part.get("intervals", {})
+        table.append(
+            {"set": name, **{k: (v, ends.get(k)) for k, v in part.items() if not isinstance(v, dict)}}
+        )
     return Run(str(path), data["flags"], [], kept, table)
 
 

@@ -12,10 +12,13 @@ import pytest
 
 import eval as evaluation
 import look
+import train
+import weights
 from evaluation import kept
 from evaluation.kept import TOKENS, Kept
 from rollout import Documents, Query, Question, Trajectory
 from tokenizer import Tokenizer
+from toy import texts
 from toy.make import write_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -243,6 +246,27 @@ def test_what_is_no_run_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="has no flags"):
         look.main([str(tmp_path / "x.json")])
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    "main, flags",
+    [
+        (train.main, "--steps 1 --questions 1 --group 2 --sft-steps 0 --eval-questions 2 --out run"),
+        (evaluation.main, "--policy tiny --search toy --limit 2 --json a.json"),
+        (evaluation.main, "--data q.jsonl --search bm25:c.jsonl --json a.json"),
+    ],
+)
+def test_a_command_ends_by_naming_the_page(main, flags, body, tmp_path, capsys, monkeypatch):
+    """Nobody looks for a page that nothing names; and what is named must open."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(weights.PRESETS, "tiny", str(body))
+    monkeypatch.setattr(texts.audit, "__defaults__", (8, 0))
+    Path("q.jsonl").write_text('{"question": "capital of Peru", "answer": "Lima"}')
+    Path("c.jsonl").write_text('{"title": "Peru", "contents": "its capital is Lima"}')
+    main([*flags.split(), "--device", "cpu"])
+    named = re.search(r"see it with: python look.py (.*)$", capsys.readouterr().out.strip())[1]
+    look.main([named])
+    assert "<h1>" + named in Path(capsys.readouterr().out.split(":")[0]).read_text()
 
 
 # ----------------------------------------------------------------------------------------------- in a browser
