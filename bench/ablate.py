@@ -122,7 +122,7 @@ def shares(flags: str) -> bool:
 
 def simulator_of(a: argparse.Namespace, flags: str, seed: int) -> Run:
     """The run that only fine-tunes a simulator, for all runs of a seed that leave it alone."""
-    mine = settled(flags, ("policy",))
+    mine = settled(flags, ("policy", "data"))
     tune = [*shlex.split(mine), *TUNING, "--seed", str(seed)]
     return place(Path(a.out, "simulators"), mine, seed), tune, (mine, seed)
 
