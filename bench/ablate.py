@@ -3,7 +3,7 @@
     python -m bench.ablate curriculum                     5 seeds, as many runs at once as there are cores
     python -m bench.ablate algorithms --seeds 3 --write   --write puts table and picture into ABLATIONS.md
     python -m bench.ablate kl --flags "--steps 64"        other flags for every run than the book's
-    python -m bench.ablate kl --jobs 0                    no run: the table of what was measured before
+    python -m bench.ablate kl --jobs 0                    only the table of what has been run
 
 The first variant of a grid is the baseline. A cell is the mean over seeds with its 95 % interval (t); the
 last columns are paired differences to the baseline: same seed, world, questions, and simulator.
@@ -28,7 +28,7 @@ from statistics import mean, stdev
 from markupsafe import Markup
 
 from cli import screen
-from cli.disk import Rows, read_json, whole
+from cli.disk import Rows, read_json
 from cli.flags import TRAIN
 from cli.parser import NEEDED, Flag, parse, with_defaults
 from compat import DEFECTS
@@ -161,13 +161,11 @@ def go(runs: list[Run], jobs: int, label: str, ended: Callable[[Run], None] = la
                     running[process] = run
                 time.sleep(0.1)
                 for process in [p for p in running if p.poll() is not None]:
-                    run = running.pop(process)
-                    if process.returncode:
-                        failed.append(run[0])
-                    else:
-                        ended(run)
+                    out, *_ = run = running.pop(process)
+                    failed += [out] if process.returncode else []
+                    _ = process.returncode or ended(run)
                     done += 1
-                    screen.move(bar, done, str(run[0]))
+                    screen.move(bar, done, str(out))
     finally:
         for process in running:
             process.terminate()  # it saves its state
@@ -179,12 +177,10 @@ def go(runs: list[Run], jobs: int, label: str, ended: Callable[[Run], None] = la
 
 def commit() -> str:
     """The last commit of what is run, with "+" if files differ from it; "" outside of git."""
+    asked = ("git log -1 --format=%h", "git diff --name-only HEAD")
     what = ["--", "*.py", ":!bench", ":!tests"]
-    told = [
-        subprocess.run(["git", *verb, *what], cwd=ROOT, capture_output=True, text=True, check=False).stdout
-        for verb in (("log", "-1", "--format=%h"), ("diff", "--name-only", "HEAD"))
-    ]
-    return told[0].strip() + "+" * bool(told[1])
+    told = [subprocess.run([*x.split(), *what], cwd=ROOT, capture_output=True).stdout for x in asked]
+    return told[0].decode().strip() + "+" * bool(told[1])
 
 
 def row_of(run: Run) -> dict:
@@ -245,7 +241,7 @@ def curve(rows: list[dict], name: str = "f1", width: int = 5) -> list[tuple[int,
 def picture(results: dict[str, dict[int, dict]], columns: int = 4) -> str:
     """Learning curves with bands as an SVG: a panel for each variant, over the baseline's curve."""
     base, *others = results
-    panels, wide, tall = [], 215, 150
+    panels, wide, tall = Markup(""), 215, 150
     for i, variant in enumerate(others):
         lines = [("band", [(0, 0), (0, 1), (0, 0)], 0, False)]  # of no width: every panel goes from 0 to 1
         for colour, name in enumerate((base, variant)):
@@ -253,15 +249,12 @@ def picture(results: dict[str, dict[int, dict]], columns: int = 4) -> str:
             band = [(x, min(1.0, y + half)) for x, y, half in points]
             band += [(x, max(0.0, y - half)) for x, y, half in reversed(points)]
             lines += [("band", band, colour, False), (name, [p[:2] for p in points], colour, False)]
-        at, head = (
-            (wide * (i % columns), 24 + tall * (i // columns)),
-            '<text class="v" x="44" y="6">{}</text>',
-        )
-        panel = Markup('<g transform="translate({} {})">' + head + "{}</g>")
-        panels.append(panel.format(*at, variant, chart(lines, wide, tall - 10)))
+        panel = Markup('<g transform="translate({} {})"><text class="v" x="44" y="6">{}</text>{}</g>')
+        at = wide * (i % columns), 24 + tall * (i // columns)
+        panels += panel.format(*at, variant, chart(lines, wide, tall - 10))
     size = wide * min(columns, len(others)), 24 + tall * -(-len(others) // columns)
-    head = '<text class="b" x="44" y="14">{} (in every panel)</text>{}</svg>'
-    return SVG.format(*size) + Markup(head).format(base, Markup("").join(panels))
+    head = Markup('<text class="b" x="44" y="14">{} (in every panel)</text>').format(base)
+    return f"{SVG.format(*size)}{head}{panels}</svg>\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -277,12 +270,12 @@ def main(argv: list[str] | None = None) -> None:
         alone = {run[2]: simulator_of(a, *run[2]) for run in missing if shares(run[2][0])}
         go(list({run[2]: run for run in alone.values()}.values()), a.jobs, "simulators")
         go(missing, a.jobs, a.grid, lambda run: rows.add(row_of(run)))
-    found = {
-        v: {run[2][1]: rows.rows[run[2]] for run in mine if run[2] in rows.rows} for v, mine in runs.items()
-    }
-    results = {variant: mine for variant, mine in found.items() if mine}
-    if not results:
-        raise ValueError(f"{a.rows} has no run of {a.grid} with these flags: give --jobs")
+    results: dict[str, dict[int, dict]] = {}
+    for variant, mine in runs.items():
+        if there := {run[2][1]: rows.rows[run[2]] for run in mine if run[2] in rows.rows}:
+            results[variant] = there
+    if next(iter(runs)) not in results:
+        raise ValueError(f"{a.rows} has no run of the first variant of {a.grid} with these flags")
     more = "" if a.flags == BOOK else f' --flags "{a.flags}"'
     every = [row for mine in results.values() for row in mine.values()]
     where = "; ".join(sorted({f"{row['machine']}, commit {row['commit']}" for row in every}))
@@ -290,11 +283,9 @@ def main(argv: list[str] | None = None) -> None:
     text = f"`{command}`; every run with `{a.flags}`; {where}.\n\n{table(a, results)}"
     print(text)
     if a.write:
-        file = Path(a.file)
-        image = f"docs/ablations-{a.grid}.svg"
+        file, image = Path(a.file), f"docs/ablations-{a.grid}.svg"
         (file.parent / "docs").mkdir(exist_ok=True)
-        with whole(file.parent / image) as part:
-            part.write_text(picture(results), encoding="utf-8")
+        (file.parent / image).write_text(picture(results), encoding="utf-8")
         text += f"\n\n![F1 of the episodes of training, by step: mean of the seeds, 95 % interval]({image})"
         old = file.read_text(encoding="utf-8") if file.exists() else "# Ablations\n"
         file.write_text(put(old, a.grid, text), encoding="utf-8")
