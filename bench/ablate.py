@@ -60,11 +60,14 @@ GRIDS: dict[str, dict[str, str]] = {  # grid -> variant -> flags of train.py; th
     "rank": {"16": ""} | {str(n): f"--rank {n}" for n in (1, 4, 64)},
     "collapse": {"2 updates": "--updates 2", "guard": "--updates 2 --guard .1",
                  "strata": "--updates 2 --strata .5"},
+    "clips": {"grpo": "--updates 4"}  # with one update a rollout, every ratio is 1, and no clip acts
+        | {name: f"--updates 4 --algorithm {name}" for name in "dapo gspo gmpo sapo cispo".split()},
 }
 FLAGS = {
     "what is run": [
         Flag("grid", str, NEEDED, f"one of {', '.join(GRIDS)}", "GRID", bare=True),
         Flag("seeds", int, 5, "0, 1, ...", least=2),
+        Flag("only", str, "", "run these variants of it, and the first (all)", "A,B"),
         Flag("flags", str, BOOK, "of train.py, for all runs", "FLAGS"),
         Flag("jobs", int, os.cpu_count(), "runs at a time (0: none, only the table)", least=0),
         Flag("out", str, "runs/ablations", "directory of the runs", "DIR"),
@@ -211,7 +214,7 @@ def figure(row: dict, path: tuple[str, ...]) -> float | None:
 def shown(values: list[float | None], form: str) -> str:
     """The mean of those that are there, with its interval."""
     values = [x for x in values if x is not None]
-    return f"{{:{form}}} ± {{:.3f}}".format(*interval(values)) if values else ""
+    return f"{{:{form}}}{' ± {:.3f}' * (len(values) > 1)}".format(*interval(values)) if values else ""
 
 
 def table(a: argparse.Namespace, results: dict[str, dict[int, dict]]) -> str:
@@ -265,7 +268,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows = Rows(a.rows, resume=True, key=lambda row: (row["flags"], row["seed"]))
     runs = runs_of(a)
-    missing = [run for seed in zip(*runs.values()) for run in seed if run[2] not in rows.rows]
+    some = [runs[v] for i, v in enumerate(runs) if not (i and a.only) or v in a.only.split(",")]
+    missing = [run for seed in zip(*some) for run in seed if run[2] not in rows.rows]
     if a.jobs and missing:
         alone = {run[2]: simulator_of(a, *run[2]) for run in missing if shares(run[2][0])}
         go(list({run[2]: run for run in alone.values()}.values()), a.jobs, "simulators")
