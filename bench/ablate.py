@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -61,7 +62,7 @@ GRIDS: dict[str, dict[str, str]] = {  # grid -> variant -> flags of train.py; th
     "collapse": {"2 updates": "--updates 2", "guard": "--updates 2 --guard .1",
                  "strata": "--updates 2 --strata .5"},
     "clips": {"grpo": "--updates 4"}  # with one update a rollout, every ratio is 1, and no clip acts
-        | {name: f"--updates 4 --algorithm {name}" for name in "dapo gspo gmpo sapo cispo".split()},
+        | {name: f"--updates 4 --algorithm {name}" for name in ("dapo", "gspo", "gmpo", "sapo", "cispo")},
 }
 FLAGS = {
     "what is run": [
@@ -109,8 +110,8 @@ def interval(x: list[float]) -> tuple[float, float]:
 def settled(flags: str, only: tuple[str, ...] = ()) -> str:
     """Flags of train.py in one spelling and order, the last of its kind; only: but for these, none."""
     given = parse("", TRAIN, shlex.split(flags)).items()
-    words = (f"--{k}" if v is True else f"--{k} {shlex.quote(str(v))}" for k, v in sorted(given))
-    return " ".join(word for word in words if not only or word.split()[0][2:] in only)
+    some = sorted((k, v) for k, v in given if not only or k in only)
+    return " ".join(f"--{k}" if v is True else f"--{k} {shlex.quote(str(v))}" for k, v in some)
 
 
 def place(home: Path, flags: str, seed: int) -> Path:
@@ -206,9 +207,7 @@ def row_of(run: Run) -> dict:
 
 
 def figure(row: dict, path: tuple[str, ...]) -> float | None:
-    for name in path:
-        row = (row or {}).get(name)
-    return row
+    return reduce(lambda part, name: (part or {}).get(name), path, row)
 
 
 def shown(values: list[float | None], form: str) -> str:
@@ -274,17 +273,14 @@ def main(argv: list[str] | None = None) -> None:
         alone = {run[2]: simulator_of(a, *run[2]) for run in missing if shares(run[2][0])}
         go(list({run[2]: run for run in alone.values()}.values()), a.jobs, "simulators")
         go(missing, a.jobs, a.grid, lambda run: rows.add(row_of(run)))
-    results: dict[str, dict[int, dict]] = {}
-    for variant, mine in runs.items():
-        if there := {run[2][1]: rows.rows[run[2]] for run in mine if run[2] in rows.rows}:
-            results[variant] = there
+    found = {v: {k[1]: rows.rows[k] for *_, k in mine if k in rows.rows} for v, mine in runs.items()}
+    results = {variant: mine for variant, mine in found.items() if mine}
     if next(iter(runs)) not in results:
         raise ValueError(f"{a.rows} has no run of the first variant of {a.grid} with these flags")
     more = "" if a.flags == BOOK else f' --flags "{a.flags}"'
-    every = [row for mine in results.values() for row in mine.values()]
-    where = "; ".join(sorted({f"{row['machine']}, commit {row['commit']}" for row in every}))
+    told = {f"{row['machine']}, commit {row['commit']}" for mine in results.values() for row in mine.values()}
     command = f"python -m bench.ablate {a.grid} --seeds {a.seeds}{more}"
-    text = f"`{command}`; every run with `{a.flags}`; {where}.\n\n{table(a, results)}"
+    text = f"`{command}`; every run with `{a.flags}`; {'; '.join(sorted(told))}.\n\n{table(a, results)}"
     print(text)
     if a.write:
         file, image = Path(a.file), f"docs/ablations-{a.grid}.svg"
