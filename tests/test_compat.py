@@ -50,7 +50,7 @@ def test_names_are_checked():
 
 
 def test_a_leak_tells_the_answer_whatever_was_asked():
-    """The cost of leaks is measured with a simulator that always leaks; its noisy documents stay as they were."""
+    """The cost of leaks is measured with a simulator that always leaks; noisy documents stay as they were."""
 
     def search(query):
         return Documents("Doc 1: right\nDoc 2: other", noisy=query.text == "noisy")
