@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -84,12 +85,11 @@ COLUMNS = {  # of a row
 }
 CURVES = ("reward", "f1", "noise", "searches")  # of log.jsonl, kept step by step
 PAIRED = ("F1 sampled", "engine noise .3")
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}">
-<style>text {{ font: 11px system-ui, sans-serif; fill: #5f6b76; }} .grid {{ stroke: #dcdad2; }}
-.b {{ fill: #0072b2; }} .v {{ fill: #d55e00; }} .line {{ fill: none; stroke-width: 2; }}
-.c0 {{ stroke: #0072b2; }} .c1 {{ stroke: #d55e00; }}
-[data-name=band] {{ stroke: none; fill: #0072b2; fill-opacity: .18; }}
-.c1[data-name=band] {{ fill: #d55e00; }}
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}"><style>
+text {{ font: 11px system-ui, sans-serif; fill: #5f6b76; }} text[class] {{ fill: currentColor; }}
+.c0 {{ color: #0072b2; }} .c1 {{ color: #d55e00; }} .line {{ fill: none; stroke: currentColor; }}
+.line {{ stroke-width: 2; }} .grid {{ stroke: #dcdad2; }}
+[data-name=band] {{ stroke: none; fill: currentColor; fill-opacity: .18; }}
 </style><rect width="{0}" height="{1}" rx="8" fill="#fff"/>
 """
 T = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's, 97.5 %, by degrees of freedom
@@ -115,7 +115,6 @@ def settled(flags: str, only: tuple[str, ...] = ()) -> str:
 
 
 def place(home: Path, flags: str, seed: int) -> Path:
-    """The directory of a run."""
     return home / (re.sub(r"[^\w.+]+", "-", flags).strip("-") or "defaults") / str(seed)
 
 
@@ -196,7 +195,6 @@ def row_of(run: Run) -> dict:
         if name.startswith(("before", "after")):
             row[name] = {k: part[k] for k in ("f1", "em", "searches")}
             row[name] |= {hops: one["f1"] for hops, one in part["by_hop"].items()}
-    row["simulator"] = {k: v for k, v in result["simulator"].items() if isinstance(v, float)}
     log = Rows(out / "log.jsonl", resume=True).rows.values()
     row["curves"] = {name: [step[name] for step in log] for name in CURVES}
     row |= {"seconds": result["seconds"], "machine": about(), "commit": commit()}
@@ -251,11 +249,11 @@ def picture(results: dict[str, dict[int, dict]], columns: int = 4) -> str:
             band = [(x, min(1.0, y + half)) for x, y, half in points]
             band += [(x, max(0.0, y - half)) for x, y, half in reversed(points)]
             lines += [("band", band, colour, False), (name, [p[:2] for p in points], colour, False)]
-        panel = Markup('<g transform="translate({} {})"><text class="v" x="44" y="6">{}</text>{}</g>')
+        panel = Markup('<g transform="translate({} {})"><text class="c1" x="44" y="6">{}</text>{}</g>')
         at = wide * (i % columns), 24 + tall * (i // columns)
         panels += panel.format(*at, variant, chart(lines, wide, tall - 10))
     size = wide * min(columns, len(others)), 24 + tall * -(-len(others) // columns)
-    head = Markup('<text class="b" x="44" y="14">{} (in every panel)</text>').format(base)
+    head = Markup('<text class="c0" x="44" y="14">{} (in every panel)</text>').format(base)
     return f"{SVG.format(*size)}{head}{panels}</svg>\n"
 
 
@@ -265,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     if a.grid not in GRIDS:
         raise ValueError(f"no grid {a.grid}: there are {', '.join(GRIDS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs stop as well
     rows = Rows(a.rows, resume=True, key=lambda row: (row["flags"], row["seed"]))
     runs = runs_of(a)
     some = [runs[v] for i, v in enumerate(runs) if not (i and a.only) or v in a.only.split(",")]

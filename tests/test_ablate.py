@@ -26,7 +26,7 @@ def test_a_grid_runs_to_its_end(tmp_path, grid, monkeypatch):
     """Two variants, two seeds, three steps, through train.py itself. A table of runs that shared no
     simulator, no seed or no questions would compare luck; a run whose row is there must not run again, even
     in a clone without its directory."""
-    monkeypatch.setattr(ablate, "TUNING", [*ablate.TUNING, "--sft-steps", "1"])
+    monkeypatch.setattr(ablate, "TUNING", [*ablate.TUNING, "--sft-steps", "1", "--no-audit"])
     runs, file = tmp_path / "runs", tmp_path / "A.md"
     argv = ["tiny", "--seeds", "2", "--jobs", "2", "--flags", TINY, "--out", str(runs)]
     argv += ["--rows", str(tmp_path / "docs/rows.jsonl"), "--write", "--file", str(file)]
