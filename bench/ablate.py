@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -263,7 +262,6 @@ def main(argv: list[str] | None = None) -> None:
     if a.grid not in GRIDS:
         raise ValueError(f"no grid {a.grid}: there are {', '.join(GRIDS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs stop as well
     rows = Rows(a.rows, resume=True, key=lambda row: (row["flags"], row["seed"]))
     runs = runs_of(a)
     some = [runs[v] for i, v in enumerate(runs) if not (i and a.only) or v in a.only.split(",")]
