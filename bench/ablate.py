@@ -43,7 +43,8 @@ BOOK = "--steps 24 --questions 8 --eval-questions 200"  # most of the gain comes
 # fmt: off
 GRIDS: dict[str, dict[str, str]] = {  # grid -> variant -> flags of train.py; the first is the baseline
     "curriculum": {
-        "0 to .5": "", "its mean": "--noise-shape constant", "reverse": "--noise-shape reverse",
+        "0 to .5": "", "its mean": "--noise-shape constant",
+        "falling, its mean": "--noise-start .317 --noise-end 0", "reverse": "--noise-shape reverse",
         "none": "--noise-end 0", "constant .5": "--noise-start .5",
     },
     "simulator": {
