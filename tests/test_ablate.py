@@ -116,20 +116,12 @@ def test_every_variant_is_made_of_flags_that_exist():
 
 def test_a_run_that_fails_is_named(tmp_path, grid, capsys):
     """One failed run of thirty must not be a hole in the table, nor a traceback."""
+    missing, rows = tmp_path / "no", tmp_path / "rows.jsonl"
+    argv = ["tiny", "--seeds", "2", "--flags", f"--data toy --policy {missing}", "--rows", str(rows)]
     with pytest.raises(SystemExit) as stop:
-        argv = [
-            "tiny",
-            "--seeds",
-            "2",
-            "--flags",
-            "--group 0",
-            "--out",
-            str(tmp_path),
-            "--rows",
-            str(tmp_path / "r"),
-        ]
-        screened(lambda: ablate.main(argv))
+        screened(lambda: ablate.main([*argv, "--out", str(tmp_path)]))
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and "2 runs failed" in err and "--group must be at least 1" in err
+    assert stop.value.code == 2 and "2 runs failed" in err and str(missing) in err.split("--help")[0]
+    assert not rows.exists()
     with pytest.raises(ValueError, match="no grid x: there are curriculum"):
         ablate.main(["x"])
