@@ -46,7 +46,7 @@ class Task:
         return questions, held, self.live
 
     def practice(self, noise: float) -> Search:
-        """The real engine for training questions (--sim engine); noise: of the curriculum, if it can."""
+        """The real engine for training questions (--sim real); noise: of the curriculum, if it can."""
         return self.live
 
     def to_evaluate(self) -> dict[str, list[Question]]:

@@ -48,7 +48,7 @@ GRIDS: dict[str, dict[str, str]] = {  # grid -> variant -> flags of train.py; th
         "none": "--noise-end 0", "constant .5": "--noise-start .5",
     },
     "simulator": {
-        "fine-tuned": "", "prompted": "--sft-steps 0", "self": "--sim self", "real engine": "--sim engine",
+        "fine-tuned": "", "prompted": "--sft-steps 0", "self": "--sim self", "real engine": "--sim real",
         "leaks": "--compat leak",
     },
     "documents": {"masked": "", "trained on": "--compat documents"},

@@ -34,7 +34,7 @@ LABELS = ("judge", "answer", "trajectory")
 POLICY = Flag("policy", str, "", "the body that searches: " + BODY, "BODY")
 ADAPTER = Flag("adapter", str, "", "PEFT directory of the policy's adapter (none: the body as it is)", "DIR")
 SIM = Flag("sim", str, "", "the simulator's body (the policy's: one copy), or http://HOST:PORT/v1", "BODY")
-OWN, REAL = "self", "engine"  # --sim: the policy writes its own documents; the real engine answers
+OWN, REAL = "self", "real"  # --sim: the policy writes its own documents; the real engine answers
 SIM_ADAPTER = Flag("sim-adapter", str, "", "PEFT directory of a fine-tuned simulator (none: prompted)", "DIR")
 POLICY_PROMPT = Flag("policy-prompt", str, "", "short, JSON: prompt, notice, system (the adapter's)", "FILE")
 SIM_PROMPT = Flag("sim-prompt", str, "", "sft, prompted, short, JSON (the adapter's, or prompted)", "FILE")
@@ -72,7 +72,7 @@ RESUME = Flag("resume", bool, False, "go on with the run in --out")
 TRAIN: Groups = {
     "bodies": [
         replace(POLICY, help="the body that learns to search: " + BODY),
-        replace(SIM, help=SIM.help + f"; {OWN}: the policy itself; {REAL}: none, the real engine"),
+        replace(SIM, help=SIM.help + f"; {OWN}: the policy itself; {REAL}: a real search engine"),
         replace(ADAPTER, help="start from this PEFT adapter of the policy"),
         SIM_ADAPTER,
         POLICY_PROMPT,

@@ -96,7 +96,7 @@ def test_a_run_against_itself(tmp_path, capsys):
 def test_a_run_against_the_real_engine(tmp_path, capsys):
     """Training on the held-out world's facts would be cheating; without the curriculum's noise, an engine is
     not to be compared with a simulator."""
-    a = flags.settle("train", {"sim": "engine", "eval-questions": 9})
+    a = flags.settle("train", {"sim": "real", "eval-questions": 9})
     task = kind(a.task)(a)
     asked = task.to_train()[0]
     assert a.sft_steps == 0
@@ -111,12 +111,10 @@ def test_a_run_against_the_real_engine(tmp_path, capsys):
             )
     out = tmp_path / "run"
     argv = ["--steps", "2", "--questions", "2", "--group", "3", "--eval-questions", "4", "--noise-start", "1"]
-    train.main([*argv, "--sim", "engine", "--noise-end", "1", "--out", str(out)])
+    train.main([*argv, "--sim", "real", "--noise-end", "1", "--out", str(out)])
     row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert row["noise"] == 1 and row["searches"] > 0 and list(row["simulator"]) == ["noisy"]
     for more, what in (["--sft-steps", "3"], "has no simulator"), (["--data", "x.jsonl"], "--eval-search"):
         with pytest.raises(SystemExit):
-            screen.run(
-                lambda more=more: train.main(["--sim", "engine", *more, "--out", str(tmp_path / "no")])
-            )
+            screen.run(lambda more=more: train.main(["--sim", "real", *more, "--out", str(tmp_path / "no")]))
         assert what in capsys.readouterr().err
