@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     if next(iter(runs)) not in results:
         raise ValueError(f"{a.rows} has no run of the first variant of {a.grid} with these flags")
     more = "" if a.flags == BOOK else f' --flags "{a.flags}"'
-    told = {f"{row['machine']}, commit {row['commit']}" for mine in results.values() for row in mine.values()}
+    told = {f"{x['machine']}, commit {x['commit']}" for mine in results.values() for x in mine.values()}
     command = f"python -m bench.ablate {a.grid} --seeds {a.seeds}{more}"
     text = f"`{command}`; every run with `{a.flags}`; {'; '.join(sorted(told))}.\n\n{table(a, results)}"
     print(text)
