@@ -88,7 +88,7 @@ PAIRED = ("F1 sampled", "engine noise .3")
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}"><style>
 text {{ font: 11px system-ui, sans-serif; fill: #5f6b76; }} text[class] {{ fill: currentColor; }}
 .c0 {{ color: #0072b2; }} .c1 {{ color: #d55e00; }} .line {{ fill: none; stroke: currentColor; }}
-.line {{ stroke-width: 2; }} .grid {{ stroke: #dcdad2; }}
+.line {{ stroke-width: 2; }} .axis {{ stroke: #dcdad2; }}
 [data-name=band] {{ stroke: none; fill: currentColor; fill-opacity: .18; }}
 </style><rect width="{0}" height="{1}" rx="8" fill="#fff"/>
 """
