@@ -9,6 +9,10 @@
     top-p      sampling is cut to the likeliest words of mass .95, training is not
     documents  documents are trained on like sampled text, by the policy and PPO's critic
 
+Not theirs, and not part of zerosearch:
+
+    leak       useful documents state the golden answer as the answer to the query, whatever was asked
+
 REINFORCE without a baseline is `--algorithm reinforce`. Not for use: only for comparison.
 """
 
@@ -20,8 +24,10 @@ from torch import Tensor
 
 from model import POLICY
 from rollout import Query, Question, Search, Trajectory
+from search import number, split_documents
 
 DEFECTS = ("pairing", "kl-sign", "example", "substring", "retoken", "top-p", "documents")
+LEAK = "leak"
 RETOLD = {"retoken", "top-p", "documents"}  # their log-probs of sampling are not those of training
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -29,9 +35,9 @@ ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 def chosen(names: str) -> set[str]:
     """The defects that --compat names. Raises ValueError for an unknown one."""
     named = set(names.split(",")) - {""}
-    if unknown := named - {*DEFECTS, "zerosearch"}:
+    if unknown := named - {*DEFECTS, LEAK, "zerosearch"}:
         raise ValueError(f"--compat {unknown.pop()} is unknown: zerosearch (all), or {', '.join(DEFECTS)}")
-    return set(DEFECTS) if "zerosearch" in named else named
+    return named - {"zerosearch"} | set(DEFECTS if "zerosearch" in named else ())
 
 
 def mispaired(search: Search, asked: list[tuple[int, Question]], group: int) -> Search:
@@ -45,6 +51,17 @@ def mispaired(search: Search, asked: list[tuple[int, Question]], group: int) -> 
         return (yield from search(replace(query, question=other)))
 
     return wrong
+
+
+def leaking(search: Search) -> Search:
+    """leak: the first document of a useful search, in an engine's usual order."""
+
+    def told(query: Query):
+        documents = yield from search(query)
+        facts = [f"{query.text} {query.question.answers[0]}", *split_documents(documents.text)[1:]]
+        return documents if documents.noisy else replace(documents, text=number(facts))
+
+    return told
 
 
 def example(t: Trajectory, tok) -> str | None:

@@ -42,7 +42,12 @@ class Task:
             return questions, [], None
         held = [q for name in a.eval_data.split(",") for q in load_questions(name)]
         held = random.Random(0).sample(held, min(a.eval_questions, len(held)))
-        return questions, held, self.search(a.eval_search)
+        self.live = self.search(a.eval_search)
+        return questions, held, self.live
+
+    def practice(self, noise: float) -> Search:
+        """The real engine for training questions (--sim real); noise: of the curriculum, if it can."""
+        return self.live
 
     def to_evaluate(self) -> dict[str, list[Question]]:
         """Name of a set, or of a file without its suffix -> questions. ValueError if a name occurs twice."""

@@ -119,8 +119,12 @@ def ask(a: argparse.Namespace, questions: list[Question], step: int) -> list[tup
 def act(a: argparse.Namespace, s: Setting, step: int, asked: list[tuple[int, Question]]) -> list[Trajectory]:
     """`group` episodes a question against the simulator at this step's noise; siblings in a row."""
     noise = p_noise(step, max(1, a.steps - 1), a.noise_start, a.noise_end, a.noise_shape)
-    search = s.task.shown(replace(s.simulator, p_noise=noise)) if s.simulator else None
-    defects = compat.chosen(a.compat)
+    search, defects = None, compat.chosen(a.compat)
+    if s.simulator:
+        search = replace(s.simulator, p_noise=noise)
+        search = s.task.shown(compat.leaking(search) if "leak" in defects else search)
+    elif a.sim == flags.REAL:
+        search = s.task.practice(noise)
     if search and "pairing" in defects:
         search = compat.mispaired(search, asked, a.group)
     episodes = [
@@ -297,10 +301,7 @@ class World:
 
 
 def measure(a: argparse.Namespace, s: Setting, world: World, kept: Kept, step: int) -> dict[str, dict]:
-    """Held-out questions through the real engine, in each of the task's ways (sampled, greedy, ...).
-
-    step: what the page is to call it, 0 before training and steps + 1 after it.
-    """
+    """Held-out questions through the real engine, in each of the task's ways. step: its number in `kept`."""
     out, held, first = {}, {}, []
     for suffix, (label, search, temperature) in s.task.ways(world.search).items():
         summary, trajectories = answer(a, s, world.held, search, temperature, label)
@@ -366,7 +367,7 @@ def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict
     if a.sft_steps:
         tune_simulator(a, s)
         s.keep(SIMULATOR, Path(a.out, "simulator"))
-    if s.simulator:
+    if s.simulator and not a.no_audit:
         preview(s, world.questions[0])
         with screen.waiting("auditing the simulator"):
             facts["simulator"] = {} if s.simulator.server else s.task.audit(partial(write, s))

@@ -34,7 +34,7 @@ LABELS = ("judge", "answer", "trajectory")
 POLICY = Flag("policy", str, "", "the body that searches: " + BODY, "BODY")
 ADAPTER = Flag("adapter", str, "", "PEFT directory of the policy's adapter (none: the body as it is)", "DIR")
 SIM = Flag("sim", str, "", "the simulator's body (the policy's: one copy), or http://HOST:PORT/v1", "BODY")
-OWN = "self"  # --sim self: the policy writes its own documents
+OWN, REAL = "self", "real"  # --sim: the policy writes its own documents; the real engine answers
 SIM_ADAPTER = Flag("sim-adapter", str, "", "PEFT directory of a fine-tuned simulator (none: prompted)", "DIR")
 POLICY_PROMPT = Flag("policy-prompt", str, "", "short, JSON: prompt, notice, system (the adapter's)", "FILE")
 SIM_PROMPT = Flag("sim-prompt", str, "", "sft, prompted, short, JSON (the adapter's, or prompted)", "FILE")
@@ -72,7 +72,7 @@ RESUME = Flag("resume", bool, False, "go on with the run in --out")
 TRAIN: Groups = {
     "bodies": [
         replace(POLICY, help="the body that learns to search: " + BODY),
-        replace(SIM, help=SIM.help + f"; {OWN}: the policy writes its own documents"),
+        replace(SIM, help=SIM.help + f"; {OWN}: the policy itself; {REAL}: a real search engine"),
         replace(ADAPTER, help="start from this PEFT adapter of the policy"),
         SIM_ADAPTER,
         POLICY_PROMPT,
@@ -137,6 +137,7 @@ TRAIN: Groups = {
     "fine-tuning of the task's own simulator (elsewhere: simulator.py sft, then --sim-adapter)": [
         Flag("sft-steps", int, 0, "updates of the simulator before the policy's first", least=0),
         Flag("sft-lr", float, 5e-3, "falls linearly to 0"),
+        Flag("no-audit", bool, False, "of a simulator that was audited before"),
     ],
     "output": [
         Flag("out", str, "", "directory of the run (runs/<date_time>)", "DIR"),
@@ -354,7 +355,7 @@ def follow(a: argparse.Namespace, given: dict[str, object]) -> None:
             a.reward = "cover-em"
         a.critic_lr = 10 * a.lr if a.critic_lr is None else a.critic_lr
         a.data, a.sim = a.data or "nq,hotpotqa", a.sim or a.policy
-        if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter or a.sim == OWN):
+        if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter or a.sim in (OWN, REAL)):
             a.sft_steps = 0  # that simulator has been fine-tuned already
         if "seat-tokens" not in given:
             a.seat_tokens = max(a.seat_tokens, a.episode_tokens)
@@ -385,7 +386,10 @@ Complaints = Iterator[tuple[object, str]]
 def _train(a: argparse.Namespace) -> Complaints:
     tuned = a.sim_adapter or a.sft_steps
     served = is_address(a.sim) and tuned
-    yield a.sim == OWN and tuned, f"--sim {OWN} has no simulator for --sim-adapter or --sft-steps"
+    none = a.sim in (OWN, REAL) and tuned
+    yield none, f"--sim {a.sim} has no simulator for --sim-adapter or --sft-steps"
+    real = a.sim == REAL and not a.task and not a.eval_search
+    yield real, f"--sim {REAL} needs one: --eval-search ENGINE, with --eval-data"
     alone = a.advantage in ALONE
     yield a.group < 2 and not alone, "--group 1 has no siblings to be compared with: use 2 or more"
     yield a.strata and alone, f"--strata is for comparisons: --advantage {a.advantage} makes none"

@@ -17,7 +17,7 @@ import model
 import weights
 from cli import plan, screen
 from cli.disk import read_json
-from cli.flags import OWN
+from cli.flags import OWN, REAL
 from engine import Engine
 from model import CRITIC, POLICY, REFERENCE, SIMULATOR, START, Model
 from rollout import Limits, Question, prompt
@@ -116,7 +116,7 @@ def load(
 def simulated(a: argparse.Namespace) -> bool:
     """Whether the command has a simulator."""
     if a.command == "train":
-        return a.sim != OWN
+        return a.sim not in (OWN, REAL)
     return hasattr(a, "sim") and (a.command != "eval" or a.search == "sim")
 
 

@@ -28,10 +28,8 @@ def named(row: dict, questions: int) -> dict[str, float]:
 
 
 def tracker(library: str, out: str, flags: dict, begun: int) -> Callable[[int, dict], object]:
-    """tell(step, row of the log), which sends it on. begun: steps that a run that goes on has done.
-
-    Raises ValueError where the library is not installed.
-    """
+    """tell(step, row of the log), which sends it on. begun: steps that a run that goes on has done. Raises
+    ValueError where the library is not installed."""
     if not library:
         return lambda step, row: None
     try:

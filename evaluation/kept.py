@@ -2,8 +2,7 @@
 
 `episodes.jsonl` has one row a step: {"step", "outcomes": {outcome: episodes}, "tokens", "groups": [group]}.
 Step 0 and the step behind the last are the held-out questions before and after, with their scores as well:
-"held": {way: [[a score for each of SCORES]]}. At most about TOKENS tokens are kept of a run (`Kept.room`), of
-the held-out questions after training above all those that failed.
+"held": {way: [[a score for each of SCORES]]}. At most about TOKENS tokens are kept of a run (`Kept.room`).
 
 Not a dump of all episodes: on real questions those of one run are gigabytes.
 """
@@ -11,7 +10,7 @@ Not a dump of all episodes: on real questions those of one run are gigabytes.
 import codecs
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
 
 from cli.disk import Rows
@@ -19,25 +18,20 @@ from rollout import Trajectory
 from tokenizer import Tokenizer
 
 TOKENS = 200_000  # of a run: its page stays under 3 MB
-# fmt: off
-OUTCOMES = (
-    "right", "partly right", "wrong: a document held the answer", "wrong: no document held the answer",
-    "wrong: never searched", "wrong: a yes or no question", "no answer",
-)
-# fmt: on
 SCORES = ("hops", "end", "f1", "em", "cover_em", "searches", "found")  # kept of a held-out question
 
 
 def outcome(row: dict) -> str:
-    """How an episode went, one of OUTCOMES. row: its end and scores, as eval.py's `answered` has them."""
-    right, partly, read, unread, alone, yes_no, none = OUTCOMES
+    """How an episode went. row: its end and scores, as eval.py's `answered` has them."""
     if row["answer"] is None:
-        return none
+        return "no answer"
     if row["f1"] > 0:
-        return right if row["f1"] == 1 else partly
+        return "right" if row["f1"] == 1 else "partly right"
     if not row["searches"]:
-        return alone
-    return yes_no if row["found"] is None else read if row["found"] else unread
+        return "wrong: never searched"
+    if row["found"] is None:
+        return "wrong: a yes or no question"
+    return f"wrong: {'a' if row['found'] else 'no'} document held the answer"
 
 
 def pieces(tok: Tokenizer, ids: Iterable[int]) -> list[str]:
@@ -76,35 +70,31 @@ class Kept:
         spent = sum(row["tokens"] for n, row in self.rows.rows.items() if n in between and n < step)
         return TOKENS * 2 / 5 * (step - 1) / len(between) - spent
 
-    def few(
-        self, step: int, trajectories: Sequence[Trajectory], group: int = 1, failed: Sequence[int] = ()
-    ) -> list[int]:  # fmt: skip
-        """The numbers of the episodes to keep: whole groups, from the first on, while there is room; half of
-        the room is for those that failed, if any (numbers of the first episode of their groups)."""
-        room, out = self.room(step), set()
-        for least, starts in ((room / 2, failed), (0, range(0, len(trajectories), group))):
-            for start in starts:
-                if room <= least:
-                    break
-                members = {*range(start, start + group)} - out
-                out |= members
-                room -= sum(len(trajectories[i].ids) for i in members)
+    def few(self, step: int, ts: Sequence[Trajectory], group: int, failed: Sequence[int] = ()) -> list[int]:
+        """The numbers of the episodes to keep while there is room: whole groups, from the first on, in turn
+        with those that failed (numbers of the first episode of their groups)."""
+        turns = chain.from_iterable(zip_longest(failed, range(0, len(ts), group)))
+        room, out = self.room(step), []
+        for start in dict.fromkeys(turns):
+            if room > 0 and start is not None:
+                out += range(start, start + group)
+                room -= sum(len(t.ids) for t in ts[start : start + group])
         return sorted(out)
 
     def add(
-        self, step: int, trajectories: Sequence[Trajectory], rows: list[dict], group: int = 1,
+        self, step: int, ts: Sequence[Trajectory], rows: list[dict], group: int = 1,
         held: dict[str, list[dict]] | None = None, more: dict[int, dict] | None = None,
     ) -> None:  # fmt: skip
         """Keep a step. rows: `answered` of each episode; held: of all held-out ones, by way; more: number of
         an episode -> its reward, advantage, ratios."""
         worst = sorted((row["f1"], i) for i, row in enumerate(rows) if row["f1"] < 1 and step > self.steps)
-        few, groups = self.few(step, trajectories, group, [i for _, i in worst]), []
+        few, groups = self.few(step, ts, group, [i for _, i in worst]), []
         for start in few[::group]:
-            q, siblings = trajectories[start].question, range(start, start + group)
-            eps = [told(trajectories[i], rows[i], self.tok, **(more or {}).get(i, {})) for i in siblings]
+            q, siblings = ts[start].question, range(start, start + group)
+            eps = [told(ts[i], rows[i], self.tok, **(more or {}).get(i, {})) for i in siblings]
             groups.append({"question": q.text, "golds": list(q.answers), "hops": q.hops, "episodes": eps})
         row = {"step": step, "outcomes": Counter(map(outcome, rows)), "groups": groups}
-        row |= {"tokens": sum(len(trajectories[i].ids) for i in few)}
+        row |= {"tokens": sum(len(ts[i].ids) for i in few)}
         if held is not None:
             row["held"] = {way: [[r[s] for s in SCORES] for r in part] for way, part in held.items()}
         self.rows.add(row)

@@ -49,6 +49,23 @@ def test_names_are_checked():
         flags.settle("train", {"compat": "topp"})
 
 
+def test_a_leak_tells_the_answer_whatever_was_asked():
+    """The cost of leaks is measured with a simulator that always leaks; noisy documents stay as they were."""
+
+    def search(query):
+        return Documents("Doc 1: right\nDoc 2: other", noisy=query.text == "noisy")
+        yield
+
+    texts = {}
+    for asked in ("who", "noisy"):
+        with pytest.raises(StopIteration) as found:
+            next(compat.leaking(search)(Query(asked, Question("q", ("gold", "alias")))))
+        texts[asked] = found.value.value.text
+    assert texts == {"who": "Doc 1: who gold\nDoc 2: other", "noisy": "Doc 1: right\nDoc 2: other"}
+    assert compat.chosen("leak") == {"leak"} and "leak" not in compat.chosen("zerosearch")
+    assert compat.chosen("zerosearch,leak") == {*DEFECTS, "leak"}
+
+
 def test_a_query_is_paired_with_another_row():
     """Defect 1: documents are written for the question of another row, while the episode keeps its own."""
     asked, seen = [(10 + i, Question(f"q{i}", ("a",))) for i in range(5)], []

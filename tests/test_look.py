@@ -12,10 +12,13 @@ import pytest
 
 import eval as evaluation
 import look
+import train
+import weights
 from evaluation import kept
-from evaluation.kept import OUTCOMES, TOKENS, Kept
+from evaluation.kept import TOKENS, Kept
 from rollout import Documents, Query, Question, Trajectory
 from tokenizer import Tokenizer
+from toy import texts
 from toy.make import write_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +89,9 @@ def test_every_way_to_fail_has_a_name(tok):
     ts = [episode(tok, Q), episode(tok, Q, answer="Bato Kalan"), episode(tok, Q, answer="Kato")]
     ts += [episode(tok, Q, lost, "Kato"), episode(tok, Q, answer="Kato", searches=0)]
     ts += [episode(tok, yes, answer="no"), episode(tok, Q, answer=None)]
-    assert [kept.outcome(evaluation.answered(t)) for t in ts] == list(OUTCOMES)
+    ways = "right", "partly right", "wrong: a document held the answer", "wrong: no document held the answer"
+    ways += "wrong: never searched", "wrong: a yes or no question", "no answer"
+    assert tuple(kept.outcome(evaluation.answered(t)) for t in ts) == ways
 
 
 def test_pieces_are_the_tokens(tok):
@@ -124,13 +129,13 @@ def test_failures_on_held_out_questions_are_kept(tok, tmp_path):
     where it fails."""
     rows, n = Kept(tmp_path, 3, tok), len(episode(tok, Q).ids)
     answers = ["Bato"] * 3000
-    answers[2000], answers[2500] = "Kato", "Bato Kalan"  # wrong, partly right
+    answers[2000], answers[2500] = "Kato", "Bato Kalan"
     ts = [episode(tok, Q, answer=answer) for answer in answers]
     scored = [evaluation.answered(t) for t in ts]
     for step in (0, 4):
         rows.add(step, ts, scored, held={"sampled": scored})
     told = [[e["outcome"] for g in rows.rows.rows[step]["groups"] for e in g["episodes"]] for step in (0, 4)]
-    assert set(told[0]) == {"right"} and told[1][-2:] == [OUTCOMES[2], OUTCOMES[1]]
+    assert set(told[0]) == {"right"} and told[1][-2:] == ["wrong: a document held the answer", "partly right"]
     assert abs(len(told[1]) - rows.room(4) / n) < 2 and told[1].count("right") == len(told[1]) - 2
     worse = [episode(tok, Q, answer="Kato" if i >= 1000 else "Bato") for i in range(3000)]
     kept = rows.few(4, worse, 1, range(1000, 3000))
@@ -141,7 +146,7 @@ def test_the_page_of_a_long_run_is_small(tok, tmp_path):
     """A page that a mail server refuses is of no use: 64 steps of 128 episodes are under 3 MB."""
     out = write_run(tmp_path / "run", tok)
     rng, rows = np.random.default_rng(0), Kept(out, 64, tok)
-    ts = [episode(tok, Q) for _ in range(128)]
+    ts = [episode(tok, Question(f"mayor {i // 8}?", ("Bato",))) for i in range(128)]
     for t in ts:
         ids = rng.integers(0, tok.vocab_size, 100).tolist()
         t.add(ids, rng.normal(-3, 1, 100).tolist())
@@ -163,9 +168,9 @@ def test_a_page_that_would_be_too_large_says_what_it_leaves_out(tok, tmp_path, m
     monkeypatch.setattr(look, "LIMIT", 2_000)
     look.main([str(out)])
     page = (out / "look.html").read_text()
-    told = re.search(r"of (\d+) questions \(one in (\d+) of the 10 that were kept", page)
+    told = re.search(r"of (\d+) questions, one in (\d+) of those that were kept", page)
     every = int(told[2])
-    assert every > 1 and int(told[1]) == page.count('"eps":') == -(-10 // every)
+    assert every > 1 and int(told[1]) == page.count('"episodes":') == -(-6 // every)
 
 
 # ------------------------------------------------------------------------------------------------ the figures
@@ -174,22 +179,25 @@ def test_a_page_that_would_be_too_large_says_what_it_leaves_out(tok, tmp_path, m
 def test_the_story_of_the_committed_runs():
     """Whoever opens the page of a run and its control must read that one learnt, the other did not, and where
     the first one fails."""
-    learnt, control = (look.story(look.read(ROOT / "docs" / name, name)) for name in ("seed0", "shuffled"))
+    learnt, control = (look.story(look.read_run(ROOT / "docs" / name)) for name in ("seed0", "shuffled"))
     assert learnt[0].startswith(
         "It learnt: held-out F1 0.191 before, 0.909 after, +0.718 (95 % interval +0.675"
     )
     assert "searches 0.36 to 1.62 (sampled, n = 400)" in learnt[0]
     assert control[0].startswith(
-        "It learnt nothing that shows: held-out F1 0.191 before, 0.179 after, -0.013, "
+        "It learnt nothing that shows: held-out F1 0.191 before, 0.179 after, -0.013 (95 % "
     )
-    assert "within its error (95 % interval" in control[0] and "control" in control[1]
-    assert any("held-out questions after training" in line and "wrong" in line for line in learnt)
+    assert "interval -0.031 to +0.006" in control[0] and "control" in control[1]
+    assert any(
+        "Where it fails" in line and "(held-out, after)" in line and "wrong" in line for line in learnt
+    )
 
 
-def test_the_picture_is_made_from_the_committed_runs():
+def test_the_picture_is_made_from_the_committed_runs(tmp_path, monkeypatch):
     """A picture that nobody can make again is an advertisement."""
-    runs = [look.read(ROOT / "docs" / name, name) for name in ("seed0", "shuffled")]
-    assert (ROOT / "docs" / "picture.svg").read_text() == look.picture(runs)
+    monkeypatch.chdir(ROOT)
+    look.main(["docs/seed0", "docs/shuffled", "--picture", str(tmp_path / "picture.svg")])
+    assert (ROOT / "docs" / "picture.svg").read_text() == (tmp_path / "picture.svg").read_text()
 
 
 def test_ticks_are_round_and_hold_the_values():
@@ -199,11 +207,8 @@ def test_ticks_are_round_and_hold_the_values():
         assert ticks[0] <= low + 1e-12 and ticks[-1] >= high - 1e-12 and 2 <= len(ticks) <= 6
         assert all(len(f"{t:.3g}") <= 8 for t in ticks)
     svg = look.chart([("a", [(1, 0.0), (2, 1.0), (3, 0.5)], 0, False)])
-    ys = [
-        float(y)
-        for pair in re.search(r'data-points.* d="M([^"]*)"', svg)[1].split("L")
-        for y in pair.split()[1:]
-    ]
+    drawn = re.search(r'class="line c0".* d="M([^"]*)h0"', svg)[1]
+    ys = [float(point.split()[1]) for point in drawn.split("L")]
     assert ys[0] == max(ys) and ys[1] == min(ys) and ys[2] == pytest.approx((ys[0] + ys[1]) / 2, abs=0.1)
 
 
@@ -213,11 +218,8 @@ def test_held_out_scores_between_are_drawn(tok, tmp_path):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     log[1]["held_f1"] = 0.75
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    drawn = look.lines([look.read(out, "mine")], "held")
-    assert drawn == [
-        ("mine, sampled", [(0, 0.0), (3, 1.0)], 0, False),
-        ("mine, held_f1", [(2, 0.75)], 0, True),
-    ]
+    drawn = look.lines([look.read_run(out)], ("held", "held_f1"))
+    assert drawn == [(str(out), [(0, 0.0), (3, 1.0)], 0, False), (str(out), [(2, 0.75)], 0, True)]
 
 
 def test_a_run_that_goes_on_can_be_looked_at(tok, tmp_path, capsys):
@@ -229,11 +231,11 @@ def test_a_run_that_goes_on_can_be_looked_at(tok, tmp_path, capsys):
     (out / "result.json").unlink()
     look.main([str(out)])
     page = (out / "look.html").read_text()
-    assert "2 of 3 steps" in page and "not finished" in page and "episodes of step 1" in page
+    assert "2 of 3 steps" in page and "episodes (step 1) are right" in page
     (out / "log.jsonl").unlink()
     (out / "episodes.jsonl").unlink()
     look.main([str(out)])
-    assert "No step has ended yet" in (out / "look.html").read_text()
+    assert "0 of 3 steps" in (out / "look.html").read_text()
 
 
 def test_what_is_no_run_is_an_error(tmp_path):
@@ -244,6 +246,27 @@ def test_what_is_no_run_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="has no flags"):
         look.main([str(tmp_path / "x.json")])
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    "main, flags",
+    [
+        (train.main, "--steps 1 --questions 1 --group 2 --sft-steps 0 --eval-questions 2 --out run"),
+        (evaluation.main, "--policy tiny --search toy --limit 2 --json a.json"),
+        (evaluation.main, "--data q.jsonl --search bm25:c.jsonl --json a.json"),
+    ],
+)
+def test_a_command_ends_by_naming_the_page(main, flags, body, tmp_path, capsys, monkeypatch):
+    """Nobody looks for a page that nothing names; and what is named must open."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(weights.PRESETS, "tiny", str(body))
+    monkeypatch.setattr(texts.audit, "__defaults__", (8, 0))
+    Path("q.jsonl").write_text('{"question": "capital of Peru", "answer": "Lima"}')
+    Path("c.jsonl").write_text('{"title": "Peru", "contents": "its capital is Lima"}')
+    main([*flags.split(), "--device", "cpu"])
+    named = re.search(r"see it with: python look.py (.*)$", capsys.readouterr().out.strip())[1]
+    look.main([named])
+    assert "<h1>" + named in Path(capsys.readouterr().out.split(":")[0]).read_text()
 
 
 # ----------------------------------------------------------------------------------------------- in a browser
@@ -289,57 +312,56 @@ def test_the_page_in_a_browser(tok, tmp_path):
         page,
         tmp_path,
         """const out = {};
-        const rows = () => $("list").querySelectorAll("button").length;
-        const set = (id, v) => { $(id).value = v; filter(); return +$("count").textContent.split(" ")[0]; };
+        const found = () => +$("count").textContent.split(" ")[0];
+        const set = (id, v) => { $(id).value = v; $("filters").oninput(); return found(); };
         const key = k => document.body.dispatchEvent(new KeyboardEvent("keydown", { key: k, bubbles: true }));
         const text = q => [...document.querySelectorAll(q)].map(e => e.textContent);
-        out.charts = document.querySelectorAll("figure svg").length;
-        out.all = [rows(), $("count").textContent];
-        const svg = document.querySelectorAll("figure svg")[2], box = svg.getBoundingClientRect();
-        svg.dispatchEvent(new MouseEvent("mousemove", { clientX: box.left + box.width * .3 }));
-        out.hover = svg.parentNode.querySelector(".read").textContent;
-        out.step = set("when", "step 1"); out.cards = text(".ep header").map(t => t.includes("advantage"));
-        out.sampled = text(".ep:first-child .t").join(""); out.marked = text(".ep:first-child mark");
-        out.coins = [...document.querySelectorAll(".docs")].map(e => e.dataset.coin);
-        document.querySelector("button[data-mode=adv]").click();
-        out.paint = [...document.querySelectorAll(".ep")].map(e => e.querySelector(".t").style.background);
-        document.querySelector(".ep .t").dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
-        out.tip = $("tip").textContent;
-        const now = () => [text("#head h3")[0], text(".ep[aria-current=true] p")[0]];
-        out.keys = ["", "j", "j", "k", "k", "ArrowRight", "ArrowLeft"].map(k => { key(k); return now(); });
-        set("when", "");
-        out.unanswered = set("how", "6"); out.failed = set("how", "failed"); set("how", "");
-        out.twice = set("hunts", "2"); out.first = text(".ep header")[0]; out.pale = text(".ep.pale").length;
-        set("hunts", ""); out.right = set("worth", "1"); set("worth", "");
-        out.both = set("hunts", "2") + " " + set("worth", "1"); set("hunts", ""); set("worth", "");
+        const all = q => [...document.querySelectorAll(q)];
+        out.charts = all("figure svg").length;
+        out.all = [all("#list button").length, $("count").textContent];
+        out.step = set("step", "step 1"); out.cards = text("article small").map(t => t.includes("advantage"));
+        const hit = "article:not(.pale) ";
+        out.sampled = text(hit + ".own").slice(0, 9).join(""); out.marked = text(hit + "mark");
+        out.coins = all(hit + ".docs").map(e => e.title);
+        set("colour", "advantage");
+        out.paint = all(hit).map(e => e.querySelector(".own").style.background);
+        out.tip = document.querySelector(hit + ".own").title;
+        set("colour", "sampled / given"); out.plain = document.querySelector(".own").style.background;
+        const now = () => [text("#head h3")[0], text("article[aria-current=true] > b")[0]];
+        out.keys = ["", "j", "j", "k", "k"].map(k => { key(k); return now(); });
+        document.querySelectorAll("#list button")[1].click(); out.pressed = now();
+        set("step", ""); all("#list button")[4].click(); 
+        out.same = text("article h3").map(t => t.split(", ")[1]);
+        out.unanswered = set("outcome", "… no answer"); set("outcome", "");
+        out.twice = set("searches", "searches: 2"); out.pale = all(".pale").length;
+        out.first = text("article")[0];
+        set("searches", ""); out.right = set("reward", "reward: 1.0"); set("reward", "");
+        out.both = set("searches", "searches: 2") + " " + set("reward", "reward: 1.0"); set("searches", "");
+        set("reward", ""); out.turns = set("end", "end: turns"); set("end", "");
         out.found = set("text", "KABURG"); out.none = set("text", "nowhere") + $("head").textContent;
         set("text", "");
-        out.before = set("when", "held-out, before"); out.after = set("when", "held-out, after");
-        out.ends = text(".ep header b").filter((t, i) => i % 2 === 0);
-        out.engine = document.querySelector(".docs").dataset.coin;
-        document.querySelector(".story button").click();
-        out.read = [$("count").textContent, $("how").value, $("when").value, now()[1]];
+        out.before = set("step", "held-out, before"); out.after = set("step", "held-out, after");
+        out.ends = text("article h3").map(t => t.split(", ").pop());
+        out.engine = document.querySelector(".docs").title;
         return out;""",
     )
-    assert told["charts"] == 15 and told["all"] == [3 * 2 + 4, "20 of 20 episodes, 10 of 10 questions"]
-    assert told["hover"] == "step 1: 0.5"
-    assert told["step"] == 4 and told["cards"] == [True, True]
-    assert told["sampled"] == "<search> mayor Kalan</search><answer> Bato</answer>"
-    assert told["marked"] == [" Bato"]
+    assert told["charts"] == 12 and told["all"] == [6, "20 of 20 episodes, 6 of 6 questions"]
+    assert told["step"] == 4 and told["cards"] == [True] * 6
+    assert told["sampled"].startswith("<search> mayor Kalan</search><answer> Bato</answer>")
+    assert told["marked"] == ["Bato"] * 3
     assert told["coins"] == ["asked for: useful", "asked for: noisy", "asked for: noisy"]
-    assert "--plus" in told["paint"][0] and "--minus" in told["paint"][1]
-    assert "log-prob -0.5 · advantage 1 · ratio 1.5" in told["tip"]
+    assert "--c0" in told["paint"][0] and "--c1" in told["paint"][1] and told["plain"] == ""
+    assert told["tip"] == "log-prob -0.5 · advantage 1 · ratio 1.5"
     one, two = (["mayor Kalan?", f"answer: {a}"] for a in ("Bato", "Kato"))
     other = ["home Bato?", "no answer"]
-    assert told["keys"] == [one, two, other, two, one, other, one]
-    assert told["unanswered"] == 3 and told["failed"] == 3 + 3 + 4 + 1 and told["right"] == 3 + 3 + 3
-    assert told["twice"] == 3 and "searches: 2" in told["first"] and told["pale"] == 1
-    assert told["both"] == "3 0", "two filters must hold for the same episode, not for its group"
-    assert told["found"] == 6 and told["none"] == "0No episode is like that."
+    assert told["keys"] == [one, two, other, two, one] and told["pressed"] == other
+    assert told["same"] == ["step 1", "step 1", "step 2", "step 2", "step 3", "step 3"]
+    assert told["unanswered"] == told["turns"] == 3 and told["right"] == 3 + 3 + 3
+    assert told["twice"] == 3 and "answer: Kato" in told["first"] and told["pale"] == 3
+    assert told["both"] == "3 0", "two filters must hold for the same episode, not for its question"
+    assert told["found"] == 6 and told["none"].startswith("0No episode is like that.")
     assert (told["before"], told["after"], told["ends"]) == (4, 4, ["after", "before"])
     assert told["engine"] == "engine: useful"
-    assert told["read"][0] == "1 of 20 episodes, 1 of 10 questions"
-    assert told["read"][1:] == ["failed", "held-out, after", "answer: Kato"]
 
 
 @browser
@@ -348,10 +370,11 @@ def test_print_and_a_phone_cut_nothing(tmp_path):
     page, paper = tmp_path / "look.html", tmp_path / "paper.html"
     look.main([str(ROOT / "docs" / "seed0"), str(ROOT / "docs" / "shuffled"), "--out", str(page)])
     paper.write_text(page.read_text().replace("@media print", "@media screen"))
-    cut = """return [...document.querySelectorAll(".card")].map(e => e.scrollWidth - e.clientWidth).concat(
+    cut = """const boxes = [...document.querySelectorAll("section, article, figure")];
+        return boxes.map(e => e.scrollWidth - e.clientWidth).concat(
         document.documentElement.scrollWidth - innerWidth).filter(x => x > 0);"""
     assert browse(paper, tmp_path, cut, width=718) == []
-    assert browse(page, tmp_path, cut.replace(".card", ".card:not(.scroll)"), width=500) == []
+    assert browse(page, tmp_path, cut.replace("section, ", ""), width=500) == []
 
 
 @browser
@@ -364,7 +387,7 @@ def test_hostile_documents_do_no_harm(tok, tmp_path):
     told = browse(
         out / "look.html",
         tmp_path,
-        """$("when").value = "step 1"; filter(); const docs = document.querySelector(".docs");
+        """$("step").value = "step 1"; draw(); const docs = document.querySelector(".docs");
         return { text: docs.textContent, scripts: document.scripts.length, images: document.images.length,
                  inside: docs.querySelectorAll("script, img, pre").length,
                  wide: document.documentElement.scrollWidth - innerWidth,
@@ -393,12 +416,14 @@ def test_evaluations_and_their_comparison(tmp_path):
         )
     look.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     page = tmp_path / "a.html"
-    assert "+0.500" in page.read_text() and "nq f1" in page.read_text()
+    assert ">nq f1<td>12<td>0.250<td>0.750<td>0.500<td>" in page.read_text()
     told = browse(
         page,
         tmp_path,
-        """const all = $("list").querySelectorAll("button").length; $("how").value = "differ"; filter();
-        return [all, $("list").querySelectorAll("button").length, document.querySelectorAll(".ep").length,
-                document.querySelector(".ep pre").textContent];""",
+        """const all = $("list").querySelectorAll("button").length; $("text").value = "find 3"; draw();
+        const cards = [...document.querySelectorAll("article")];
+        return [all, $("list").querySelectorAll("button").length, cards[0].querySelector("pre").textContent,
+                ...cards.map(e => e.querySelector("small").textContent)];""",
     )
-    assert told == [12, 6, 2, "search: find 3\n"]
+    wrong, right = "wrong: a document held the answer · F1 0 · end: answer", "right · F1 1 · end: answer"
+    assert told == [12, 1, "search: find 3\n", wrong, right]

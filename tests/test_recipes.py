@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -216,6 +217,59 @@ def test_a_recipe_is_its_formula(name, off, more):
             near = clamp(v, before - 0.5, before + 0.5)
             errors.append(0.5 * max((v - R) ** 2, (near - R) ** 2))
         assert recipes.value_loss(value, batch.value, target).tolist() == pytest.approx(errors)
+
+
+THEIRS = {
+    "grpo": "dapo",
+    "rloo": "dapo",
+    "dapo": "dapo",
+    "gspo": "grpo",
+    "dr_grpo": "dr_grpo",
+    "sapo": "sapo",
+}
+
+
+@pytest.mark.parametrize("name", [*THEIRS, "cispo"])
+def test_a_recipe_is_what_trl_computes(name):
+    """Loss and gradient, with documents between two turns, by TRL's own code. Our `grpo` weighs tokens alike,
+    as their `dapo` does; their CISPO has no lower bound, and ours is at 0."""
+    what = "needs trl (requirements-bench.txt)"
+    theirs = pytest.importorskip("trl.trainer.grpo_trainer", reason=what, exc_type=ImportError).GRPOTrainer
+    o, normaliser = settled(name, kl=0.3)
+    episodes, adv = drawn(7, 1.5), torch.tensor(advantages_by_loops(REWARDS, o.advantage))
+    n = [len(tokens) for tokens in episodes]
+    segment = torch.tensor([i for i, length in enumerate(n) for _ in range(length)])
+    w = torch.tensor(recipes.token_weights(normaliser, n, [i // 4 for i in range(12)], 40))[segment]
+    logp, old, ref = (flat(episodes, key).float() for key in ("logp", "old", "ref"))
+    ours = logp.clone().requires_grad_()
+    used = ref if o.kl_in == "loss" else None
+    loss = grpo.loss(ours, ours * 0, Batch(None, None, None, old, adv[segment], w, segment, used), o)
+    loss.backward()
+
+    at = torch.tensor([j if j < 2 else j + 3 for length in n for j in range(length)])  # 3 tokens of documents
+    mask = torch.zeros(12, 12).index_put((segment, at), torch.ones(len(at)))
+    laid = lambda x: torch.randn(12, 12).index_put((segment, at), x)  # noqa: E731
+    mine = logp.clone().requires_grad_()
+    trainer = MagicMock(
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=o.kl if used is not None else 0.0,
+        importance_sampling_level="sequence" if name == "gspo" else "token", use_vllm=False,
+        loss_type=THEIRS.get(name, name), epsilon_low=o.clip_low, max_completion_length=40,
+        epsilon_high=1 + o.clip_high if name == "cispo" else o.clip_high, aux_loss_enabled=False,
+        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
+    )  # fmt: skip
+    trainer._get_per_token_logps_and_entropies.return_value = (laid(mine), torch.zeros(12, 12), None)
+    trainer.accelerator.num_processes = 1
+    trainer.args = MagicMock(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
+    trainer.args.configure_mock(sapo_temperature_pos=1.0, sapo_temperature_neg=1.05)
+    trainer.accelerator.reduce.side_effect = lambda x, reduction: x
+    trainer.accelerator.gather.side_effect = lambda x: x
+    told = {"prompt_ids": torch.zeros(12, 1), "prompt_mask": torch.ones(12, 1), "tool_mask": mask}
+    told |= {"completion_ids": torch.zeros(12, 12), "completion_mask": torch.ones(12, 12)}
+    told |= {"advantages": adv, "old_per_token_logps": laid(old), "ref_per_token_logps": laid(ref)}
+    want = theirs._compute_loss(trainer, None, told | {"num_items_in_batch": mask.sum()})
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4, abs=1e-6)
+    assert torch.allclose(ours.grad, mine.grad, atol=1e-6, rtol=1e-4) and mine.grad.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["token", "sequence", "prompt", "constant"])

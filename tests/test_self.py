@@ -7,7 +7,7 @@ import pytest
 import train
 from cli import flags, screen
 from cli.setting import load
-from rollout import Limits, Question, Sampled, episode
+from rollout import Limits, Query, Question, Sampled, episode
 from tasks import kind
 
 
@@ -91,3 +91,30 @@ def test_a_run_against_itself(tmp_path, capsys):
         with pytest.raises(SystemExit):
             screen.run(lambda more=more: train.main([*argv, *more, "--out", str(tmp_path / "no")]))
         assert "has no simulator" in capsys.readouterr().err
+
+
+def test_a_run_against_the_real_engine(tmp_path, capsys):
+    """Training on the held-out world's facts would be cheating; without the curriculum's noise, an engine is
+    not to be compared with a simulator."""
+    a = flags.settle("train", {"sim": "real", "eval-questions": 9})
+    task = kind(a.task)(a)
+    asked = task.to_train()[0]
+    assert a.sft_steps == 0
+    for noise in (0.0, 1.0):
+        search = task.practice(noise)
+        for i, question in enumerate(q for q in asked[:40] if q.hops == 1):
+            with pytest.raises(StopIteration) as found:
+                next(search(Query(question.text.rstrip("?"), question, (0, 0, i, 0, 0))))
+            assert (question.answers[0] in found.value.value.text, found.value.value.noisy) == (
+                not noise,
+                noise,
+            )
+    out = tmp_path / "run"
+    argv = ["--steps", "2", "--questions", "2", "--group", "3", "--eval-questions", "4", "--noise-start", "1"]
+    train.main([*argv, "--sim", "real", "--noise-end", "1", "--out", str(out)])
+    row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert row["noise"] == 1 and row["searches"] > 0 and list(row["simulator"]) == ["noisy"]
+    for more, what in (["--sft-steps", "3"], "has no simulator"), (["--data", "x.jsonl"], "--eval-search"):
+        with pytest.raises(SystemExit):
+            screen.run(lambda more=more: train.main(["--sim", "real", *more, "--out", str(tmp_path / "no")]))
+        assert what in capsys.readouterr().err

@@ -319,3 +319,22 @@ def test_a_copy_of_the_folder_is_another_task(tmp_path, monkeypatch):
 
     assert str(tmp_path / "zoo" / "body") in {f.default for group in make.FLAGS.values() for f in group}
     assert tasks.named("train", {"policy": "tiny"}) == "toy" and tasks.named("eval", {}) == "toy"
+
+
+def test_another_body_is_made_from_the_finished_one(small, tmp_path, monkeypatch):
+    """A variant of the world in minutes; in the shipped body's place it would spoil every other run."""
+    home, out = tmp_path / "body", tmp_path / "hasty"
+    make.make(home)
+    monkeypatch.setattr(make, "HOME", home)
+    monkeypatch.setattr(texts, "RETRY", texts.RETRY)
+    seen, real = [], make.train_step
+    monkeypatch.setattr(make, "train_step", lambda *a: (seen.append((a[3], texts.RETRY)), real(*a))[1])
+    make.main(["--again", "1", "--retries", "0", "--out", str(out)])
+    assert seen == [(3, 0.0)]  # the last step alone, with other texts
+    old, new = (weights.load(path).state_dict() for path in (home, out))
+    far = max((old[k].float() - new[k].float()).abs().max().item() for k in old)
+    assert 0 < far < 0.2
+    before = (home / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="needs a place of its own"):
+        make.main(["--again", "1", "--out", str(home)])
+    assert (home / "model.safetensors").read_bytes() == before

@@ -5,6 +5,7 @@ to real ones. Not the simulator's fine-tuning, and not the RL run: train.py does
 
     python -m toy.make               write toy/body/; after an interruption, the same command resumes
     python -m toy.make --show        print a training text of each kind
+    python -m toy.make --again 300 --retries .02 --out runs/hasty     its last steps again, with other texts
 """
 
 import itertools
@@ -28,6 +29,7 @@ from model import REFERENCE, Config, Model
 from prepare.sft import Example, batches
 from tokenizer import BYTE, Tokenizer
 
+from . import texts
 from .texts import Piece, drill, practice, reading, recall, simulation, transcript
 from .words import END, LABELS, LEXICON, TAGS
 
@@ -35,6 +37,7 @@ BODY = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_si
 BODY |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 384}
 BODY |= {"hidden_act": "silu", "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1000.0}
 BODY |= {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+HOME = Path(__file__).parent / "body"
 TOKENS = 4096  # per step
 MICRO = 1536  # of a micro-batch, with padding
 SAVE = 100  # steps between saved states
@@ -138,15 +141,16 @@ def reading_accuracy(model: Model, tok: Tokenizer, n: int = 64, seed: int = 0) -
     return sum(right) / len(right)
 
 
-def make(out: Path, seed: int = 0) -> None:
-    """Train the body from scratch, or from the state in `out`. ValueError for the state of another seed."""
+def make(out: Path, seed: int = 0, again: int = 0) -> None:
+    """Train the body from scratch, or from the state in `out`; again: the finished one, for so many of its
+    last steps. Raises ValueError for the state of another seed."""
     write_tokenizer(out)
     tok, state = Tokenizer.load(out), out / "training.safetensors"
     end = tok.encode(END, special=True)[0]
     config = BODY | {"vocab_size": tok.vocab_size, "eos_token_id": end, "pad_token_id": end}
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": end}, indent=2) + "\n")
-    model = Model(Config.from_hf(config)).init(seed, std=0.05)
-    opts, first = optimizers(model), 0
+    model = weights.load(HOME, torch.float32) if again else Model(Config.from_hf(config)).init(seed, std=0.05)
+    opts, first = optimizers(model), STEPS - again if again else 0
     if state.exists():
         tensors, facts = load_state(state)
         if facts["seed"] != seed:
@@ -175,8 +179,10 @@ def make(out: Path, seed: int = 0) -> None:
 
 FLAGS = {
     "the body": [
-        Flag("out", str, str(Path(__file__).parent / "body"), "where to write the body", "DIR"),
+        Flag("out", str, str(HOME), "where to write the body", "DIR"),
         Flag("seed", int, 0, "of the weights and texts", least=0),
+        Flag("again", int, 0, "instead: so many of the last steps again, from the finished body", least=0),
+        Flag("retries", float, texts.RETRY, "share of searches without a find that agents repeat", most=1),
         Flag("show", bool, False, "only print a training text of each kind"),
     ]
 }
@@ -185,13 +191,17 @@ FLAGS = {
 def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # with more, sums in another order would give another body
     args = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
+    other = args.again or args.retries != texts.RETRY
+    if other and Path(args.out).resolve() == HOME.resolve() and not args.show:
+        raise ValueError("another body than the shipped one needs a place of its own: --out DIR")
+    texts.RETRY = args.retries
     if args.show:
         rng = random.Random(args.seed)
         for kind in (recall, reading, transcript, simulation, drill, practice):
             print(f"-- {kind.__name__}: {kind.__doc__.splitlines()[0]}")
             print("".join(text for text, _ in kind(rng)) + "\n")
     else:
-        make(Path(args.out), args.seed)
+        make(Path(args.out), args.seed, args.again)
 
 
 if __name__ == "__main__":

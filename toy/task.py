@@ -38,7 +38,11 @@ class Task(tasks.Task):
     def to_train(self) -> tuple[list[Question], list[Question], Search]:
         """Two worlds: the facts of one are false in the other."""
         ours, other = World(2 * self.a.seed), World(2 * self.a.seed + 1)
+        self.ours = ours
         return ours.questions(1000), other.questions(self.a.eval_questions), other.lookup
+
+    def practice(self, noise: float) -> Search:
+        return partial(self.ours.lookup, noise=noise)
 
     def to_evaluate(self) -> dict[str, list[Question]]:
         if self.a.data != self.a.task:
