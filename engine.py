@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from queue import SimpleQueue
 
 import numpy as np
@@ -45,10 +46,12 @@ class Seat:
     context: object
     role: int
     fed: int = 0  # tokens in the cache
+    begun: int = 0  # of them, when its turn began to sample
+    limit: int = 0  # tokens that its turn may sample
     pending: list[int] = field(default_factory=list)  # sampled last, not in the cache yet
     job: Job | None = None
     turn: Turn | None = None
-    shared: tuple | None = None  # the key of the prompt it may lend to siblings
+    lends: list[tuple] = field(default_factory=list)  # keys in `Pool.prompts` under which it was entered
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Stats:
     """What a run cost."""
 
     prefilled: int = 0  # tokens fed in bulk
-    copied: int = 0  # prompt tokens that a sibling lent
+    copied: int = 0  # tokens of prompts that another seat lent
     decoded: int = 0  # tokens sampled
     steps: int = 0  # decode steps
     seconds: float = 0.0
@@ -64,6 +67,8 @@ class Stats:
 
 Tell = Callable[[int, int, Stats], None]
 Warp = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+PAGE = 64  # tokens: what two prompts share is copied in whole pages
+PATIENCE = 8  # on a GPU a prefill costs the host as much for one turn as for many: see `take`
 EARLY = 128  # episodes begun before they have a seat, at least: they keep a server busy
 NUMBERS = ("last id", "length", "count", "on", "limit", "kind of stops", "role")  # that a row has
 
@@ -86,7 +91,8 @@ class Pool:
             )
         model.pack(seats)
         self.model, self.tok, self.tensor = model, tok, partial(torch.tensor, device=model.device)
-        self.capacity, self.prefill, self.reserve = capacity, prefill, reserve
+        self.capacity, self.budget, self.reserve = capacity, prefill, reserve
+        self.patience = PATIENCE if kernels.compiled(model.cos) else 0
         self.cache = Cache(model.config, seats, capacity, model.dtype, model.device)
         self.stops: dict[tuple[str, ...], int] = {}
         self.closers = torch.zeros(0, model.config.vocab, dtype=torch.bool, device=model.device)
@@ -108,10 +114,10 @@ class Pool:
         """Empty every seat and read the adapters anew: the start of a run."""
         self.rows: list[Seat | None] = [None] * self.cache.seats
         self.busy = 0
-        self.on.zero_()
+        self.numbers.zero_()
         self.waiting = deque(), deque(), deque()  # (job, turn) by rank: see `take`
         self.seated: dict[int, Seat] = {}  # id of a context -> its seat
-        self.prompts: dict[tuple, Seat] = {}  # (role, prompt) -> a seat that holds it
+        self.prompts: dict[tuple, Seat] = {}  # (role, ids) -> the last seat that holds them at its beginning
         stack = self.model.stacked(self.stack)
         if stack is not self.stack or warp is not self.warp:
             self.graphs.clear()  # they read the old one
@@ -133,8 +139,9 @@ class Pool:
         """Free a seat that is not decoding."""
         self.rows[seat.row] = None
         self.seated.pop(id(seat.context), None)
-        if seat.shared is not None and self.prompts.get(seat.shared) is seat:
-            del self.prompts[seat.shared]
+        for key in seat.lends:
+            if self.prompts.get(key) is seat:
+                del self.prompts[key]
 
     def wait(self, job: Job, turn: Turn) -> None:
         """Queue a turn."""
@@ -143,8 +150,14 @@ class Pool:
 
     def take(self) -> list[Seat]:
         """Seat as many waiting turns as possible: first those that have a seat, then those that write
-        documents, then new episodes, but for some seats (else all could wait for documents for ever)."""
+        documents, then new episodes, but for some seats (else all could wait for documents for ever).
+        With `patience` none is, until there is one for that many busy rows: then they share a prefill."""
         free = [r for r in range(self.busy, len(self.rows)) if self.rows[r] is None]
+        seated, documents, new = map(len, self.waiting)
+        documents = min(documents, len(free))
+        new = min(new, max(0, len(free) - documents - self.reserve))
+        if self.patience and seated + documents + new < self.busy // self.patience:
+            return []
         taken = []
         for rank, reserve in enumerate((-1, 0, self.reserve)):
             while self.waiting[rank] and len(free) > reserve:
@@ -158,34 +171,62 @@ class Pool:
         return taken
 
     def feed(self, seats: list[Seat], stats: Stats) -> None:
-        """Bring the taken seats to where their last token is due: prompts once, siblings by copy."""
-        leaders, followers = [], []
+        """Bring the taken seats to where their last token is due. What another seat holds of a prompt, all of
+        it or whole pages of its beginning, is copied; who shares with a seat of this call waits a round."""
         for seat in seats:
             seat.pending += seat.turn.ids
             if (n := seat.fed + len(seat.pending)) >= self.capacity:
                 raise ValueError(f"{n} tokens do not fit in a seat of {self.capacity}")
-            key = (seat.role, tuple(seat.pending)) if seat.fed == 0 and n > 1 else None
-            lender = seat if key is None else self.prompts.setdefault(key, seat)
-            if lender is seat:
-                leaders.append(seat)
-                seat.shared = seat.shared or key
-            else:
-                followers.append((seat, lender))
-        first = self.busy
-        for seat in sorted(leaders, key=lambda s: len(s.pending)):
+        wave, copies = seats, []
+        while wave:
+            now, later, coming = [], [], set()
+            for seat in wave:
+                keys = self.prefixes(seat)
+                held = next((key for key in keys if key in self.prompts), (seat.role, ()))
+                ahead = next((key for key in keys if key in coming), (seat.role, ()))
+                if keys and keys[0] in (held, ahead):
+                    copies.append((seat, keys[0]))
+                elif len(ahead[1]) > len(held[1]):
+                    later.append(seat)
+                else:
+                    coming.update(keys)
+                    now.append((len(seat.pending) - len(held[1]), seat, held, keys))
+            self.prefill(sorted(now, key=itemgetter(0)), stats)
+            wave = later
+        for seat, key in copies:
             self.join(seat)
-        while first < self.busy:  # in batches under the token budget
+            self.borrow(seat, key, stats)
+        self.begin(seats)
+
+    def prefixes(self, seat: Seat) -> list[tuple]:
+        """What a new seat may copy, longest first: (role, all ids that are fed), then whole pages of them."""
+        n = len(seat.pending) - 1
+        sizes = [n, *range((n - 1) // PAGE * PAGE, 0, -PAGE)] if seat.fed == 0 < n else []
+        return [(seat.role, tuple(seat.pending[:size])) for size in sizes]
+
+    def prefill(self, seats: list[tuple], stats: Stats) -> None:
+        """Feed the seats of a round, in batches under the token budget; then they can lend."""
+        first = self.busy
+        for _, seat, held, _ in seats:
+            self.join(seat)
+            if held[1]:
+                self.borrow(seat, held, stats)
+        while first < self.busy:
             end = first + 1
-            while end < self.busy and (end + 1 - first) * (len(self.rows[end].pending) - 1) <= self.prefill:
+            while end < self.busy and (end + 1 - first) * (len(self.rows[end].pending) - 1) <= self.budget:
                 end += 1
             self.extend(slice(first, end), stats)
             first = end
-        for seat, leader in followers:
-            seat.fed = len(seat.pending) - 1
-            self.cache.copy(leader.row, seat.row, seat.fed)
-            stats.copied += seat.fed
-            self.join(seat)
-        self.begin(seats)
+        for _, seat, _, keys in seats:
+            seat.lends += keys
+            self.prompts.update(dict.fromkeys(keys, seat))
+
+    def borrow(self, seat: Seat, key: tuple, stats: Stats) -> None:
+        """Copy the beginning of a prompt from the seat that holds it."""
+        seat.fed = len(key[1])
+        self.cache.copy(self.prompts[key].row, seat.row, seat.fed)
+        stats.copied += seat.fed
+        del seat.pending[: seat.fed]
 
     def join(self, seat: Seat) -> None:
         """Make a seat the last of the busy ones."""
@@ -218,7 +259,7 @@ class Pool:
         columns = []
         for seat in seats:
             turn, r = seat.turn, seat.row
-            limit = min(turn.limit, self.capacity - seat.fed - 1)
+            seat.begun, seat.limit = seat.fed, (limit := min(turn.limit, self.capacity - seat.fed - 1))
             columns.append((seat.pending[-1], seat.fed, 0, 1, limit, self.kind_of(turn.stops), seat.role))
             seat.pending = []
             if turn.temperature > 0:
@@ -250,8 +291,9 @@ class Pool:
         for seat in seats:
             seat.fed += 1
         due = self.due[: self.busy].nonzero()[:, 0].tolist()  # all that is fetched, unless a turn may be over
-        ended = [(seats[i], self.ended(seats[i])) for i in due]
-        return [(seat.job, self.finish(seat, end)) for seat, end in ended if end]
+        said = [(seats[i], self.ids[i, : seats[i].fed - seats[i].begun].tolist()) for i in due]
+        ended = [(seat, ids, self.ended(seat, ids)) for seat, ids in said]
+        return [(seat.job, self.finish(seat, ids, end)) for seat, ids, end in ended if end]
 
     def decode(self, n: int, upto: int, role: int | torch.Tensor, on: torch.Tensor | None = None) -> None:
         """Sample a token for the first n rows, all on the device; then none holds more than `upto` tokens.
@@ -286,20 +328,18 @@ class Pool:
             self.graphs[n] = graph
         self.graphs[n].replay()
 
-    def ended(self, seat: Seat) -> str | None:
-        """Why a row's turn is over, if it is."""
-        n = int(self.count[seat.row])
-        said = [*seat.turn.before, *self.ids[seat.row, :n].tolist()]
-        if said[-1] in self.tok.eos:
+    def ended(self, seat: Seat, ids: list[int]) -> str | None:
+        """Why a turn that has sampled these ids is over, if it is."""
+        if ids[-1] in self.tok.eos:
             return "eos"
-        if stopped(said, seat.turn.stops, self.tok):
+        if stopped([*seat.turn.before, *ids], seat.turn.stops, self.tok):
             return "stop"
-        return "limit" if n >= int(self.limit[seat.row]) else None
+        return "limit" if len(ids) >= seat.limit else None
 
-    def finish(self, seat: Seat, end: str) -> Sampled:
+    def finish(self, seat: Seat, ids: list[int], end: str) -> Sampled:
         """Take a row out of the batch: its place goes to the last busy row."""
-        r, n = seat.row, int(self.count[seat.row])
-        ids, logps = self.ids[r, :n].tolist(), self.logps[r, :n].tolist()
+        r = seat.row
+        logps = self.logps[r, : len(ids)].tolist()
         if not math.isfinite(sum(logps)):
             raise ValueError("sampling met logits that are not finite: use --dtype bf16 or fp32")
         seat.pending = ids[-1:]
@@ -309,7 +349,7 @@ class Pool:
             self.numbers[:, r] = self.numbers[:, self.busy]
             for column in (self.temperature, self.u, self.ids, self.logps):
                 column[r] = column[self.busy]
-        self.on[self.busy] = 0
+        self.numbers[:, self.busy] = 0  # off, and of length 0: in a bucket's rows beyond, nothing is read
         if seat.context is None:
             self.release(seat)
         return Sampled(ids, logps, end)

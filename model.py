@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 
 REFERENCE, POLICY, SIMULATOR, CRITIC, START = 0, 1, 2, 3, 4
+NO_DROPOUT = {"preserve_rng_state": False}  # nothing here draws, so a recomputed layer needs no random state
 ROLES = 2  # roles that have an adapter and decode; the last two never do
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -333,7 +334,7 @@ class Model(nn.Module):
         for i, (layer, attend) in enumerate(zip(self.layers, attends)):
             mine = updates[4 * i : 4 * i + 4]
             if recompute and torch.is_grad_enabled():
-                x, delta = checkpoint(layer, x, delta, attend, mine, use_reentrant=False)
+                x, delta = checkpoint(layer, x, delta, attend, mine, use_reentrant=False, **NO_DROPOUT)
             else:
                 x, delta = layer(x, delta, attend, mine)
         return kernels.rms_norm(delta, self.norm, self.config.eps, residual=x)[0]
@@ -360,7 +361,9 @@ class Model(nn.Module):
         return (partial(attend, layer) for layer in w.layers)
 
     def logits(self, h: Tensor) -> Tensor:
-        """h (..., d) -> (..., V)."""
+        """h (..., d) -> (..., V); on a GPU in fp32, whatever the body's type."""
+        if kernels.compiled(h):
+            return kernels.mm_fp32(h.flatten(0, -2), self.head.T).unflatten(0, h.shape[:-1])
         return product(h, self.head, self.packed_head)
 
     def pack(self, rows: int) -> None:

@@ -178,17 +178,18 @@ def _compose(quality: str, *blocks: str) -> str:
     return text.replace("{quality}", quality).replace("{Quality}", quality.capitalize())
 
 
+# What changes from query to query comes last: prompts that begin alike are fed to the cache once (engine.py).
 # For a fine-tuned simulator: both prompts hold question and answer, neither an example.
 SFT_WORDS = SimWords(
     system="",
-    useful=_compose("useful", USEFUL, BACKGROUND, FORM, ASK),
-    noisy=_compose("noisy", NOISY, BACKGROUND, FORM, ASK),
+    useful=_compose("useful", USEFUL, FORM, BACKGROUND, ASK),
+    noisy=_compose("noisy", NOISY, FORM, BACKGROUND, ASK),
 )
 # For an LLM without fine-tuning: a worked example in each. A model never trained to withhold an answer does
 # it best when it does not know the answer, so the noisy prompt holds neither question nor answer.
 PROMPTED_WORDS = SimWords(
     system="",
-    useful=_compose("useful", USEFUL, BACKGROUND, FORM, USEFUL_EXAMPLE, ASK),
+    useful=_compose("useful", USEFUL, FORM, USEFUL_EXAMPLE, BACKGROUND, ASK),
     noisy=_compose("noisy", NOISY, FORM, NOISY_EXAMPLE, ASK),
 )
 # For a small body without fine-tuning: one sentence, asked for in as many words as it can follow.

@@ -27,6 +27,7 @@ from cli import plan, screen
 from cli.disk import read_json
 from cli.parser import Flag, parse, with_defaults
 
+from .counts import counts
 from .decoding import episodes, profile, sampling
 from .gpu import gpu
 from .growth import growth, memory
@@ -35,7 +36,7 @@ from .training import training
 from .work import installed
 
 # Each yields its rows, given a Run; its docstring says what is measured.
-SECTIONS = {f.__name__: f for f in (sampling, episodes, profile, training, growth, memory, gpu)}
+SECTIONS = {f.__name__: f for f in (counts, sampling, episodes, profile, training, growth, memory, gpu)}
 
 
 def about() -> str:

@@ -169,6 +169,10 @@ class Workload:
         rng = random.Random(row)
         return [rng.randint(self.shortest, self.longest) for _ in range(self.turns)]
 
+    def ordered(self, address: tuple[int, ...], query: list[int]) -> list[int]:
+        """The simulator's prompt for a query."""
+        return self.ids(1, n=self.order) + query
+
     def decoded(self) -> int:
         """Tokens sampled in all episodes, the simulator's included."""
         return sum(sum(self.lengths(r)) + (self.turns - 1) * self.documents for r in range(self.rows))
@@ -181,13 +185,14 @@ class Workload:
         """One episode. To the engine it looks like `rollout.episode`."""
         t, fed, (question, sibling) = Trajectory(Question("", ())), 0, divmod(row, self.group)
         t.add(self.ids(0, question, n=self.prompt))
-        for call, length in enumerate(self.lengths(row)):
+        lengths = self.lengths(row)
+        for call, length in enumerate(lengths):
             address = (0, 0, question, sibling, call)
             sampled = yield Turn(t.ids[fed:], POLICY, length, 1.0, (), (*address, TOKENS), t)
             t.add(sampled.ids, sampled.logps)
             fed = len(t.ids)
-            if call + 1 < self.turns:
-                order = self.ids(1, n=self.order) + sampled.ids
+            if call + 1 < len(lengths):
+                order = self.ordered(address, sampled.ids)
                 t.add((yield Turn(order, SIMULATOR, self.documents, 1.0, (), (*address, DOCUMENTS))).ids)
         return t
 

@@ -55,7 +55,7 @@ LENGTHS = [
 ]
 SIM_TOKENS = Flag("sim-tokens", int, 600, "what the simulator writes for one search", cpu=256)
 SEAT_TOKENS = Flag("seat-tokens", int, 4096, "an episode, or a simulator's prompt and documents", cpu=2048)
-SEATS = Flag("seats", int, 16, "rows decoded together")
+SEATS = Flag("seats", int, None, "rows decoded together (16; on a GPU as many as fit and are of use)")
 SEED = Flag("seed", int, 0, "of everything that is random", least=0, most=2**31)
 MACHINE = [
     Flag("dtype", tuple(DTYPES), "", "of the bodies (bf16 on a GPU, else fp32)"),

@@ -164,7 +164,7 @@ def acting(c: Config, s: Settings) -> dict[str, float]:
     """Peak bytes of one body: in prefill of prompts and documents, and in a decode step."""
     size, tokens = s.dtype.itemsize, max(s.micro_tokens, s.seat_tokens)
     if s.kernels:
-        feeding, logits = tokens * (4 * c.d + 3 * c.ffn) * size, s.seats * c.vocab * size
+        feeding, logits = tokens * (4 * c.d + 3 * c.ffn) * size, s.seats * c.vocab * 4  # fp32 from any type
     else:  # attention's mask; sampling makes four fp32 tables, in addition to logits in bf16 or fp16
         fed = 4 * (c.d + c.ffn) * (packed_type(c, s) or s.dtype).itemsize
         feeding = tokens * (fed + s.seat_tokens * size)
@@ -191,7 +191,7 @@ def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
         "gradient": 4 * n,
         "optimiser": 8 * n,
         f"cache of {s.seats} seats x {s.seat_tokens:,} tokens": cache(bodies, s),
-        "bookkeeping of the seats": len(bodies) * s.seats * (16 * s.seat_tokens + 64),
+        "bookkeeping of the seats": bookkeeping(bodies, s),
     }
     held |= {"weights again, packed": copies} if copies else {}
     feeding = max((acting(c, s) for c in bodies), key=lambda parts: sum(parts.values()))
@@ -204,6 +204,11 @@ def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
 def cache(bodies: Bodies, s: Settings) -> int:
     """Bytes of the keys and values of all seats of all bodies."""
     return sum(cache_token(c, s.dtype) for c in bodies) * s.seats * s.seat_tokens
+
+
+def bookkeeping(bodies: Bodies, s: Settings) -> int:
+    """Bytes of the seats' numbers: lengths and limits, ids, log-probs and uniforms."""
+    return len(bodies) * s.seats * (16 * s.seat_tokens + 64)
 
 
 def table(b: dict[str, int]) -> str:
@@ -233,6 +238,17 @@ def fit(bodies: Bodies, memory: float, s: Settings, useful: int = 640) -> tuple[
     if not found:
         raise ValueError(_refusal(bodies, room, s))
     return max(found, key=lambda one: one[0].seats)
+
+
+def acting_seats(bodies: Bodies, memory: float, s: Settings, useful: int = ENOUGH) -> int:
+    """The most seats, 2 to `useful`, with which bodies that are loaded can act in `memory` free bytes."""
+
+    def over(seats: int) -> bool:
+        t = replace(s, seats=seats)
+        peak = max(sum(acting(c, t).values()) for c in bodies)
+        return cache(bodies, t) + bookkeeping(bodies, t) + peak > memory * (1 - SPARE)
+
+    return max(2, bisect_left(range(1, useful + 1), True, key=over))
 
 
 def _trials(s: Settings) -> list[Settings]:

@@ -99,6 +99,8 @@ def load(
     if bodies and max(body.config.d for body, _ in bodies.values()) < SMALL:
         torch.set_num_threads(1)
     give_adapters(a, bodies)
+    if getattr(a, "seats", 0) is None:
+        a.seats = seats_for(a, [body.config for body, _ in loaded.values()])
     simulator = None
     if simulated(a):
         tok = bodies.get(SIMULATOR, (None, None))[1]
@@ -217,6 +219,15 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
     a.seats, a.micro_tokens, a.recompute = settings.seats, settings.micro_tokens, bool(settings.recompute)
     a.planned = True
     return f"plan for {memory / 2**30:.1f} GiB: {settings}\n{plan.table(budget)}"
+
+
+def seats_for(a: argparse.Namespace, shapes: list[model.Config]) -> int:
+    """The seats of a command that does not learn, for bodies that are loaded."""
+    if a.device == "cpu" or not shapes:
+        return 16
+    longest = getattr(a, "episode_tokens", 2047) + 1  # an audit's seats are as long as its prompts: shorter
+    s = plan.Settings(seat_tokens=longest, micro_tokens=8192, dtype=model.DTYPES[a.dtype])
+    return plan.acting_seats(shapes, free_memory(a.device), s)
 
 
 def rank_of(a: argparse.Namespace, adapter: str) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention_backward import attention_backward
-from .launch import Target, check, check_fit, choose, target, tl, triton
+from .launch import Target, cdiv, check, check_fit, choose, next_power_of_2, target, tl, triton
 from .online_softmax import LOG2E, attend, load_rows, store_rows
 from .tools import measure
 
@@ -83,9 +83,9 @@ class _Attention(torch.autograd.Function):
         lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
         blocks = config(D, q.dtype == torch.float32, target())
         strides = [s for x in (q, k, v, o) for s in x.stride()[:3]]
-        _attention[H, B, triton.cdiv(T, blocks["BM"])](
+        _attention[H, B, cdiv(T, blocks["BM"])](
             q, k, v, o, lse, lengths, *strides, T, D**-0.5 * LOG2E,
-            G=H // k.size(2), D=D, BD=triton.next_power_of_2(D), **blocks,
+            G=H // k.size(2), D=D, BD=next_power_of_2(D), **blocks,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, o, lse, lengths)
         return o

@@ -16,7 +16,7 @@ and add nothing.
 import torch
 from torch import Tensor
 
-from .launch import Target, target, tl, triton
+from .launch import Target, cdiv, next_power_of_2, target, tl, triton
 from .online_softmax import LOG2E, load_rows, store_rows
 
 
@@ -144,13 +144,13 @@ def attention_backward(q, k, v, o, do, lse, lengths) -> tuple[Tensor, Tensor, Te
     do = do if do.stride(-1) == 1 else do.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta, fp32 = torch.empty_like(lse), q.dtype == torch.float32
-    sizes = dict(T=T, scale=root * LOG2E, root=root, G=H // KV, D=D, BD=triton.next_power_of_2(D))
+    sizes = dict(T=T, scale=root * LOG2E, root=root, G=H // KV, D=D, BD=next_power_of_2(D))
     c = config_dq(D, fp32, target())
     strides = [s for x in (q, k, v, o, do, dq) for s in x.stride()[:3]]
-    grid = H, B, triton.cdiv(T, c["BM"])
+    grid = H, B, cdiv(T, c["BM"])
     _dq[grid](q, k, v, o, do, dq, lse, delta, lengths, *strides, **sizes, **c)
     c = config_dk_dv(D, fp32, target())
     strides = [s for x in (q, k, v, do, dk) for s in x.stride()[:3]]
-    grid = KV, B, triton.cdiv(T, c["BN"])
+    grid = KV, B, cdiv(T, c["BN"])
     _dk_dv[grid](q, k, v, do, dk, dv, lse, delta, lengths, *strides, **sizes, **c)
     return dq, dk, dv

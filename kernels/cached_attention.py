@@ -17,13 +17,14 @@ end of its row loads nothing. Chunks are of one size, so that a long row gets mo
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import check_heads
-from .launch import Target, check_fit, choose, target, tl, triton
+from .launch import Target, cdiv, check_fit, choose, next_power_of_2, target, tl, triton
 from .online_softmax import LOG2E, attend, load_rows, store_rows
 from .place import Place
 from .tools import measure
@@ -93,6 +94,7 @@ def _merge(p_part, p_lse, p_o, n_chunks, n_rows, D: tl.constexpr, BD: tl.constex
     tl.store(p_o + row * D + i_d, o.to(p_o.dtype.element_ty), mask=i_d < D)
 
 
+@cache
 def config(rows: int, D: int, fp32: bool, t: Target) -> dict:
     """Blocks of rows, of which there are T G, and of keys."""
     if fp32:
@@ -125,11 +127,11 @@ def cached_attention_triton(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Te
     (B, T, H, D), (KV, L), start = q.shape, k.shape[1:3], place.start
     check_fit(k.shape == v.shape == (B, KV, L, D) and start.shape == (B,), q=q, k=k, v=v, start=start)
     check_heads(q, k, v, KV)
-    rows, BD, t = T * H // KV, triton.next_power_of_2(D), target()
+    rows, BD, t = T * H // KV, next_power_of_2(D), target()
     blocks = config(rows, D, q.dtype == torch.float32, t)
-    n_tiles = triton.cdiv(rows, blocks["BM"])
+    n_tiles = cdiv(rows, blocks["BM"])
     n_chunks = chunks(B * KV * n_tiles, rows <= 16, L, t)
-    chunk = triton.cdiv(triton.cdiv(L, n_chunks), blocks["BN"]) * blocks["BN"]
+    chunk = cdiv(cdiv(L, n_chunks), blocks["BN"]) * blocks["BN"]
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     part, lse = o[None], None  # of a single chunk: the whole
     if n_chunks > 1:
@@ -141,7 +143,7 @@ def cached_attention_triton(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Te
         KV=KV, G=H // KV, D=D, BD=BD, **blocks,
     )  # fmt: skip
     if n_chunks > 1:
-        BC = triton.next_power_of_2(n_chunks)
+        BC = next_power_of_2(n_chunks)
         _merge[B * T * H,](part, lse, o, n_chunks, B * T * H, D=D, BD=BD, BC=BC)
     return o
 

@@ -105,6 +105,16 @@ def pretend(t: Target) -> Iterator[None]:
         _pretended.reset(token)
 
 
+def cdiv(n: int, size: int) -> int:
+    """n / size, rounded up. (Triton's own takes 5 to 13 microseconds a call on the host since 3.6.)"""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def check(ok: bool, complaint: str) -> None:
     """ValueError(complaint) unless ok."""
     if not ok:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .launch import check, check_fit, choose, target, tl, triton
+from .launch import cdiv, check, check_fit, choose, next_power_of_2, target, tl, triton
 from .linear_logp_backward import gradient_torch, gradient_triton
 from .logits_tile import at_least_fp32, chunks, config, first_row_and_word, logits_tile, tiles, within
 from .tools import measure
@@ -123,11 +123,11 @@ def _statistics_triton(h: Tensor, W: Tensor, targets: Tensor, tau: float) -> tup
     """As _statistics_torch, but the log-sum-exps are in base 2."""
     (N, d), V, c = h.shape, len(W), config(h.dtype, h.size(1), target())
     logp, entropy, lse, z_at = h.new_empty(4, N, dtype=torch.float32)
-    S, scale = 2 * triton.cdiv(V, c["BLOCK_V"]), math.log2(math.e) / tau  # S stripes, two per program
-    BLOCK_S, stripes = triton.next_power_of_2(S), h.new_empty(3, min(N, STRIPED), S, dtype=torch.float32)
+    S, scale = 2 * cdiv(V, c["BLOCK_V"]), math.log2(math.e) / tau  # S stripes, two per program
+    BLOCK_S, stripes = next_power_of_2(S), h.new_empty(3, min(N, STRIPED), S, dtype=torch.float32)
     for n in chunks(N, STRIPED):
         rows, partial = n.stop - n.start, (*stripes, z_at[n])
-        grid = (triton.cdiv(rows, c["BLOCK_N"]) * S // 2,)
+        grid = (cdiv(rows, c["BLOCK_N"]) * S // 2,)
         _stripe[grid](h[n], W, targets[n], *partial, scale, rows, V, S, d, **c)
         _merge_stripes[(rows,)](*partial, logp[n], entropy[n], lse[n], S, BLOCK_S=BLOCK_S)
     return logp, entropy, lse

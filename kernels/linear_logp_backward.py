@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .launch import target, tl, triton
+from .launch import cdiv, target, tl, triton
 from .logits_tile import at_least_fp32, chunks, config, first_row_and_word, logits_tile, tiles, within
 
 BUFFER = 160 << 20  # bytes of dz held at a time: 512 tokens at V = 151,936 in bf16
@@ -81,7 +81,7 @@ def gradient_triton(h, W, targets, tau, lse, entropy, dlogp, dentropy) -> Tensor
     scale, ENTROPY = math.log2(math.e) / tau, dentropy is not None
     for n in chunks(len(h), max(128, BUFFER // (V * h.element_size()) // 128 * 128)):
         N = n.stop - n.start
-        dz, grid = h.new_empty(N, V), (triton.cdiv(N, c["BLOCK_N"]) * triton.cdiv(V, c["BLOCK_V"]),)
+        dz, grid = h.new_empty(N, V), (cdiv(N, c["BLOCK_N"]) * cdiv(V, c["BLOCK_V"]),)
         _dlogits[grid](
             h[n], W, targets[n], lse[n], entropy[n], dlogp[n], dentropy[n] if ENTROPY else None, dz,
             scale, 1 / tau, N, V, d, ENTROPY=ENTROPY, **c,

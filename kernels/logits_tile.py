@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .launch import Target, tl, triton
+from .launch import Target, next_power_of_2, tl, triton
 
 TILE = 1 << 20  # logits that the reference holds at a time, in a CPU's cache
 WORDS = 2048  # words per tile, at most
@@ -51,7 +51,7 @@ def logits_tile(
 def config(dtype: torch.dtype, d: int, t: Target) -> dict:
     """Blocks, warps and stages of the two kernels that multiply by the head. WHOLE: BLOCK_D divides d."""
     fp32 = dtype == torch.float32  # no tensor cores: for tests and small models
-    BLOCK_D = min(32 if fp32 else 64, max(16, triton.next_power_of_2(d)))
+    BLOCK_D = min(32 if fp32 else 64, max(16, next_power_of_2(d)))
     if fp32:
         c = dict(BLOCK_N=64, BLOCK_V=64, num_warps=4, num_stages=2)
     else:  # only sm_90 has registers for the softmax of 256 words in addition to the products

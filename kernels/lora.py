@@ -11,13 +11,14 @@ is in lora_linear.py.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import Target, check, check_fit, choose, target, tl, triton
+from .launch import Target, cdiv, check, check_fit, choose, next_power_of_2, target, tl, triton
 from .tools import measure
 
 
@@ -79,17 +80,18 @@ def _expand(
 
 
 def _block(n: int, most: int) -> int:
-    return min(most, max(16, triton.next_power_of_2(n)))
+    return min(most, max(16, next_power_of_2(n)))
 
 
+@cache
 def config(n: int, i: int, o: int, R: int, k: int, bits: int, t: Target) -> tuple[dict, dict]:
     """For shrink and expand. The sum over i is split because few rows alone would leave processors idle.
 
     Blocks are powers of two, other sizes run-time arguments: few compiled kernels serve every layer.
     """
     rows, columns = {"BLOCK_N": _block(n, 64)}, {"BLOCK_C": _block(R * k, 64)}
-    blocks = triton.cdiv(n, rows["BLOCK_N"]) * triton.cdiv(R * k, columns["BLOCK_C"])
-    splits = triton.next_power_of_2(max(1, min(8, i // 512, t.processors // 2 // blocks)))
+    blocks = cdiv(n, rows["BLOCK_N"]) * cdiv(R * k, columns["BLOCK_C"])
+    splits = next_power_of_2(max(1, min(8, i // 512, t.processors // 2 // blocks)))
     depth = {"BLOCK_I": _block(i, 1024 // bits), "num_warps": 4, "num_stages": 2 if t.hip else 4}
     expand = {"SPLITS": splits, "BLOCK_K": _block(k, 64), "BLOCK_O": _block(o, 1024 // bits), "num_warps": 8}
     return rows | columns | depth, rows | expand | {"num_stages": 1}  # 2 stages spill registers
@@ -103,12 +105,12 @@ def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> T
     check(y.is_contiguous() and A.is_contiguous() and B.is_contiguous(), "y, A and B must be contiguous")
     n, C = b * T, R * k
     shrink, expand = config(n, i, o, R, k, 8 * x.element_size(), target())
-    splits, rows = expand["SPLITS"], triton.cdiv(n, shrink["BLOCK_N"])
-    span = triton.cdiv(triton.cdiv(i, splits), shrink["BLOCK_I"]) * shrink["BLOCK_I"]
+    splits, rows = expand["SPLITS"], cdiv(n, shrink["BLOCK_N"])
+    span = cdiv(cdiv(i, splits), shrink["BLOCK_I"]) * shrink["BLOCK_I"]
     middle = x.new_empty(splits, n, C, dtype=torch.float32)
-    grid = rows, triton.cdiv(C, shrink["BLOCK_C"]), splits
+    grid = rows, cdiv(C, shrink["BLOCK_C"]), splits
     _shrink[grid](x.contiguous(), A, middle, n, i, C, span, **shrink)
-    grid = rows, triton.cdiv(o, expand["BLOCK_O"])
+    grid = rows, cdiv(o, expand["BLOCK_O"])
     _expand[grid](y, middle, B, weight.contiguous(), n, T, o, k, R=R, **expand)
     return y
 

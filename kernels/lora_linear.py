@@ -19,8 +19,9 @@ from .lora import layers
 from .tools import measure
 
 
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, n) @ b (n, p), in fp32 where cuBLAS can: gradients of micro-batches are summed afterwards."""
+def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, n) @ b (n, p), in fp32 where cuBLAS can: for gradients, which are summed over micro-batches, and
+    for logits, whose rounding would be most of the gap between old and new log-probs."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
@@ -41,8 +42,8 @@ class _LoraLinear(torch.autograd.Function):
         a, b = A.to(x.dtype), B.to(x.dtype)
         dmiddle = dy @ b  # (N, k)
         dx = (dy @ W).addmm_(dmiddle, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
-        dA = _mm_fp32(dmiddle.T, x).to(A.dtype).mul_(ctx.scale)
-        dB = _mm_fp32(dy.T, x @ a.T).to(B.dtype).mul_(ctx.scale)
+        dA = mm_fp32(dmiddle.T, x).to(A.dtype).mul_(ctx.scale)
+        dB = mm_fp32(dy.T, x @ a.T).to(B.dtype).mul_(ctx.scale)
         return dx, None, None, dA, dB, None
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import check, check_fit, choose, tl, triton
+from .launch import cdiv, check, check_fit, choose, next_power_of_2, tl, triton
 from .tools import measure
 
 
@@ -72,18 +72,24 @@ def _norm_backward(
 def _launch(kernel, *tensors: Tensor | None, eps: float, SUM: bool) -> None:
     """Short rows share a program, up to 2048 elements; a thread holds 8 to 32 elements of a long one."""
     d, n_rows = tensors[0].size(-1), tensors[0].numel() // tensors[0].size(-1)
-    D = triton.next_power_of_2(d)
+    D = next_power_of_2(d)
     c = {"ROWS": max(1, 2048 // D), "D": D, "num_warps": min(16, max(4, D // 512))}
-    kernel[(triton.cdiv(n_rows, c["ROWS"]),)](*tensors, n_rows, d, eps, SUM=SUM, **c)
+    kernel[(cdiv(n_rows, c["ROWS"]),)](*tensors, n_rows, d, eps, SUM=SUM, **c)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm, and the sum that it is of."""
+    y = torch.empty_like(x)
+    s = x if residual is None else torch.empty_like(x)
+    _launch(_norm_forward, x, residual, weight, y, s, eps=eps, SUM=residual is not None)
+    return y, s
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
         ctx.eps, ctx.sum = eps, residual is not None
-        y = torch.empty_like(x)
-        s = torch.empty_like(x) if ctx.sum else x
-        _launch(_norm_forward, x, residual, weight, y, s, eps=eps, SUM=ctx.sum)
+        y, s = _norm(x, weight, eps, residual)
         ctx.save_for_backward(s, weight)
         ctx.set_materialize_grads(False)
         return (y, s) if ctx.sum else y
@@ -109,7 +115,11 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
     check_fit(fits, x=x, weight=weight, residual=residual)
     check(d <= 16384, f"a row of {d} does not fit the registers of one program: 16384 at most")
     residual = None if residual is None else residual.contiguous()
-    return _RmsNorm.apply(x.contiguous(), weight.contiguous(), eps, residual)
+    given = x.contiguous(), weight.contiguous(), eps, residual
+    if torch.is_grad_enabled():
+        return _RmsNorm.apply(*given)
+    y, s = _norm(*given)
+    return y if residual is None else (y, s)
 
 
 rms_norm = choose(rms_norm_torch, rms_norm_triton)

@@ -9,11 +9,12 @@ cache, is in rope_cache.py.
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from .launch import check, check_fit, choose, tl, triton
+from .launch import check, check_fit, choose, next_power_of_2, tl, triton
 from .tools import measure
 
 
@@ -69,9 +70,10 @@ def _rope(
     rotate_heads(k, s_kh, p_k_out + i_token * KV * D, D, cos, sin, True, KV, D, K_HEADS, HALF)
 
 
+@cache
 def config(heads: int, kv_heads: int, head_dim: int) -> dict:
     """A token is 1 to 8 thousand elements: with 4 warps, a thread holds at most 64 of them."""
-    power = triton.next_power_of_2
+    power = next_power_of_2
     blocks = {"Q_HEADS": power(heads), "K_HEADS": power(kv_heads), "HALF": power(head_dim // 2)}
     return {"H": heads, "KV": kv_heads, "D": head_dim} | blocks | {"num_warps": 4}
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import check, check_fit, choose, tl, triton
+from .launch import cdiv, check, check_fit, choose, next_power_of_2, tl, triton
 from .tools import measure
 
 WIDTH = 512  # words in a stripe of the reference
@@ -110,12 +110,12 @@ def sample_triton(logits: Tensor, u: Tensor, temperature: Tensor) -> tuple[Tenso
     check_fit(u.shape == temperature.shape == (B,), logits=logits, u=u, temperature=temperature)
     check(logits.stride(1) == 1, "the words of a row of logits must be contiguous")
     u, tau = u.contiguous(), temperature.contiguous()
-    STRIPE = min(4096, triton.next_power_of_2(V))  # 151,936 words: 38 stripes, enough programs for one row
-    n = triton.cdiv(V, STRIPE)  # and a short scan in the second step
+    STRIPE = min(4096, next_power_of_2(V))  # 151,936 words: 38 stripes, enough programs for one row
+    n = cdiv(V, STRIPE)  # and a short scan in the second step
     top, mass, logp = (logits.new_empty(size, dtype=torch.float32) for size in (B * n, B * n, B))
     first, ids = logits.new_empty(B * n, dtype=torch.int32), logits.new_empty(B, dtype=torch.int64)
     _sum_stripe[(B, n)](logits, tau, top, first, mass, V, s_row, n, STRIPE=STRIPE, num_warps=4)
-    c = {"STRIPE": STRIPE, "STRIPES": triton.next_power_of_2(n), "num_warps": 8}
+    c = {"STRIPE": STRIPE, "STRIPES": next_power_of_2(n), "num_warps": 8}
     _pick[(B,)](logits, u, tau, top, first, mass, ids, logp, V, s_row, n, **c)
     return ids, logp
 

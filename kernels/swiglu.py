@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import check, choose, tl, triton
+from .launch import cdiv, check, choose, next_power_of_2, tl, triton
 from .tools import measure
 
 
@@ -53,17 +53,21 @@ def _swiglu_backward(p_x, p_dy, p_dx, f, BLOCK: tl.constexpr):
 
 def _launch(kernel, x: Tensor, *tensors: Tensor) -> None:
     f = x.size(-1) // 2
-    BLOCK = min(1024, triton.next_power_of_2(f))  # 8 elements a thread: one load of 16 bytes in bf16
-    kernel[(x.numel() // (2 * f), triton.cdiv(f, BLOCK))](x, *tensors, f, BLOCK=BLOCK, num_warps=4)
+    BLOCK = min(1024, next_power_of_2(f))  # 8 elements a thread: one load of 16 bytes in bf16
+    kernel[(x.numel() // (2 * f), cdiv(f, BLOCK))](x, *tensors, f, BLOCK=BLOCK, num_warps=4)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    y = x.new_empty(*x.shape[:-1], x.size(-1) // 2)
+    _launch(_swiglu_forward, x, y)
+    return y
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        y = x.new_empty(*x.shape[:-1], x.size(-1) // 2)
-        _launch(_swiglu_forward, x, y)
-        return y
+        return _swiglu(x)
 
     @staticmethod
     def backward(ctx, dy):
@@ -76,7 +80,7 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu_triton(gate_up: Tensor) -> Tensor:
     """The same on a GPU. ValueError if the last dimension is odd."""
     check(gate_up.size(-1) % 2 == 0, f"{tuple(gate_up.shape)} does not split into a gate and a value")
-    return _SwiGLU.apply(gate_up.contiguous())
+    return (_SwiGLU.apply if torch.is_grad_enabled() else _swiglu)(gate_up.contiguous())
 
 
 swiglu = choose(swiglu_torch, swiglu_triton)

@@ -13,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 import model as models
 from bench import __main__ as command
-from bench import decoding, gpu, growth, timing, training, work
+from bench import counts, decoding, gpu, growth, timing, training, work
+from bench.counts import Searching
 from bench.timing import Meter, Row, Run
 from bench.work import Lesson, Silent, Workload
 from cli import plan, screen
-from engine import Engine
+from engine import PATIENCE, Engine
 from kernels import linear_logp
 from model import POLICY, REFERENCE, SIMULATOR, Config, Model
 
@@ -192,6 +193,50 @@ def test_nothing_ends_a_silent_turn(body):
     assert [len(s) for s in said] == [40] * 3
 
 
+def test_the_counted_work_is_the_workload():
+    """Counts of other episodes than those of the table's heading would be compared with other machines'."""
+    w = Searching()
+    searches = [len(w.lengths(row)) - 1 for row in range(w.rows)]
+    turns = [n for row in range(w.rows) for n in w.lengths(row)]
+    assert sum(searches) / w.rows == 1.75 and max(searches) == 5 and abs(sum(turns) / len(turns) - 110) < 2
+    one, other = (w.ordered((0, 0, q, 0, 0), [7]) for q in (0, 3))
+    alike = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
+    assert 300 < alike < len(one) < 460, "the simulator's prompts differ before their ends"
+    small = Searching(2, 3)
+    body, e = counts.acted(small, plan.Settings(9, 2048, 4096))
+    assert sum(rows for rows, _ in body.decodes) == e.stats.decoded == small.decoded()
+    assert len(body.decodes) == e.stats.steps and e.pools[POLICY].patience == PATIENCE
+    assert sum(rows * length for rows, length in body.prefills) >= e.stats.prefilled > 1000
+    row = counts.counted("x", body, e)
+    assert f"9 seats, {e.stats.steps:,} decode steps, {len(body.prefills)} prefill forwards" in row.ours
+
+
+def test_the_floor_of_a_step_is_bytes_or_operations():
+    """A floor above the truth would call a slow engine perfect."""
+    c, body, w = plan.shape("3b"), counts.Nothing(), Searching(1, 2)
+    body.decodes, s = [(3, 1000)], plan.Settings(recompute=False)
+    size = gpu.decode_bytes(c, 1, 1000, torch.bfloat16) + 8 * 3 * c.vocab
+    row = counts.floors("x", c, w, s, body, 0.0)
+    assert row.ours == f"{size / 1e9:.2f} GB" and f"H100: floor {1e3 * size / 3e12:.2f} ms" in row.note
+    body.decodes = [(4096, 0)]  # as many rows as that are bound by arithmetic
+    flops = 4096 * (gpu.forward_flops(c, 1, 1) + 2 * c.vocab * c.d)
+    assert f"H100: floor {1e3 * flops / 7.9e14:.2f} ms" in counts.floors("x", c, w, s, body, 0.0).note
+    body.prefills = [(1, 1)] * 1000
+    assert "act 100" in counts.floors("x", c, w, s, body, 0.1).note
+
+
+def test_launches_are_counted():
+    """Each of Triton's, each of torch's; a view is none."""
+    pytest.importorskip("triton")
+    c = Config("qwen2", vocab=64, d=32, layers=3, heads=2, kv_heads=1, head_dim=16, ffn=32, context=4096)
+    found = counts.host(c, 1)
+    more = counts.host(replace(c, layers=5), 1)
+    each = {name: (more[name][0] - found[name][0]) / 2 for name in found}
+    # A layer: 2 norms, 4 matmuls, RoPE, attention and its merge, SwiGLU; 8 for LoRA of both roles.
+    assert each["a decode step"] == 18 and each["a prefill, both roles"] == 17
+    assert found["a decode step"][1] == 0 < found["a prefill, both roles"][1]
+
+
 # -------------------------------------------------------------------------------------------------- the file
 
 
@@ -226,7 +271,7 @@ def test_a_written_table_holds_the_machine_and_the_rows(tmp_path, monkeypatch, c
 
 def test_bad_flags_are_one_line(capsys, tmp_path):
     """A traceback after minutes of measuring is no way to say that a name was mistyped."""
-    assert "no section spelling: there are sampling" in fails(capsys, "--only", "spelling")
+    assert "no section spelling: there are counts, sampling" in fails(capsys, "--only", "spelling")
     assert "leave out --write" in fails(capsys, "--quick", "--write")
     assert "is not a checkpoint directory" in fails(capsys, "--checkpoint", str(tmp_path))
     assert "no checkpoint 'x'" in fails(capsys, "--plan", "x")
@@ -242,8 +287,9 @@ def test_bad_flags_are_one_line(capsys, tmp_path):
 
 def test_sections_run(capsys):
     """What nobody runs for a week is broken when it is needed."""
-    command.main(["--quick", "--only", "sampling,episodes,profile,memory,gpu"])
+    command.main(["--quick", "--only", "counts,sampling,episodes,profile,memory,gpu"])
     out = capsys.readouterr().out
+    assert "80 GiB  8 seats" in out and "4090: floor" in out
     assert out.count("greedy ids equal") == 2 and "toy fp32, batch 3, 8 tokens, temperature 1" in out
     assert "2 questions x 2, no adapters" in out and "largest tensor of a step" in out
     found = re.findall(r"2,048 tokens, activations (.*?)  ([\d.]+) GiB  planned.*?GiB  ([\d.]+)  meta", out)

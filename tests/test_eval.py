@@ -296,7 +296,7 @@ def test_the_command_line_scores_a_checkpoint(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("engine", ["toy", "none", "sim"])
 def test_the_toy_world_needs_no_file(checkpoint, capsys, engine):
     """The embedded default: each engine answers the toy world's questions with nothing else on the disk."""
-    flags = f"--policy {checkpoint} --search {engine} --limit 3 --seats 4 --device cpu"
+    flags = f"--policy {checkpoint} --search {engine} --limit 3 --device cpu"
     evaluation.main(flags.split())
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["toy", "3"]
 

@@ -76,6 +76,16 @@ def test_only_one_of_two_gradients_arrives(device):
     assert torch.equal(from_s, ds) and relative_rms(from_y + from_s, both) < 1e-6
 
 
+def test_without_gradients_the_same_bits(device):
+    """In decoding the wrapper leaves autograd out: it must not leave out more."""
+    x, r = torch.randn(2, 5, 40, device=device)
+    w = torch.randn(40, device=device)
+    with torch.no_grad():
+        got = rms_norm_triton(x, w, 1e-6, r), (rms_norm_triton(x, w, 1e-6),)
+    want = rms_norm_triton(x, w, 1e-6, r), (rms_norm_triton(x, w, 1e-6),)
+    assert all(torch.equal(a, b) for g, one in zip(got, want) for a, b in zip(g, one, strict=True))
+
+
 def test_another_row_changes_nothing(device):
     """Rows share a program when they are short: what one holds must not reach the next."""
     x, _, _, _, w = inputs((9, 64), torch.float32, device)

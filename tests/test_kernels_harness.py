@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
 
-from kernels.launch import TARGETS, pretend, target, tl, triton  # noqa: E402
+from kernels.launch import TARGETS, cdiv, next_power_of_2, pretend, target, tl, triton  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -217,6 +217,14 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 
 
 CALL = "import torch, kernels; print(kernels.swiglu(torch.tensor([[1.0, 2.0]])).tolist())"
+
+
+def test_sizes_are_rounded_as_triton_rounds_them():
+    """A grid one too small leaves rows unwritten; a block that is no power of two does not compile."""
+    for n in [*range(1, 300), 1023, 1024, 1025, 151936, 2**31 - 1, 2**31, 2**31 + 1]:
+        assert next_power_of_2(n) == triton.next_power_of_2(n)
+        assert all(cdiv(n, size) == triton.cdiv(n, size) for size in (1, 7, 16, 128, 1024))
+    assert cdiv(0, 16) == 0
 
 
 def test_the_choice():

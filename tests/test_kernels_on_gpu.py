@@ -63,6 +63,17 @@ def test_a_graph_serves_rows_of_any_length():
     assert measure.relative_rms(o, want) <= 1e-5
 
 
+def test_logits_are_not_rounded_to_the_type_of_the_body():
+    """Rounded to bf16, old log-probs are off by .03 to .06, and so is every ratio at the start."""
+    from model import Config, Model
+
+    c = Config("qwen2", vocab=5000, d=256, layers=1, heads=4, kv_heads=2, head_dim=64, ffn=64)
+    body = Model(c).init(0, std=0.3).to("cuda", torch.bfloat16)
+    h = torch.randn(7, 1, 256, device="cuda", dtype=torch.bfloat16)
+    z = body.logits(h)
+    assert z.dtype == torch.float32 and measure.relative_rms(z, h.double() @ body.head.double().T) <= 1e-5
+
+
 @pytest.mark.parametrize("file", ["attention", "linear_logp", "rms_norm", "rope", "swiglu"])
 def test_twice_the_same_bits(file):
     """Programs that run at once, in an order of their own, must not change a gradient by a bit."""

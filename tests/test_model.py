@@ -185,6 +185,17 @@ def test_no_gradient_is_no_other_arithmetic(tmp_path, monkeypatch, packable, dty
         assert body(x, POLICY).dtype == dtype and not torch.equal(body(x, POLICY), want)
 
 
+def test_logits_are_not_rounded_before_their_log_prob(monkeypatch):
+    """On a GPU, bf16 logits made old log-probs .03 to .06 wrong: `gap` could show no error below that."""
+    c = M.Config("qwen2", vocab=500, d=64, layers=1, heads=2, kv_heads=1, head_dim=32, ffn=64)
+    body, h = M.Model(c).init(0, std=0.3).bfloat16(), torch.randn(5, 64).bfloat16()
+    monkeypatch.setattr(M.kernels, "compiled", lambda x: True)
+    monkeypatch.setattr(M.kernels, "mm_fp32", lambda a, b: a.float() @ b.float())
+    want, _ = M.kernels.linear_logp(h, body.head, torch.arange(5))
+    got = body.logits(h[:, None])[:, 0].log_softmax(-1).gather(1, torch.arange(5)[:, None])[:, 0]
+    assert (got - want).abs().max() < 1e-4 < (body.logits(h).bfloat16() - body.logits(h)).abs().max()
+
+
 def test_an_adapter_of_lower_rank_leaves_nothing_of_the_one_before(tmp_path):
     """A stack that is wide enough for the other role is kept, and with it what stood beyond the new rank."""
     checkpoint(tmp_path, "qwen2")

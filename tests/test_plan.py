@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import model as models
 import recipes
 from bench.timing import Meter
 from bench.work import Lesson, Silent, generate_ours
-from cli import plan
+from cli import plan, setting
 from cli.disk import read_json
 from cli.plan import Settings
 from engine import Engine
@@ -200,6 +201,22 @@ def test_the_settings_found_fit_and_are_not_timid():
         assert s.seats == 640 or plan.budget(bodies, replace(s, seats=s.seats + 1))["total"] > room
     small, large = (plan.fit(bodies, gib * 2**30, Settings())[0] for gib in (16, 80))
     assert small.recompute and not large.recompute and large.seats > small.seats
+
+
+def test_commands_that_only_act_take_as_many_seats_as_are_of_use(monkeypatch):
+    """A decode step of 16 rows costs a GPU nearly as much as one of 128; two bodies leave room for fewer."""
+    c, s = plan.shape("3b"), Settings(seat_tokens=4097, micro_tokens=8192)
+    few, most = (plan.acting_seats([c], gib * 2**30, s) for gib in (6, 60))
+    assert 2 < few < 64 and most == plan.ENOUGH
+    for seats, fits in ((few, True), (few + 1, False)):
+        t = replace(s, seats=seats)
+        held = plan.cache([c], t) + plan.bookkeeping([c], t) + sum(plan.acting(c, t).values())
+        assert (held <= 6 * 2**30 * (1 - plan.SPARE)) == fits
+    assert plan.acting_seats([c, c], 6 * 2**30, s) <= few // 2 and plan.acting_seats([c], 1, s) == 2
+    monkeypatch.setattr(setting, "free_memory", lambda device: 60 * 2**30)
+    a = SimpleNamespace(device="cuda", dtype="bf16", episode_tokens=4096)
+    assert setting.seats_for(a, [c]) == plan.ENOUGH
+    assert setting.seats_for(SimpleNamespace(device="cpu"), [c]) == setting.seats_for(a, []) == 16
 
 
 def test_what_is_given_is_kept():

@@ -259,12 +259,6 @@ def roam(body, seats, n=12, **more):
     return engine.run([wanderer(i, i) for i in range(n)]), engine.stats
 
 
-class Nothing(dict):
-    """A table of prompts in which none is ever found."""
-
-    setdefault = lambda self, key, seat: seat  # noqa: E731
-
-
 def test_seats_change_no_result(body):
     """Continuous batching, swaps of rows and shared prompts are only speed: any number of seats must give the
     same trajectories (fp32)."""
@@ -292,12 +286,10 @@ def test_turns_of_siblings_are_the_same_in_any_company(body, monkeypatch, seats,
         engine = Engine({POLICY: (body, TOK)}, seats, 200)
         return engine.run(map(talker, range(9))), engine.stats.copied
 
-    (want, copied), clear = talk(64), Pool.clear
+    want, copied = talk(64)
     assert copied > 0
     if not shared:
-        monkeypatch.setattr(
-            Pool, "clear", lambda pool, *a: (clear(pool, *a), setattr(pool, "prompts", Nothing()))
-        )
+        monkeypatch.setattr(Pool, "prefixes", lambda pool, seat: [])
     got, copied = talk(seats)
     assert [g[0] for g in got] == [w[0] for w in want] and (copied > 0) == (shared and seats > 1)
     assert max(abs(a - b) for g, w in zip(got, want) for a, b in zip(g[1], w[1])) < 1e-4
@@ -317,12 +309,69 @@ def test_one_seat_is_enough_for_one_role(body):
 def test_shared_prompts_change_no_result(body, monkeypatch):
     """A sibling's copy of a prompt must be what its own prefill would have made."""
     want, _ = roam(body, 5)
-    clear = Pool.clear
-    monkeypatch.setattr(
-        Pool, "clear", lambda pool, *a: (clear(pool, *a), setattr(pool, "prompts", Nothing()))
-    )
+    monkeypatch.setattr(Pool, "prefixes", lambda pool, seat: [])
     got, stats = roam(body, 5)
     assert stats.copied == 0 and [g[0] for g in got] == [w[0] for w in want]
+
+
+@pytest.mark.parametrize("seats", [3, 64])
+@pytest.mark.parametrize("page", [1, 4])
+def test_prompts_that_begin_alike_are_fed_once(body, monkeypatch, page, seats):
+    """The simulator's prompts differ at their ends alone. Two of them in one call, of which one may begin the
+    other, or one whose lender has gone: each must read what it would have been fed."""
+    stem = TOK.encode("Write documents that answer the query. ")
+
+    def asker(n):
+        given = stem + TOK.encode(["", "Who?", "Who? And who?", "When?"][n % 4])
+        said = yield Turn(given, POLICY if n % 3 else SIMULATOR, 3 + n % 7, 1.0, (), (n, TOKENS))
+        more = yield Turn(stem[: 9 + n], SIMULATOR, 4, 1.0, (), (n, DOCUMENTS), object())
+        return said.ids + more.ids
+
+    def ask():
+        engine = Engine({POLICY: (body, TOK), SIMULATOR: (body, TOK)}, seats, 100)
+        said = engine.run(map(asker, range(17)))
+        pool = engine.pools[POLICY]
+        assert not pool.prompts, "who has gone cannot lend"
+        return said, engine.stats
+
+    _, whole = ask()  # no prompt has a page of 64
+    monkeypatch.setattr(engine_file, "PAGE", page)
+    got, stats = ask()
+    monkeypatch.setattr(Pool, "prefixes", lambda pool, seat: [])
+    want, all_fed = ask()
+    assert got == want and stats.prefilled + stats.copied == all_fed.prefilled
+    assert stats.copied > whole.copied
+
+
+@pytest.mark.parametrize("seats", [9, 64])
+@pytest.mark.parametrize("patience", [1, 2])
+def test_turns_that_wait_for_company_say_the_same(body, monkeypatch, patience, seats):
+    """On a GPU turns are fed when there are enough of them. The last one must not wait for ever, and nobody
+    may say anything else for it."""
+    (want, alone), fed, extend = roam(body, seats, n=24), [], Pool.extend
+    monkeypatch.setattr(Pool, "extend", lambda pool, *a: (fed.append(1), extend(pool, *a)))
+    at_once = roam(body, seats, n=24) and len(fed)
+    monkeypatch.setattr(kernels, "compiled", lambda x: True)
+    monkeypatch.setattr(engine_file, "PATIENCE", patience)
+    monkeypatch.setattr(Pool, "replay", lambda pool, n: pool.decode(n, pool.capacity, pool.role[:n]))
+    fed.clear()
+    got, together = roam(body, seats, n=24)
+    assert [g[0] for g in got] == [w[0] for w in want] and len(fed) < at_once
+    assert together.decoded == alone.decoded and together.steps >= alone.steps
+
+
+def test_a_freed_row_is_empty(body, monkeypatch):
+    """A CUDA graph also computes rows that are not busy: with the length of whoever sat there, attention
+    reads thousands of keys for nothing."""
+    step = Pool.step
+
+    def checked(pool, stats):
+        ended = step(pool, stats)
+        assert not pool.numbers[:, pool.busy :].any() and pool.length[: pool.busy].all()
+        return ended
+
+    monkeypatch.setattr(Pool, "step", checked)
+    assert len(roam(body, 5)[0]) == 12
 
 
 @pytest.mark.parametrize("more", [2, 64])
