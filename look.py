@@ -43,8 +43,8 @@ FLAGS = {
     ]
 }
 CHARTS = {  # title -> what it means, the figures in it: the first one solid, the second dashed
-    "Reward": ("mean, while documents get worse", "reward"),
-    "Held-out F1": ("through a real engine; dashed: --eval-every", "held", "held_f1"),
+    "Reward": ("mean of the episodes of training", "reward"),
+    "Held-out F1": ("through a real engine; dashed: --eval-every, greedy", "held", "held_f1"),
     "Exact match": ("share of episodes", "em"),
     "Searches": ("an episode", "searches"),
     "No answer": ("share of episodes", "unanswered"),

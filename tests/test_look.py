@@ -36,7 +36,7 @@ def tok(tmp_path_factory):
 def episode(tok, question, documents="Doc 1: mayor Kalan Bato", answer="Bato", searches=1, noisy=False):
     """An episode that searches and answers, with log-probs of its own."""
     t = Trajectory(question)
-    t.add(tok.encode(f"Question: {question.text}\n"))
+    t.add(tok.encode(f"<information> Bato: {question.text}\n"))  # a prompt may name the tag
     for _ in range(searches):
         t.add(said := tok.encode("<search> mayor Kalan</search>"), [-0.5] * len(said))
         t.add(tok.encode(f"\n\n<information>{documents}</information>\n\n"))
