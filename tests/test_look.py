@@ -322,7 +322,7 @@ def test_the_page_in_a_browser(tok, tmp_path):
         out.step = set("step", "step 1"); out.cards = text("article small").map(t => t.includes("advantage"));
         const hit = "article:not(.pale) ";
         out.sampled = text(hit + ".own").slice(0, 9).join(""); out.marked = text(hit + "mark");
-        out.coins = all(hit + ".docs").map(e => e.title);
+        out.coins = all(hit + ".docs").map(e => e.title); out.docs = text(hit + ".docs");
         set("colour", "advantage");
         out.paint = all(hit).map(e => e.querySelector(".own").style.background);
         out.tip = document.querySelector(hit + ".own").title;
@@ -349,6 +349,7 @@ def test_the_page_in_a_browser(tok, tmp_path):
     assert told["step"] == 4 and told["cards"] == [True] * 6
     assert told["sampled"].startswith("<search> mayor Kalan</search><answer> Bato</answer>")
     assert told["marked"] == ["Bato"] * 3
+    assert all("Doc 1" in text for text in told["docs"])  # not the prompt
     assert told["coins"] == ["asked for: useful", "asked for: noisy", "asked for: noisy"]
     assert "--c0" in told["paint"][0] and "--c1" in told["paint"][1] and told["plain"] == ""
     assert told["tip"] == "log-prob -0.5 · advantage 1 · ratio 1.5"
