@@ -456,6 +456,7 @@ def _collect(a: argparse.Namespace) -> Complaints:
 
 def _cold(a: argparse.Namespace) -> Complaints:
     yield not a.traces and not (a.data and a.search), "cold needs --traces, or --data and --search"
+    yield a.traces and a.search, "--traces are recorded: leave out --search, which is for scripting some"
 
 
 def _nowhere(a: argparse.Namespace) -> tuple[object, str]:

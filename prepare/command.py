@@ -167,8 +167,10 @@ def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
     """The state to go on from, ({}, {}) for a new run. Raises ValueError for other flags."""
     if not resume:
         return {}, {}
-    if not (out / STATE_FILE).exists():
+    if (out / RESULT_FILE).exists() or not any(out.iterdir()):
         raise ValueError(f"{out} holds no unfinished run to resume")
+    if not (out / STATE_FILE).exists():
+        return {}, {}  # cut before its first save: traces are there
     state, facts = disk.load_state(out / STATE_FILE)
     disk.same_flags(facts["flags"], settings, out)
     return state, facts
@@ -177,9 +179,7 @@ def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
 def report(before: dict, after: dict) -> str:
     """Held-out loss and audit, before and after."""
     if not before:
-        return (
-            "nothing was held out: no loss, no audit (too few rows, or only one question: --held-rows FILE)"
-        )
+        return "nothing was held out: no loss, no audit (too few rows, or only one question)"
     loss = f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f} nats a token"
     audits = (("before", before["audit"]), ("after", after["audit"]))
     lines = {f"{when} {quality}": part for when, figures in audits for quality, part in figures.items()}

@@ -11,6 +11,7 @@
 # Beside the run: its control with shuffled rewards (shuffled), the run whose simulator does not heed the query
 # (deaf), a cold start of which half searches (cold.5), and the body that answers from memory (direct).
 set -euo pipefail
+: "${3:?usage: prepare/real.sh POLICY DATA OUT [SEED]}"
 whole() { (cd "$1" && pwd); }
 policy=$([ -d "$1" ] && whole "$1" || echo "$1") data=$(whole "$2") seed=${4:-0}
 mkdir -p "$3/$seed"
@@ -52,15 +53,15 @@ write("supported.jsonl", supported(test))
 write("unselected.jsonl", random.Random(13).sample(test, min(200, len(test))))
 write("dev.jsonl", random.Random(13).sample(kept := supported(read("dev")), len(kept)))
 aside = set(map(id, fresh))
-write("train.jsonl", [q for q in train if id(q) not in aside])
+write("train.part", [q for q in train if id(q) not in aside])
+(out / "train.part").replace(out / "train.jsonl")  # the last: the others are whole
 EOF
 
 cold() { # NAME SHARE
     [ -e "$run/$1/sft.json" ] && return
-    [ -e "$run/$1/state.safetensors" ] || rm -rf "${run:?}/$1"
     "$python" -m prepare.cold "${common[@]}" --policy-prompt short --data "$out/train.jsonl" --search "$bm25" \
         --searching "$2" --scripts 320 --steps 80 --tokens 320 --lr 1e-3 --held 24 --every 30 \
-        --out "$run/$1" $([ -e "$run/$1/state.safetensors" ] && echo --resume)
+        --out "$run/$1" $([ -e "$run/$1" ] && echo --resume)
 }
 
 reinforce() { # NAME MORE...
@@ -68,7 +69,7 @@ reinforce() { # NAME MORE...
     "$python" train.py "${common[@]}" --adapter "$run/cold" --sim-prompt short --sim-tokens 40 --seat-tokens 330 \
         --data "$out/train.jsonl" --questions 8 --group 4 --steps "$steps" --lr 3e-4 --kl .05 --noise-end .25 \
         --shared-coins --eval-data "$out/dev.jsonl" --eval-search "$bm25" --eval-questions 64 --eval-every 4 --keep 1 \
-        --save-every 4 --out "$run/$1" "${@:2}" $([ -e "$run/$1/state.safetensors" ] && echo --resume)
+        --save-every 4 --out "$run/$1" "${@:2}" $([ -e "$run/$1/args.json" ] && echo --resume)
 }
 
 answer() { # NAME ADAPTER HOW MORE...; HOW: the temperature, or unselected (greedy)

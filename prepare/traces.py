@@ -40,7 +40,9 @@ def parse_trace(row: dict) -> dict:
         raise ValueError('is no trace: it has no text under "question", or no list under "spans"')
     if not all(isinstance(s, list) and [*map(type, s)] == [str, str] and s[0] in SPANS for s in spans):
         raise ValueError(f"has a span that is not [KIND, TEXT], where KIND is one of {', '.join(SPANS)}")
-    if not any(kind == "sampled" for kind, _ in spans):
+    if type(row.get("f1", 1.0)) not in (int, float):
+        raise ValueError('has no number under "f1"')
+    if not any(kind == "sampled" and text for kind, text in spans):
         raise ValueError("has nothing sampled, so nothing to learn")
     return row
 

@@ -82,6 +82,8 @@ def test_a_recorded_episode_is_learnt_as_it_was_sampled():
         ({"question": "q", "golden_answers": ["a"]}, "no list under"),
         ({"question": "q", "spans": [["said", "x"]]}, "KIND is one of"),
         ({"question": "q", "spans": [["given", "x"]]}, "nothing sampled"),
+        ({"question": "q", "spans": [["sampled", ""]]}, "nothing sampled"),
+        ({"question": "q", "spans": [["sampled", "x"]], "f1": None}, "no number"),
     ],
 )
 def test_a_broken_trace_is_refused(row, complaint):
@@ -92,7 +94,8 @@ def test_a_broken_trace_is_refused(row, complaint):
 
 def tune(out, *more):
     """A cold start of the random body in the toy world."""
-    told = ["--policy", "tiny", "--data", "toy", "--search", "toy", "--scripts", "12", "--searching", ".5"]
+    told = ["--policy", "tiny", "--data", "toy", "--scripts", "12", "--searching", ".5"]
+    told += [] if "--traces" in more else ["--search", "toy"]
     told += ["--limit", "200", "--steps", "4", "--every", "2", "--held", "2", "--out", out, *more]
     cold.main([str(x) for x in told])
 
@@ -136,6 +139,19 @@ def test_a_cut_cold_start_goes_on_to_the_same_adapter(body, tmp_path, monkeypatc
     tune(tmp_path / "cut", "--resume")
     one, two = ((tmp_path / x / "adapter_model.safetensors").read_bytes() for x in ("whole", "cut"))
     assert one == two
+
+
+def test_a_cold_start_that_was_cut_while_it_scripted_goes_on(body, tmp_path, monkeypatch):
+    """Traces without a state: neither a plain run nor --resume would have taken that directory."""
+    shorten(body, monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cold, "tune", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        tune(tmp_path / "cut")
+    assert {p.name for p in (tmp_path / "cut").iterdir()} == {"traces.jsonl"}
+    tune(tmp_path / "cut", "--resume")
+    assert (tmp_path / "cut" / "sft.json").exists()
+    with pytest.raises(ValueError, match="no unfinished run"):
+        tune(tmp_path / "cut", "--resume")
 
 
 def test_recorded_traces_below_the_bar_are_left_out(body, tmp_path, monkeypatch, capsys):
