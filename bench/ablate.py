@@ -165,8 +165,10 @@ def go(runs: list[Run], jobs: int, label: str, ended: Callable[[Run], None] = la
                 time.sleep(0.1)
                 for process in [p for p in running if p.poll() is not None]:
                     out, *_ = run = running.pop(process)
-                    failed += [out] if process.returncode else []
-                    _ = process.returncode or ended(run)
+                    if process.returncode:
+                        failed.append(out)
+                    else:
+                        ended(run)
                     done += 1
                     screen.move(bar, done, str(out))
     finally:

@@ -106,9 +106,9 @@ class Collector:
             says = yield from judged(self.tok, self.judge, query, documents.text, self.room)
             labels = dict(zip(LABELS, (says, holds_answer(documents.text, question.answers), reached)))
             rows.append(row_of(query, documents.text) | {"labels": labels})
-        told = {"question": question.text, "golden_answers": list(question.answers)}
-        told |= {"f1": f1(t.answer, question.answers), "spans": spans_of(t, self.tok)}  # a trace: see cold.py
-        return told | {"forced": forced, "rows": rows}
+        trace = {"question": question.text, "golden_answers": list(question.answers)}
+        trace |= {"f1": f1(t.answer, question.answers), "spans": spans_of(t, self.tok)}  # see traces.py
+        return trace | {"forced": forced, "rows": rows}
 
 
 def collect(

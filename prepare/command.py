@@ -156,9 +156,8 @@ def tune(
             disk.save_state(out / STATE_FILE, tensors, facts)
     before, after = facts["before"], look("after")
     result = {"before": before, "after": after, "rows": len(rows), "held": len(exam), "flags": settings}
-    s.keep(role, out)
     disk.write_json(out / RESULT_FILE, result)
-    print(report(before, after))
+    print(report(before, after, ": --held-rows FILE" if a.command == "sft" else ""))
     (out / STATE_FILE).unlink()
     print(f"saved to {out}")
 
@@ -176,10 +175,10 @@ def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
     return state, facts
 
 
-def report(before: dict, after: dict) -> str:
-    """Held-out loss and audit, before and after."""
+def report(before: dict, after: dict, advice: str = "") -> str:
+    """Held-out loss and audit, before and after; advice: what helps where nothing was held out."""
     if not before:
-        return "nothing was held out: no loss, no audit (too few rows, or only one question)"
+        return f"nothing was held out: no loss, no audit (too few rows, or only one question{advice})"
     loss = f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f} nats a token"
     audits = (("before", before["audit"]), ("after", after["audit"]))
     lines = {f"{when} {quality}": part for when, figures in audits for quality, part in figures.items()}

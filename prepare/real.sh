@@ -26,7 +26,7 @@ common=(--policy "$policy" "${documents[@]}" "${lengths[@]}" --dtype "$dtype" --
 
 # Supported: the answer stands in what BM25 returns for the question itself, and not in the question (in "A or B?"
 # every search finds it, and a guess is right half of the time). Of the supported training questions a part is
-# set aside: neither learnt from nor used to choose anything. unselected: test questions as they come.
+# set aside, not to be learnt from. unselected: test questions as they come.
 [ -e "$out/train.jsonl" ] || "$python" - "$data" "$out" "$bm25" <<'EOF'
 import json, random, sys
 from pathlib import Path

@@ -29,20 +29,26 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(scope="module")
-def body(tmp_path_factory):
-    """A random body with the toy world's tokenizer: the folder of its checkpoint."""
+def random_body(path, config, *init):
+    """Write a random body with the toy world's tokenizer; config: its config.json, without a vocabulary."""
     from model import Config, Model
-    from toy.make import BODY, write_tokenizer
+    from toy.make import write_tokenizer
     from weights import save_model
 
-    path = tmp_path_factory.mktemp("tiny")
     write_tokenizer(path)
     vocab = json.loads((path / "tokenizer.json").read_text())
     size = len(vocab["model"]["vocab"]) + len(vocab["added_tokens"])
-    small = {"vocab_size": size, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}
-    save_model(Model(Config.from_hf(BODY | small)).init(0, 0.1), path)
+    save_model(Model(Config.from_hf(config | {"vocab_size": size})).init(*init), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def body(tmp_path_factory):
+    """A random body of the toy's family: the folder of its checkpoint."""
+    from toy.make import BODY
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}
+    return random_body(tmp_path_factory.mktemp("tiny"), BODY | small, 0, 0.1)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import random_body
 from test_collect import Letters
 
 import eval as evaluation
@@ -23,7 +24,6 @@ from rollout import Documents, Limits, Question, Sampled, Turn, episode
 from search import BM25
 from tokenizer import Tokenizer
 from toy import words as toy
-from toy.make import write_tokenizer
 from toy.world import World
 from words import MODE_WORDS, Words
 
@@ -256,15 +256,10 @@ def test_retrieval_measures_the_engine_alone():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A small random body with the toy world's tokenizer: it answers nothing, so every figure is known."""
-    path = tmp_path_factory.mktemp("body")
-    write_tokenizer(path)
-    vocabulary = json.loads((path / "tokenizer.json").read_text())
-    size = len(vocabulary["model"]["vocab"]) + len(vocabulary["added_tokens"])
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     rest = {"intermediate_size": 16, "max_position_embeddings": 512, "rms_norm_eps": 1e-6}
-    config = {"model_type": "qwen2", "vocab_size": size, "tie_word_embeddings": True} | shape | rest
-    weights.save_model(models.Model(models.Config.from_hf(config)).init(0), path)
-    return str(path)
+    config = {"model_type": "qwen2", "tie_word_embeddings": True} | shape | rest
+    return str(random_body(tmp_path_factory.mktemp("body"), config, 0))
 
 
 CORPUS_ROWS = [{"title": "Lima", "contents": "Lima is the capital of Peru."}]
