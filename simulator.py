@@ -116,7 +116,7 @@ class Simulator:
     temperature   of sampling; the default is the paper's
     server        if given, this server's LLM is asked, instead of a body in this process; `tok` is unused
     heed          0: useful documents come whatever is asked; 1: with the probability `covered`, so that a
-                  query has to ask for what the question needs, as with a real engine
+                  query has to ask for what the question needs, as with a real engine; 2: with its square, ...
     """
 
     tok: Tokenizer | None
@@ -133,8 +133,8 @@ class Simulator:
             raise ValueError(f"noise is a probability, within 0..1, not {self.p_noise}")
 
     def __call__(self, query: Query):
-        missed = self.heed * (1 - covered(query)) if self.heed else 0.0
-        noisy = noise_coin(query.address, self.shared) < self.p_noise + (1 - self.p_noise) * missed
+        useful = (1 - self.p_noise) * covered(query) ** self.heed
+        noisy = noise_coin(query.address, self.shared) < 1 - useful
         stops, address = (f"Doc {self.words.count + 1}",), (*query.address, DOCUMENTS)
         if self.server:
             asked, seed = messages(self.words, query, noisy), int(uniforms(address, 1)[0] * 2**31)

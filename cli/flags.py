@@ -99,7 +99,7 @@ TRAIN: Groups = {
         Flag("noise-end", float, 0.5, "and at the last", most=1),
         Flag("noise-shape", ("exponential", "linear", "constant", "reverse"), "exponential", "how it rises"),
         Flag("shared-coins", bool, False, "siblings share their noise coins"),
-        Flag("heed", float, 0.0, "1: noise also where a query lacks words of the question; 0: never", most=1),
+        Flag("heed", float, 0.0, "P(useful) *= (share of the question's words that are asked for) ** this"),
     ],
     "learning": [
         Flag("algorithm", tuple(RECIPES), "grpo", "a row of recipes.py; the next eight override its parts"),

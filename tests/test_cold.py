@@ -207,6 +207,7 @@ def test_a_simulator_that_heeds_wants_the_words_of_the_question():
         noise("what", 0.0, 0.25) == sum(noise_coin((0, i, 0, 0, 0), False) < 0.25 for i in range(400)) / 400
     )
     assert noise("author of it", 1.0, 0.25) == pytest.approx(0.25 + 0.75 * 2 / 3, abs=0.06)
+    assert noise("author of it", 2.0, 0.25) == pytest.approx(0.25 + 0.75 * 8 / 9, abs=0.05)
 
 
 def test_looks_on_the_way_keep_the_best_policy(body, tmp_path, monkeypatch):
