@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from cli import flags, screen
+from cli import flags, ranks, screen
 from cli.disk import Rows, write_json
 from cli.setting import Setting, load
 from engine import Engine, Stats
@@ -89,7 +89,7 @@ def evaluate(
     engine: Engine, runs: list[Episode], tell: Callable[[int, int, Stats], None] | None = None
 ) -> tuple[dict, list[Trajectory]]:
     """Run `episodes` -> (`summarise` of them, the episodes in their order). tell: see `Engine.run`."""
-    trajectories = engine.run(runs, tell)
+    trajectories = ranks.gathered(engine.run(runs[ranks.part()], tell))
     return summarise(trajectories), trajectories
 
 
@@ -135,10 +135,14 @@ def measure(a: argparse.Namespace, task: Task, sets: dict[str, list[Question]]) 
     for name, questions in sets.items():
         address = (a.seed, 0)
         runs = episodes(s.tok, questions, search, s.limits, s.words, a.temperature, address, a.mode)
-        runs = [kept(run, log, name, i, clock) for i, run in enumerate(runs) if i not in done[name]]
-        before = len(done[name])
-        with screen.bar(name, len(questions), "questions", before) as bar:
-            s.engine.run(runs, partial(show_progress, bar, before=before))
+        todo = [i for i in range(len(runs)) if i not in done[name]]
+        size = 8 * a.seats * ranks.world() if ranks.world() > 1 else len(runs)  # kept by the first process
+        with screen.bar(name, len(questions), "questions", len(done[name])) as bar:
+            for start in range(0, len(todo), size):
+                mine = todo[start : start + size][ranks.part()]
+                show = partial(show_progress, bar, before=len(questions) - len(todo) + start)
+                s.engine.run([kept(runs[i], log, name, i, clock) for i in mine], show)
+                log.share((name, i) for i in mine)
     return [log.rows[key] for name in sets for key in sorted(k for k in log.rows if k[0] == name)]
 
 
@@ -155,7 +159,7 @@ def kept(run: Episode, log: Rows, name: str, number: int, clock: list[float]) ->
     rows add up to the time that it took."""
     t = yield from run
     now = time.perf_counter()
-    log.add({"set": name, "number": number, **answered(t), "seconds": now - clock[0]})
+    log.add({"set": name, "number": number, **answered(t), "seconds": (now - clock[0]) / ranks.world()})
     clock[0] = now
     return t
 
@@ -212,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
         figures = search_alone(a, sets)
     if a.json:  # an answer may hold half a surrogate pair
         write_json(a.json, figures | {"flags": vars(a), "questions": rows}, errors="replace")
-        Path(f"{a.json}.part").unlink(missing_ok=True)
+        if not ranks.rank():
+            Path(f"{a.json}.part").unlink(missing_ok=True)
         print(f"see it with: python look.py {a.json}")
 
 

@@ -11,13 +11,14 @@ was sampled, and the log-probs of sampling.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cli import ranks
 from kernels import linear_logp
 from model import CRITIC, POLICY, REFERENCE, START, Model
 from recipes import KL, RATIOS, WHITENED, Objective, gae, guard, k3, means, to_go, token_weights, value_loss
@@ -55,8 +56,14 @@ def credit(b: Batch, o: Objective) -> Batch:
 
 def whiten(batches: list[Batch]) -> list[Batch]:
     """Advantages of mean 0 and standard deviation 1 over all sampled tokens of the update."""
-    adv = torch.cat([b.adv for b in batches])
-    return [replace(b, adv=(b.adv - adv.mean()) / (adv.var() + 1e-8).sqrt()) for b in batches]
+
+    def total(of: Callable[[Tensor], Tensor]) -> float:
+        return sum(ranks.everyone(sum(of(b.adv.double()).sum().item() for b in batches)))
+
+    n = total(torch.ones_like)
+    mean = total(lambda adv: adv) / n
+    deviation = (total(lambda adv: (adv - mean) ** 2) / (n - 1) + 1e-8) ** 0.5
+    return [replace(b, adv=(b.adv - mean) / deviation) for b in batches]
 
 
 def make_batches(
@@ -66,16 +73,18 @@ def make_batches(
     device: torch.device | str = "cpu",
     normaliser: str = "token",
     longest: int = 1,
+    part: slice = slice(None),
 ) -> list[Batch]:
     """Cut one update's trajectories into micro-batches of at most `tokens` padded tokens, sorted by length.
 
-    A token weighs the same whatever micro-batch it falls into; `token_weights` says how much.
+    A token weighs the same whatever micro-batch it falls into; `token_weights` says how much. part: take
+    only these of the sorted trajectories, weighed as in the whole update.
     """
     pairs = sorted((p for p in zip(trajectories, adv) if sum(p[0].mask)), key=lambda p: len(p[0].ids))
     n = [sum(t.mask) for t, _ in pairs]
-    w = token_weights(normaliser, n, [id(t.question) for t, _ in pairs], longest)
+    w = token_weights(normaliser, n, [t.question for t, _ in pairs], longest)
     groups: list[list] = []
-    for t, a, each in ((*pair, each) for pair, each in zip(pairs, w)):
+    for t, a, each in [(*pair, each) for pair, each in zip(pairs, w)][part]:
         if groups and (len(groups[-1]) + 1) * len(t.ids) <= tokens:
             groups[-1].append((t, a, each))
         else:
@@ -147,14 +156,15 @@ def learn(
     recompute: bool = False,
 ) -> dict[str, float]:
     """One update of the policy's adapter from all micro-batches of a step, and of the critic where there is
-    one. Returns the step's health figures.
+    one. Several processes bring their parts of the batches, and add up one gradient. Returns the step's
+    health figures.
 
     kl, entropy: nats a token. ratio: its mean. clipped: share of tokens. gap: mean |training - sampling
     log-prob|.
     """
     optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, float] = Counter()
-    share = 1 / sum(b.w.numel() for b in batches)
+    mine: dict[str, float] = Counter()
+    share = 1 / sum(ranks.everyone(sum(b.w.numel() for b in batches)))
     for b in assess(model, batches, o):
         logp, entropy = token_logps(model, b, POLICY, recompute)
         total = loss(logp, entropy, b, o)
@@ -164,18 +174,24 @@ def learn(
             error = value_loss(values(model, b, recompute), b.value, b.target)
             (share * error).sum().backward()
             told["value_loss"] = error.detach()
-        sums.update({name: (share * x).sum().item() for name, x in told.items()} | {"loss": total.item()})
+        mine.update({name: (share * x).sum().item() for name, x in told.items()} | {"loss": total.item()})
+        mine.update({"fed": b.ids.numel(), "padding": b.ids.numel() - int(b.lengths.sum())})
+    sums: dict[str, float] = Counter()
+    for part in ranks.everyone(mine):
+        sums.update(part)
     trained = {"grad_norm": [model.adapter(POLICY)]}
     trained |= {"critic_norm": model.roles[CRITIC].parameters} if o.advantage == "gae" else {}
     for name, parameters in trained.items():
+        for p in (p for p in parameters if p.grad is None):
+            p.grad = torch.zeros_like(p)  # no batch fell to this process
+        ranks.add_up(p.grad for p in parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)
         if not torch.isfinite(norm):
             raise ValueError("the gradient is not finite: lower --lr, or use --dtype bf16 or fp32")
         sums[name] = norm.item()
     optimizer.step()
-    padded = sum(b.ids.numel() for b in batches)
-    waste = 1 - sum(int(b.lengths.sum()) for b in batches) / padded
-    return dict(sums) | {"padding": waste, "trained_tokens": round(1 / share)}
+    sums["padding"] /= sums.pop("fed")
+    return dict(sums) | {"trained_tokens": round(1 / share)}
 
 
 def figures(logp: Tensor, entropy: Tensor, b: Batch, o: Objective) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from cli import ranks
 from cli.screen import bar, move
 from engine import Engine
 from model import SIMULATOR, Model
@@ -154,8 +155,10 @@ def write(
 ) -> list[Documents]:
     """The documents that the simulator writes for queries, all useful or all noisy."""
     search = replace(simulator, p_noise=float(noisy))
-    with bar(label, len(queries), "outputs") as shown:
-        return engine.run((search(q) for q in queries), lambda done, of, stats: move(shown, done))
+    mine = queries[ranks.part()]
+    with bar(label, len(mine), "outputs") as shown:
+        written = engine.run(map(search, mine), lambda done, of, stats: move(shown, done))
+    return ranks.gathered(written)
 
 
 def engine_for(body: Model | None, simulator: Simulator, queries: list[Query], seats: int) -> Engine:

@@ -28,7 +28,7 @@ import compat
 import eval as judge_of
 import grpo
 import simulator as simulators
-from cli import disk, flags, screen
+from cli import disk, flags, ranks, screen
 from cli.disk import Rows
 from cli.pause import Pause, saving_on_failure
 from cli.setting import Setting, find_bodies, load
@@ -69,7 +69,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             t0 = time.monotonic()
             asked = ask(a, world.questions, step)
             trajectories = act(a, s, step, asked)
-            t1, decoded = time.monotonic(), s.engine.stats.decoded
+            t1, decoded = time.monotonic(), sum(ranks.everyone(s.engine.stats.decoded))
             rewards = judge(a, trajectories)
             taught, credit = resample(a, s, world, step, trajectories, rewards)
             adv = compare(a, step, taught, credit)
@@ -88,9 +88,11 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             add_audit(facts["documents"], row["simulator"])
             facts |= {"step": step + 1, "updates": updates_of(s, optimizer)}
             facts |= {"seconds": time.monotonic() - began}
+            pause.asked = any(ranks.everyone(pause.asked))
             if pause.asked or (step + 1) % a.save_every == 0 or step + 1 == a.steps:
                 pause.save()
             if pause.asked:
+                ranks.everyone(None)  # the first process has saved
                 screen.say(f"saved; go on with: python train.py --out {a.out} --resume")
                 sys.exit(130)
     finish(a, s, world, facts, began, kept)
@@ -129,12 +131,13 @@ def act(a: argparse.Namespace, s: Setting, step: int, asked: list[tuple[int, Que
         search = compat.mispaired(search, asked, a.group)
     episodes = [
         episode(question, search, s.tok, s.limits, s.words, 1.0, (a.seed, step, number, sibling))
-        for number, question in asked
+        for number, question in asked[ranks.part()]
         for sibling in range(a.group)
     ]
     with screen.bar(f"step {step + 1}", len(episodes), delay=2) as bar:
         warp = (compat.nucleus,) if "top-p" in defects else ()
-        trajectories = s.engine.run(episodes, lambda done, of, stats: screen.move(bar, done), *warp)
+        mine = s.engine.run(episodes, lambda done, of, stats: screen.move(bar, done), *warp)
+    trajectories = ranks.gathered(mine, a.group)
     for t in trajectories if "example" in defects else ():
         t.answer = compat.example(t, s.tok) if t.answer is None else t.answer
     return trajectories
@@ -203,11 +206,12 @@ def learn(
     updates = []
     for part in range(a.updates):
         rows = [q * a.group + g for q in kept[part :: a.updates] for g in range(a.group)]
+        taught = [trajectories[r] for r in rows]
         batches = grpo.make_batches(
-            [trajectories[r] for r in rows], adv.flatten()[rows].tolist(), a.micro_tokens, a.device,
-            a.normaliser, longest,
+            taught, adv.flatten()[rows].tolist(), a.micro_tokens, a.device, a.normaliser, longest,
+            ranks.part(),
         )  # fmt: skip
-        if batches:
+        if any(1 in t.mask for t in taught):  # in all processes alike
             updates.append(grpo.learn(s.body, batches, optimizer, objective, a.recompute))
     means = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]} if updates else {}
     return means | {"skipped_groups": len(rewards) - len(kept)}
@@ -243,6 +247,8 @@ def keep(
 ) -> None:  # fmt: skip
     """Some of the step's episodes for look.py. adv: id of an episode -> its advantage, 0 for those that gave
     way in `resample`; ratios: a token's probability now, over that when sampled."""
+    if ranks.rank():
+        return
     few = kept.few(step + 1, trajectories, a.group)
     few.sort(key=lambda i: len(trajectories[i].ids))  # the order in which they stand in the batches
     chosen, more = [trajectories[i] for i in few], {}
@@ -320,7 +326,7 @@ def answer(
     """Held-out questions, answered -> their summary, and the episodes."""
     address = (a.seed, 1_000_000)  # a step that no run reaches
     runs = judge_of.episodes(s.tok, held, search, s.limits, s.words, temperature, address)
-    with screen.bar(f"held-out, {label}", len(held)) as bar:
+    with screen.bar(f"held-out, {label}", len(held[ranks.part()])) as bar:
         return judge_of.evaluate(s.engine, runs, partial(judge_of.show_progress, bar))
 
 
@@ -365,7 +371,9 @@ def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict
         facts["before"] = measure(a, s, world, kept, 0)
         print(table_of(s, world, before=facts["before"]), flush=True)
     if a.sft_steps:
-        tune_simulator(a, s)
+        if not ranks.rank():
+            tune_simulator(a, s)
+        ranks.copy(s.bodies[SIMULATOR][0].adapter(SIMULATOR).data)
         s.keep(SIMULATOR, Path(a.out, "simulator"))
     if s.simulator and not a.no_audit:
         preview(s, world.questions[0])
@@ -441,9 +449,9 @@ def save(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, fa
 def restore(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer) -> dict:
     """Undo `save`; returns its facts. {} where no state was saved yet: the run begins anew."""
     path = Path(a.out) / "state.safetensors"
-    if not path.exists():
+    tensors, facts = ranks.told(lambda: disk.load_state(path) if path.exists() else ({}, {}))
+    if not facts:
         return {}
-    tensors, facts = disk.load_state(path)
     s.body.adapter(POLICY).data.copy_(tensors["policy"])
     if "simulator" in tensors:
         s.bodies[SIMULATOR][0].adapter(SIMULATOR).data.copy_(tensors["simulator"])
@@ -506,11 +514,11 @@ def main(argv: list[str] | None = None) -> None:
     given = flags.given_to("train", __doc__, argv)
     resume = "resume" in given
     if resume:
-        a, kept = resumed(given)
+        a, kept = ranks.told(lambda: resumed(given))
         a.out = given["out"]
     else:
         a, kept = flags.settle("train", given), {}
-        a.out = a.out or disk.free_name("runs")
+        a.out = ranks.told(lambda: a.out or disk.free_name("runs"))
     with disk.claimed(Path(a.out), resume):
         homes = find_bodies(a)  # first: a mistyped name shows at once
         task = kind(a.task)(a)
@@ -522,7 +530,7 @@ def main(argv: list[str] | None = None) -> None:
         inputs |= {"bodies": sorted({disk.contents(home) for home in homes.values()})}
         inputs |= {"adapters": [disk.contents(Path(x)) for x in (a.adapter, a.sim_adapter) if x]}
         inputs = {what: disk.fingerprint(value) for what, value in inputs.items()}
-        same_inputs(kept.get("inputs", {}), inputs, a.out)
+        same_inputs(kept.get("inputs") or ranks.told(lambda: inputs), inputs, a.out)
         kept = {"given": given, **kept, "settled": vars(a), "inputs": inputs}
         disk.write_json(Path(a.out) / "args.json", kept)
         shown = {k.replace("_", "-"): v for k, v in vars(a).items() if v not in ("", None) and v is not False}

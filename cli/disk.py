@@ -11,14 +11,17 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from cli import ranks
 
 try:
     import fcntl
@@ -73,6 +76,8 @@ def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
 
 def write_json(file: str | Path, value: dict, errors: str = "strict") -> None:
     """Write a JSON object whole or not at all. errors: "replace" writes "?" for half a surrogate pair."""
+    if ranks.rank():
+        return
     with whole(file) as part:
         text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
         part.write_text(text, encoding="utf-8", errors=errors)
@@ -88,6 +93,8 @@ def fingerprint(value: object) -> str:
 
 def save_state(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
     """Write tensors, from any device, and facts that JSON can hold. Raises OSError if the disk is full."""
+    if ranks.rank():
+        return
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with whole(path) as part:
         save_tensors(part, tensors, {"facts": json.dumps(facts)})
@@ -156,8 +163,8 @@ class Rows:
 
     settings: if given, the file's first line is {"flags": settings}, and only equal settings can resume it.
     key: where a row is kept in `rows`; a later row with the same key replaces the earlier one.
-    path: None keeps rows in memory only. Raises ValueError if the file is of a run with other settings,
-    exists without `resume`, or (if `must`) is missing with it.
+    path: None keeps rows in memory only. Of several processes the first reads and writes. Raises ValueError
+    if the file is of a run with other settings, exists without `resume`, or (if `must`) is missing with it.
     """
 
     def __init__(
@@ -169,14 +176,16 @@ class Rows:
         must: bool = False,
     ):
         self.path, self.settings = Path(path) if path else None, settings
+        self.writes = self.path is not None and not ranks.rank()
         self.key = key or (lambda row: len(self.rows))
         self.rows: dict[object, dict] = {}
-        if self.path and self.path.exists():
+        if self.writes and self.path.exists():
             if not resume:
                 raise ValueError(f"{self.path} holds an unfinished run: add --resume to go on, or delete it")
             self._read()
-        elif resume and must:
+        elif resume and must and not ranks.rank():
             raise ValueError(f"{self.path} holds nothing to resume: is --out right?")
+        self.rows = ranks.told(lambda: self.rows)
 
     def _read(self) -> None:
         """Read the rows of an interrupted run; an incomplete last line is dropped."""
@@ -196,7 +205,7 @@ class Rows:
 
     def add(self, row: dict) -> None:
         """Append a row. Once this returns, the row survives the end of this process."""
-        if self.path is not None:
+        if self.writes:
             started = self.settings is None or (self.path.exists() and self.path.stat().st_size)
             first = "" if started else json.dumps({"flags": self.settings}) + "\n"
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,10 +213,16 @@ class Rows:
                 file.write(first + json.dumps(row) + "\n")
         self.rows[self.key(row)] = row
 
+    def share(self, keys: Iterable) -> None:
+        """Add the rows that the other processes have made; keys: of those made here."""
+        for row in chain(*ranks.everyone([self.rows[k] for k in keys])):
+            if self.key(row) not in self.rows:
+                self.add(row)
+
     def keep(self, n: int) -> None:
         """Drop all but the first n rows, on disk too: a resumed run takes the later steps again."""
         self.rows = dict(list(self.rows.items())[:n])
-        if self.path is not None and self.path.exists():
+        if self.writes and self.path.exists():
             lines = "".join(json.dumps(row) + "\n" for row in self.rows.values())
             with whole(self.path) as part:
                 part.write_text(lines, encoding="utf-8")
@@ -249,6 +264,9 @@ def lock(out: Path) -> int | None:
 def claimed(out: Path, resume: bool) -> Iterator[None]:
     """Lock the directory `out` for one run. It is made if missing, and removed if the block leaves it empty.
     Raises ValueError if another process holds the lock, or if it is not empty and not to be resumed."""
+    if ranks.rank():  # the first process holds it for all
+        yield
+        return
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: choose another")
     handle = lock(out)

@@ -8,10 +8,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from cli import ranks
+
 
 class Pause:
     """Ctrl-C or SIGTERM saves the steps that are whole (a SIGKILL may follow), lets the step end, saves it
-    too, and stops; a second one stops at once. whole(): is the adapter that of the last whole step?"""
+    too, and stops; a second one stops at once. Of several processes SIGTERM ends each at once, as torchrun
+    kills those that linger. whole(): is the adapter that of the last whole step?"""
 
     def __init__(self, save: Callable[[], None], whole: Callable[[], bool]):
         self.asked = self.saving = False
@@ -29,7 +32,9 @@ class Pause:
             self.saving = False
         return True
 
-    def __call__(self, *_) -> None:
+    def __call__(self, number: int, _) -> None:
+        if number == signal.SIGTERM and ranks.world() > 1:
+            return None if self.saving else ranks.lost()
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -58,6 +63,7 @@ def saving_on_failure(out: str, facts: dict, pause: Pause) -> Iterator[None]:
         advice = f"Step {facts['step'] + 1} is lost"
         try:
             advice += ", no more" if pause.save() else ", and those since the last save"
+            advice += " (unless the first process has ended)" if ranks.rank() else ""
         except OSError as failed:
             advice += f", and those since the last save, as this one failed ({failed})"
         advice += f": go on with --out {out} --resume"

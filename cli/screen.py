@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from cli import ranks
+
 
 def table(rows: dict[str, dict]) -> str:
     """{name: {column: value}} as aligned text: three decimals for means, counts as they are, "-" for None."""
@@ -79,7 +81,8 @@ def move(shown, done: int, note: str = "") -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a command. Bad input is one line on stderr and exit code 2; Ctrl-C and SIGTERM exit with 130."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ranks.start()
+    signal.signal(signal.SIGTERM, ranks.lost if ranks.world() > 1 else signal.default_int_handler)
     clear()
     try:
         main()
@@ -88,14 +91,24 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError, SafetensorError) as e:
         fail(str(e))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        end("interrupted", 130)
+    except Exception:
+        sys.stderr = sys.__stderr__  # a bug shows in any process
+        raise
 
 
 def fail(message: str) -> None:
     """The end of a command that cannot go on: one line, exit code 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    end(f"error: {' '.join(message.split())}", 2)
+
+
+def end(line: str, code: int) -> None:
+    """The last line of a command, of several processes told once."""
+    if ranks.world() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if ranks.first("end"):
+        print(line, file=sys.__stderr__ if ranks.rank() else sys.stderr)
+    sys.exit(code)
 
 
 def side_by_side(left: str, right: str) -> str:

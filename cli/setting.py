@@ -15,7 +15,7 @@ import torch
 
 import model
 import weights
-from cli import plan, screen
+from cli import plan, ranks, screen
 from cli.disk import read_json
 from cli.flags import OWN, REAL
 from engine import Engine
@@ -62,6 +62,8 @@ class Setting:
 
     def keep(self, role: int, home: Path) -> None:
         """Write a role's adapter, in PEFT's format, and the prompts that it is trained on."""
+        if ranks.rank():
+            return
         base = self.task.a.policy if role == POLICY else self.task.a.sim
         weights.save_adapter(self.bodies[role][0], role, home, base)
         words = (self.words, POLICY_WORDS_FILE) if role == POLICY else (self.simulator.words, WORDS_FILE)
@@ -214,7 +216,7 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
     if a.planned:
         return f"as planned at the start: {settings}"
     waiting = simulated(a) and not is_address(a.sim)  # all may wait for documents at once
-    useful = a.questions * a.group * (1 + waiting)
+    useful = -(-a.questions // ranks.world()) * a.group * (1 + waiting)
     settings, budget = plan.fit(shapes, memory, settings, useful)
     a.seats, a.micro_tokens, a.recompute = settings.seats, settings.micro_tokens, bool(settings.recompute)
     a.planned = True
@@ -237,5 +239,8 @@ def rank_of(a: argparse.Namespace, adapter: str) -> int:
 
 
 def free_memory(device: str) -> float:
-    """Bytes to plan for: the free memory of a GPU; half of it on a CPU, which other programs share."""
-    return torch.cuda.mem_get_info()[0] if device != "cpu" else 0.5 * model.memory(free=True)
+    """Bytes to plan for: the free memory of a GPU; half of it on a CPU, which other programs share, divided
+    by the processes of this run."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0]
+    return 0.5 * model.memory(free=True) / ranks.neighbours()

@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import combinations
 
+from cli import ranks
 from cli.disk import Rows
 from cli.flags import LABELS
 from cli.screen import bar, move, table
@@ -138,7 +139,9 @@ def collect(
             move(shown, shown.n, f"{len(log.rows):,} episodes")
 
         while left and count.balanced(n) < 2 * (n // 2):
-            engine.run([noted(i) for i in left[:rounds]])
+            mine = left[:rounds][ranks.part()]
+            engine.run([noted(i) for i in mine])
+            log.share(mine)
             left, count = left[rounds:], sort_rows(log.rows, label)
             move(shown, count.balanced(n))
     return count

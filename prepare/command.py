@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import simulator as simulators
-from cli import disk, flags
+from cli import disk, flags, ranks
 from cli.screen import side_by_side, table
 from cli.setting import Setting, load
 from model import POLICY, SIMULATOR, Model
@@ -125,6 +125,8 @@ def tune(
     audit: Callable[[Setting, str], dict] = lambda s, when: {},
 ) -> None:  # fmt: skip
     """The fine-tuning of a role, in a directory that is ours: a simulator's on rows, a policy's on traces."""
+    if ranks.world() > 1:
+        raise ValueError("fine-tuning is the work of one process: start it without torchrun")
     settings = {k: v for k, v in vars(a).items() if k not in ("command", "resume", "out", "device", "seats")}
     out = Path(a.out)
     state, facts = unfinished(out, settings, a.resume)
@@ -205,7 +207,7 @@ def command_collect(a: argparse.Namespace, task: Task) -> None:
     go_on = f"the episodes so far are in {log.path}: the same command with --resume goes on"
     try:
         wanted = (a.judge, a.rows, a.samples, a.seed)
-        found = collect(s.engine, collector, questions, log, *wanted, rounds=4 * a.seats)
+        found = collect(s.engine, collector, questions, log, *wanted, rounds=4 * a.seats * ranks.world())
     except OSError as e:  # a search engine that fails
         raise OSError(f"{e}; {go_on}") from None
     except KeyboardInterrupt:
@@ -213,7 +215,8 @@ def command_collect(a: argparse.Namespace, task: Task) -> None:
         raise
     print(tally(log, found, a))
     check_found(log, found, a)
-    write_rows(found.rows(a.rows), out)
+    if not ranks.rank():
+        write_rows(found.rows(a.rows), out)
     print(f"{found.balanced(a.rows)} rows in {out}; every episode in {log.path}")
 
 

@@ -1,0 +1,162 @@
+"""Several processes do what one does: they are started by torchrun, on gloo, and compared with this process.
+
+tests/tools/together.py is what each of them runs.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_eval import lines_file
+
+from cli import disk, ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = [
+    *("--steps", "4", "--group", "4", "--eval-questions", "5", "--sft-steps", "2", "--save-every", "9"),
+    *("--show-every", "9", "--turn-tokens", "6", "--turns", "1", "--seats", "24"),
+]
+TRAIN = {  # five questions: the shares are unequal; one: a process has nothing to do
+    "grpo": ["--questions", "5", "--micro-tokens", "300", "--eval-every", "2", "--updates", "2"],
+    "ppo": ["--questions", "5", "--algorithm", "ppo", "--no-audit"],
+    "dapo": ["--questions", "1", "--algorithm", "dapo", "--normaliser", "prompt", "--no-audit"],
+}
+
+
+def start(n: int, **work) -> subprocess.Popen:
+    """torchrun with n processes (0: one without torchrun)."""
+    run = ["-m", "torch.distributed.run", "--nproc_per_node", str(n)] if n else []
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, *run, str(ROOT / "tests/tools/together.py"), json.dumps(work)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(argv, env=env, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+
+
+def everything(body: Path, out: Path, n: int) -> Path:
+    """Train, evaluate, collect and audit with n processes -> the directory of all results."""
+    data = lines_file(out / "q.jsonl", *({"question": f"home {i}", "answer": "Lima"} for i in range(7)))
+    common = ["--device", "cpu", "--policy", "tiny", "--turns", "1", "--turn-tokens", "6"]
+    asked = [*common, "--data", str(data), "--temperature", "1", "--search", "toy", "--seats", "1"]
+    rows = ["--force-search", "--rows", "4", "--judge", "answer", "--limit", "60", "--seats", "4"]
+    runs = [["train", "--out", str(out / name), *SHORT, *more] for name, more in TRAIN.items()]
+    runs += [["eval", *asked, "--json", str(out / "eval.json")]]
+    audit = ["audit", "--sim", "tiny", "--data", str(data), "--device", "cpu"]
+    audit += ["--sim-prompt", "short", "--sim-tokens", "8", "--json"]
+    collect = ["collect", *common, "--data", "toy", "--search", "toy", "--out", str(out / "rows"), *rows]
+    runs += [["prepare.command", *audit, str(out / "audit.json")], ["prepare.command", *collect]]
+    process = start(n, body=str(body), ids=str(out / "ids"), runs=runs)
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    (out / "printed").write_text(printed)
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(body, tmp_path_factory) -> Path:
+    return everything(body, tmp_path_factory.mktemp("alone"), 0)
+
+
+def nearly(a, b, of: str = "") -> None:
+    """Equal but for rounding and what a clock or a path says."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), of
+        for key in a:
+            if not re.search("second|^out$|^json$|^data$|seats", key):
+                nearly(a[key], b[key], f"{of}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), of
+        for i, pair in enumerate(zip(a, b)):
+            nearly(*pair, f"{of}.{i}")
+    else:
+        rounded = 0.011 if re.search("ratios|logps|advantage", of) else 2e-6  # digits on disk
+        assert a == (pytest.approx(b, rel=1e-4, abs=rounded) if isinstance(a, float) else b), of
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def equal_states(one: Path, other: Path) -> None:
+    """Two runs have learnt the same, but for the order of sums in fp32."""
+    (left, facts), (right, others) = (disk.load_state(out / "state.safetensors") for out in (one, other))
+    assert left.keys() == right.keys() and facts["updates"] == others["updates"] >= 4
+    for name, tensor in left.items():
+        assert torch.allclose(tensor, right[name], rtol=1e-4, atol=2e-6), name
+    assert not torch.equal(left["policy"], torch.zeros_like(left["policy"]))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_several_processes_do_what_one_does(alone, body, tmp_path, n):
+    """A question that is counted twice or never, weights over the tokens of one process, whitening by parts,
+    a lost share of the gradient: each would show in ids, adapters, figures or files. What two processes print
+    twice, or both write, would show too."""
+    together = everything(body, tmp_path, n)
+    sampled = [(out / "ids").read_text().splitlines() for out in (alone, together)]
+    assert sampled[0] == sampled[1] and len(sampled[0]) >= 12
+    for name in TRAIN:
+        equal_states(alone / name, together / name)
+        for file in ("log.jsonl", "episodes.jsonl"):
+            nearly(rows(alone / name / file), rows(together / name / file), name)
+        nearly(*(json.loads((out / name / "result.json").read_text()) for out in (alone, together)))
+        assert (together / name / "policy/adapter_model.safetensors").exists()
+    states = (disk.load_state(out / "ppo/state.safetensors")[0] for out in (alone, together))
+    assert torch.equal(*(tensors["simulator"] for tensors in states))
+    for file in ("eval.json", "audit.json"):
+        nearly(*(json.loads((out / file).read_text()) for out in (alone, together)), file)
+    assert (alone / "rows").read_text() == (together / "rows").read_text()
+    of = {row["episode"]: row for row in rows(alone / "rows.episodes")[1:]}
+    logged = rows(together / "rows.episodes")[1:]
+    assert len({row["episode"] for row in logged}) == len(logged) >= len(of) > 4
+    assert all(of.get(row["episode"], row) == row for row in logged)
+    assert {p.name for p in together.iterdir()} == {p.name for p in alone.iterdir()}
+    lines = [(out / "printed").read_text().count("\n") for out in (alone, together)]
+    assert lines[0] == lines[1]
+
+
+END = [
+    # who ends how, whether the others are busy elsewhere, with how many the run goes on, steps that are kept
+    ([1, 2, "SIGKILL"], True, 3, 2),
+    ([0, 2, "SIGKILL"], False, 0, 0),
+    ([1, 2, "SIGINT"], False, 0, 3),
+    ([1, 2, "no search engine"], False, 0, 2),
+]
+
+
+@pytest.mark.parametrize("die, wait, n, kept", END)
+def test_whoever_ends_ends_all_and_the_run_goes_on(alone, body, tmp_path, die, wait, n, kept):
+    """A process that waits for one that is gone holds its GPU until somebody looks. All end within 30 s with
+    one line, whole steps are saved by the first process while it lives, and any number of processes goes on
+    to the same result."""
+    out = tmp_path / "ppo"
+    run = ["train", "--out", str(out), *SHORT, *TRAIN["ppo"]]
+    began, process = time.monotonic(), start(2, body=str(body), die=die, wait=wait, runs=[run])
+    printed, errors = process.communicate(timeout=120)
+    took = time.monotonic() - began
+    ours = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert process.returncode and took < 55, (took, errors)  # 25 of them to start, at most
+    if die[2] == "SIGINT":
+        assert not ours and f"go on with: python train.py --out {out}" in printed
+    else:
+        assert len(ours) == 1 and "--resume" in ours[0] and "interrupted" not in errors, errors
+        assert (die[2] if " " in die[2] else ranks.LOST) in ours[0]
+    assert disk.load_state(out / "state.safetensors")[1]["step"] == kept
+    process = start(n, body=str(body), runs=[["train", "--out", str(out), "--resume"]])
+    assert process.wait(timeout=120) == 0, process.communicate()
+    equal_states(alone / "ppo", out)
+
+
+def test_what_is_divided_comes_back_in_order(monkeypatch):
+    """An episode in another's place would be rewarded for the other's answer."""
+    whole = [(question, sibling) for question in range(5) for sibling in range(2)]
+    groups = [whole[i : i + 2] for i in range(0, 10, 2)]
+    parts = [[x for group in groups[rank::3] for x in group] for rank in range(3)]
+    monkeypatch.setattr(ranks, "everyone", lambda mine: parts)
+    assert ranks.gathered(parts[0], 2) == whole
+    monkeypatch.setattr(ranks, "everyone", lambda mine: [[0, 2], [1], []])
+    assert ranks.gathered([0, 2]) == [0, 1, 2]
