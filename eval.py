@@ -29,7 +29,7 @@ from evaluation import report
 from evaluation.live import Screen, live
 from evaluation.modes import MODES
 from questions import cover_em, exact_match, f1, holds_answer
-from rollout import Episode, Limits, Question, Search, Trajectory, harmless
+from rollout import Episode, Limits, Question, Search, Trajectory
 from search import BM25, open_bm25
 from tasks import Task, kind
 from tokenizer import Tokenizer
@@ -178,7 +178,7 @@ def ask(a: argparse.Namespace, task: Task) -> None:
     stats = s.engine.stats
     spent = f"{stats.decoded} tokens sampled in {stats.seconds:.1f} s"
     print(f"\n\n{spent}, searches: {len(t.searches)}, end: {t.end}")
-    print("(no answer)" if t.answer is None else harmless(" ".join(t.answer.split())))
+    print("(no answer)" if t.answer is None else screen.harmless(" ".join(t.answer.split())))
 
 
 def search_alone(a: argparse.Namespace, sets: dict[str, list[Question]]) -> dict:

@@ -10,6 +10,7 @@ was sampled, and the log-probs of sampling.
     L = sum_i w_i ( ratio(logp_i, old_i, A_i) + beta KL_i - c H_i )      i over the sampled tokens of the step
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from kernels import linear_logp
 from model import CRITIC, POLICY, REFERENCE, START, Model
 from recipes import KL, RATIOS, WHITENED, Objective, gae, guard, k3, means, to_go, token_weights, value_loss
 from rollout import Trajectory
+
+NOT_FINITE = "as their gradients were not finite: lower --lr, or use --dtype bf16 or fp32"
 
 
 @dataclass(frozen=True)
@@ -147,10 +150,10 @@ def learn(
     recompute: bool = False,
 ) -> dict[str, float]:
     """One update of the policy's adapter from all micro-batches of a step, and of the critic where there is
-    one. Returns the step's health figures.
+    one; none where a gradient is not finite. Returns the step's health figures.
 
     kl, entropy: nats a token. ratio: its mean. clipped: share of tokens. gap: mean |training - sampling
-    log-prob|.
+    log-prob|. skipped_updates: 1 where there was none.
     """
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, float] = Counter()
@@ -168,14 +171,13 @@ def learn(
     trained = {"grad_norm": [model.adapter(POLICY)]}
     trained |= {"critic_norm": model.roles[CRITIC].parameters} if o.advantage == "gae" else {}
     for name, parameters in trained.items():
-        norm = torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)
-        if not torch.isfinite(norm):
-            raise ValueError("the gradient is not finite: lower --lr, or use --dtype bf16 or fp32")
-        sums[name] = norm.item()
-    optimizer.step()
+        sums[name] = torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip).item()
+    if sound := all(math.isfinite(sums[name]) for name in trained):
+        optimizer.step()
     padded = sum(b.ids.numel() for b in batches)
     waste = 1 - sum(int(b.lengths.sum()) for b in batches) / padded
-    return dict(sums) | {"padding": waste, "trained_tokens": round(1 / share)}
+    told = {"padding": waste, "trained_tokens": round(1 / share), "skipped_updates": int(not sound)}
+    return dict(sums) | told
 
 
 def figures(logp: Tensor, entropy: Tensor, b: Batch, o: Objective) -> dict[str, Tensor]:

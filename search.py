@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     given, began = parse(__doc__, FLAGS, argv), time.perf_counter()
     engine = given["engine"]
     search, opened = open_search(f"bm25:{engine}" if Path(engine).is_file() else engine), time.perf_counter()
-    print(ask(search, " ".join(given["query"])) or "nothing found")
+    print(screen.harmless(ask(search, " ".join(given["query"]))) or "nothing found")
     took = 1e3 * (time.perf_counter() - opened)
     print(f"engine ready in {opened - began:.1f} s, the query in {took:.1f} ms")
 

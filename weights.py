@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cli.disk import read_json, save_tensors, whole, write_json
+from cli.disk import made, read_json, save_tensors, write_json
 from model import Adapter, Config, Model
 
 PRESETS = {"tiny": str(Path(__file__).resolve().parent / "toy" / "body")}
@@ -54,15 +54,13 @@ def save_adapter(model: Model, role: int, path: str | Path, base: str = "") -> N
 
     base: the body's name (preset, directory or hub id), recorded so that PEFT finds the body.
     """
-    path, adapter = Path(path), model.roles[role]
-    path.mkdir(parents=True, exist_ok=True)
+    path, adapter = made(Path(path)), model.roles[role]
     parts = [part for linear in model.layers[0].linears() for part in linear.parts]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name(base)}
     config |= {"r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0, "bias": "none"}
     config |= {"target_modules": parts, "inference_mode": True}
     tensors = {k: v.cpu().contiguous() for k, v in _peft_tensors(model, adapter).items()}
-    with whole(path / "adapter_model.safetensors") as part:
-        save_tensors(part, tensors, {"format": "pt"})
+    save_tensors(path / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(path / "adapter_config.json", config)
 
 
@@ -174,8 +172,7 @@ def hf_tensors(model: Model) -> dict[str, Tensor]:
 
 def save_model(model: Model, path: str | Path) -> None:
     """Write config.json and model.safetensors as a Hugging Face directory."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    path = made(Path(path))
     write_json(path / "config.json", model.config.hf)
     tensors = {k: v.cpu().contiguous().clone() for k, v in hf_tensors(model).items()}
     save_tensors(path / "model.safetensors", tensors, {"format": "pt"})
