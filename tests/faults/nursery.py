@@ -162,7 +162,8 @@ def serve(folder: Path) -> None:
     prepare.command.audited = lambda a, exam, s, when: {}
     from tokenizer import Tokenizer
 
-    Tokenizer.load(folder)  # warms what loading a tokenizer imports
+    Tokenizer.load(folder), weights.load(folder)  # these import a lot, and so does the first optimiser
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     print(folder, flush=True)
     for line in sys.stdin:
         wish = json.loads(line)
