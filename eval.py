@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from cli import flags, screen
-from cli.disk import Rows, write_json
+from cli.disk import Rows, readable, write_json
 from cli.setting import Setting, load
 from engine import Engine, Stats
 from evaluation import report
@@ -196,7 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, compare or ask; print; write the figures."""
     a = flags.settle("eval", flags.given_to("eval", __doc__, argv))
     if a.compare:
-        print(report.comparison(report.compare(*a.compare)))
+        with readable(" or ".join(a.compare)):
+            print(report.comparison(report.compare(*a.compare)))
         return
     task = kind(a.task)(a)
     if a.ask is not None:

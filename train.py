@@ -454,13 +454,14 @@ def restore(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer)
     if not path.exists():
         return {}
     tensors, facts = disk.load_state(path)
-    s.body.adapter(POLICY).data.copy_(tensors["policy"])
-    if "simulator" in tensors:
-        s.bodies[SIMULATOR][0].adapter(SIMULATOR).data.copy_(tensors["simulator"])
-    if critic := s.body.roles.get(CRITIC):
-        critic.theta.data.copy_(tensors["critic"])
-        critic.value.data.copy_(tensors["value"])
-    disk.unpack_optimizer(optimizer, tensors)
+    with disk.readable(path):
+        s.body.adapter(POLICY).data.copy_(tensors["policy"])
+        if "simulator" in tensors:
+            s.bodies[SIMULATOR][0].adapter(SIMULATOR).data.copy_(tensors["simulator"])
+        if critic := s.body.roles.get(CRITIC):
+            critic.theta.data.copy_(tensors["critic"])
+            critic.value.data.copy_(tensors["value"])
+        disk.unpack_optimizer(optimizer, tensors)
     return facts
 
 
@@ -492,7 +493,8 @@ def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
     """The flags of the run in --out, with what may change of them, and its args.json. Raises ValueError."""
     if "out" not in given:
         raise ValueError("--resume needs the --out of the run to go on with")
-    kept = disk.read_json(Path(given["out"]) / "args.json", "the directory of a run", settled=dict)
+    file = Path(given["out"]) / "args.json"
+    kept = disk.read_json(file, "the directory of a run", settled=dict)
     old = {k.replace("_", "-"): v for k, v in kept["settled"].items()}
     for f in flags.flags_of("train"):
         if f.name not in old:
@@ -508,7 +510,8 @@ def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
         a.planned = False
         a.seats, a.micro_tokens = new.get("seats", 0), new.get("micro-tokens", 0)
         a.recompute = new.get("recompute", False)
-    flags.check(a)
+    with disk.readable(file):
+        flags.check(a)
     if new:
         print("changed:", *(f"--{k} {old[k]} -> {now}" for k, now in new.items()), flush=True)
         kept.setdefault("changes", []).append({k: [old[k], now] for k, now in new.items()})

@@ -64,6 +64,18 @@ def synchronise(path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------- JSON
 
+# What code raises that reads a value of another shape than it expects.
+ODD = (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError)
+
+
+@contextmanager
+def readable(what: object) -> Iterator[None]:
+    """Within it, whatever odd content makes a reader raise is a ValueError that names the file."""
+    try:
+        yield
+    except ODD as e:
+        raise ValueError(f"{what} holds something else than it should ({type(e).__name__}: {e})") from e
+
 
 def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
     """Read a JSON object; needed: its keys, with the types of their values. Raises ValueError that names the
@@ -72,7 +84,7 @@ def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
         raise ValueError(f"{file} does not exist: {file.parent} is not {what}")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:  # both JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as e:  # both JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"{file} is not JSON ({e})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} does not hold a JSON object")
@@ -133,11 +145,12 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, framework="pt") as file:
             facts = (file.metadata() or {}).get("facts")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as e:
+        facts = json.loads(facts or "null")
+    except (SafetensorError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} is corrupt ({e})") from None
-    if facts is None:
+    if not isinstance(facts, dict):
         raise ValueError(f"{path} is not the state of a run")
-    return tensors, json.loads(facts)
+    return tensors, facts
 
 
 def pack_optimizer(opt: torch.optim.Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
@@ -226,7 +239,7 @@ class Rows:
                 old = dict(lines.pop(0)["flags"])
             for row in lines:
                 self.rows[self.key(row)] = row
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, *ODD):
             raise ValueError(f"{self.path} is not an unfinished run: delete it and start again") from None
         same_flags(old, self.settings or {}, self.path)
         os.truncate(self.path, end)

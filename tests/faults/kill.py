@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cli.disk import load_state
 
-from .nursery import COUNT, Nursery
+from .nursery import COUNT, Child, Nursery
 
 # What depends on the clock, or on where the run is.
 CLOCK = {"seconds", "seconds_act", "seconds_learn", "seconds_left", "tokens_per_second", "ms"}
@@ -155,6 +155,19 @@ class Bench:
             return f"was not killed at call {n}: exit code {child.code}: {child.said[-300:]}"
         return lost(job, home) or self.to_the_end(job, home, log)
 
+    def refused(self, job: Job, n: int, how: int, error: int) -> str:
+        """The disk refuses the n-th change (and, if FULL, all that follow), and is well again for the resume."""
+        home, log = self.folder / "case", self.folder / "log"
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir()
+        fault = {"root": str(home), "at": n, "how": how, "error": error}
+        child = self.nursery.run(job.command, job.begin(home), log, **fault)
+        if wrong := told(child):
+            return wrong
+        if parts := [str(path) for path in home.rglob("*tmp*")]:
+            return f"left {', '.join(parts)}"
+        return self.to_the_end(job, home, log)
+
     def at_instants(self, job: Job, seed: str, kills: int) -> tuple[int, str]:
         """One run, killed after random times until it was hit `kills` times or has ended -> kills, what is
         wrong."""
@@ -180,6 +193,14 @@ class Bench:
                 return hit, wrong
             argv = job.resume(home)
         return hit, self.to_the_end(job, home, log) if child.code else self.wrong(job, home)
+
+
+def told(child: Child) -> str:
+    """What is wrong with how a command ended that had to: one line that begins with "error:", exit code 2."""
+    lines = [line for line in child.said.splitlines() if line.startswith(("error: ", "Traceback"))]
+    if child.code != 2 or len(lines) != 1 or "Traceback" in child.said or "Exception ignored" in child.said:
+        return f"exit code {child.code}: {child.said[-900:]}"
+    return ""
 
 
 def lost(job: Job, home: Path) -> str:
