@@ -22,14 +22,14 @@ from functools import partial
 from pathlib import Path
 
 from cli import flags, ranks, screen
-from cli.disk import Rows, write_json
+from cli.disk import Rows, readable, write_json
 from cli.setting import Setting, load
 from engine import Engine, Stats
 from evaluation import report
 from evaluation.live import Screen, live
 from evaluation.modes import MODES
 from questions import cover_em, exact_match, f1, holds_answer
-from rollout import Episode, Limits, Question, Search, Trajectory, harmless
+from rollout import Episode, Limits, Question, Search, Trajectory
 from search import BM25, open_bm25
 from tasks import Task, kind
 from tokenizer import Tokenizer
@@ -182,7 +182,7 @@ def ask(a: argparse.Namespace, task: Task) -> None:
     stats = s.engine.stats
     spent = f"{stats.decoded} tokens sampled in {stats.seconds:.1f} s"
     print(f"\n\n{spent}, searches: {len(t.searches)}, end: {t.end}")
-    print("(no answer)" if t.answer is None else harmless(" ".join(t.answer.split())))
+    print("(no answer)" if t.answer is None else screen.harmless(" ".join(t.answer.split())))
 
 
 def search_alone(a: argparse.Namespace, sets: dict[str, list[Question]]) -> dict:
@@ -200,7 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, compare or ask; print; write the figures."""
     a = flags.settle("eval", flags.given_to("eval", __doc__, argv))
     if a.compare:
-        print(report.comparison(report.compare(*a.compare)))
+        with readable(" or ".join(a.compare)):
+            print(report.comparison(report.compare(*a.compare)))
         return
     task = kind(a.task)(a)
     if a.ask is not None:

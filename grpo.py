@@ -10,6 +10,7 @@ was sampled, and the log-probs of sampling.
     L = sum_i w_i ( ratio(logp_i, old_i, A_i) + beta KL_i - c H_i )      i over the sampled tokens of the step
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from kernels import linear_logp
 from model import CRITIC, POLICY, REFERENCE, START, Model
 from recipes import KL, RATIOS, WHITENED, Objective, gae, guard, k3, means, to_go, token_weights, value_loss
 from rollout import Trajectory
+
+NOT_FINITE = "as their gradients were not finite: lower --lr, or use --dtype bf16 or fp32"
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,11 @@ def learn(
     recompute: bool = False,
 ) -> dict[str, float]:
     """One update of the policy's adapter from all micro-batches of a step, and of the critic where there is
-    one. Several processes bring their parts of the batches, and add up one gradient. Returns the step's
-    health figures.
+    one; none where a gradient is not finite. Several processes bring their parts of the batches, and add up
+    one gradient. Returns the step's health figures.
 
     kl, entropy: nats a token. ratio: its mean. clipped: share of tokens. gap: mean |training - sampling
-    log-prob|.
+    log-prob|. skipped_updates: 1 where there was none.
     """
     optimizer.zero_grad(set_to_none=True)
     mine: dict[str, float] = Counter()
@@ -185,13 +188,11 @@ def learn(
         for p in (p for p in parameters if p.grad is None):
             p.grad = torch.zeros_like(p)  # no batch fell to this process
         ranks.add_up(p.grad for p in parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip)
-        if not torch.isfinite(norm):
-            raise ValueError("the gradient is not finite: lower --lr, or use --dtype bf16 or fp32")
-        sums[name] = norm.item()
-    optimizer.step()
+        sums[name] = torch.nn.utils.clip_grad_norm_(parameters, o.grad_clip).item()
+    if sound := all(math.isfinite(sums[name]) for name in trained):
+        optimizer.step()
     sums["padding"] /= sums.pop("fed")
-    return dict(sums) | {"trained_tokens": round(1 / share)}
+    return dict(sums) | {"trained_tokens": round(1 / share), "skipped_updates": int(not sound)}
 
 
 def figures(logp: Tensor, entropy: Tensor, b: Batch, o: Objective) -> dict[str, Tensor]:

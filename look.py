@@ -25,7 +25,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
 from cli import screen
-from cli.disk import read_json, whole
+from cli.disk import read_json, readable, whole
 from cli.parser import NEEDED, Flag, parse, with_defaults
 from evaluation import report
 from evaluation.health import alarm
@@ -73,7 +73,7 @@ def rows_of(path: Path) -> list[dict]:
     data = path.read_bytes() if path.exists() else b""
     try:
         return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON lines ({e})") from None
 
 
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read, draw, write."""
     a = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
     paths = [Path(name) for name in a.runs]
-    with screen.waiting(f"drawing {', '.join(a.runs)}"):
+    with screen.waiting(f"drawing {', '.join(a.runs)}"), readable(", ".join(a.runs)):
         runs = [read_run(path) if path.is_dir() else read_evaluation(path) for path in paths]
         compare = report.compare(*a.runs) if [path.is_dir() for path in paths] == [False, False] else {}
         text = picture(runs) if a.picture else page(runs, compare)

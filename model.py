@@ -83,11 +83,11 @@ class Config:
         family = c.get("model_type")
         if family not in ("llama", "qwen2", "qwen3"):
             raise ValueError(f"model_type {family!r} is not supported: only llama, qwen2 and qwen3 are")
-        _refuse_unknown(c)
         try:
+            _refuse_unknown(c)
             heads, d = c["num_attention_heads"], c["hidden_size"]
             rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-            return Config(
+            config = Config(
                 family=family,
                 vocab=c["vocab_size"],
                 d=d,
@@ -105,6 +105,12 @@ class Config:
             )
         except KeyError as e:
             raise ValueError(f"config.json has no {e}: is this a complete {family} model?") from None
+        except (TypeError, ArithmeticError, AttributeError) as e:
+            raise ValueError(
+                f"config.json holds something else than a {family} model's sizes ({e})"
+            ) from None
+        _check_sizes(config)
+        return config
 
 
 def _refuse_unknown(c: dict) -> None:
@@ -118,6 +124,20 @@ def _refuse_unknown(c: dict) -> None:
     if unknown:
         why = "unknown to this network: remove it there if it does not change the forward pass"
         raise ValueError(f"config.json sets {', '.join(unknown)}, {why}")
+
+
+def _check_sizes(c: Config) -> None:
+    """Raise ValueError for sizes that no network has."""
+    sizes = ("vocab", "d", "layers", "heads", "kv_heads", "head_dim", "ffn", "context")
+    wrong = {s: n for s in sizes if type(n := getattr(c, s)) is not int or not 0 < n < 2**31}
+    numbers = {"rms_norm_eps": c.eps, "rope_theta": c.theta} | c.scaling
+    numbers.pop("kind", None)
+    wrong |= {s: x for s, x in numbers.items() if type(x) not in (int, float) or not 0 < x < math.inf}
+    wrong |= {"head_dim": c.head_dim} if not wrong and c.head_dim % 2 else {}
+    wrong |= {"kv_heads": c.kv_heads} if not wrong and c.heads % c.kv_heads else {}
+    if wrong:
+        told = ", ".join(f"{name} {str(value)[:40]}" for name, value in wrong.items())
+        raise ValueError(f"config.json describes no network: {told}")
 
 
 def _scaling(rope: dict) -> dict:

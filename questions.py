@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from cli.disk import readable
 from rollout import Question
 from search import Row, read_lines
 
@@ -150,8 +151,14 @@ def parquet_rows(path: str | Path) -> list[dict]:
     from pyarrow import ArrowException, parquet  # it comes with datasets, and is slow to import
 
     try:
-        return [row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist()]
-    except (ArrowException, OSError) as e:
+        rows, room = [], 2**26 + 100 * Path(path).stat().st_size  # bytes: a dictionary may repeat a text
+        for batch in parquet.ParquetFile(path).iter_batches(256):
+            rows += batch.to_pylist()
+            room -= batch.nbytes
+            if room < 0:
+                raise OSError("it unpacks to more than 100 times its size")
+        return rows
+    except (ArrowException, OSError, ValueError) as e:
         raise ValueError(f"{path} is damaged ({str(e).splitlines()[0]}): download or make it again") from None
 
 
@@ -173,7 +180,8 @@ def numbered(source: str | Path, rows: Iterable[dict], parse: Callable[[dict], R
     """Apply `parse` to each row, nulls dropped. Raises ValueError with the number of a broken row, from 1."""
     for number, row in enumerate(rows, 1):
         try:
-            parsed = parse({k: v for k, v in row.items() if v is not None})
+            with readable("it"):
+                parsed = parse({k: v for k, v in row.items() if v is not None})
         except ValueError as e:
             raise ValueError(f"{source}, row {number}: {e}") from None
         yield parsed

@@ -281,11 +281,3 @@ def episode(
             t.searches.append((query, documents))
         else:
             t.add(notice)
-
-
-CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def harmless(text: str) -> str:
-    """Text that cannot steer a terminal: control characters except tabs and newlines become �."""
-    return CONTROL.sub("\ufffd", text)

@@ -25,6 +25,7 @@ import gzip
 import json
 import os
 import re
+import sys
 import time
 import unicodedata
 import zlib
@@ -38,6 +39,7 @@ from urllib.parse import urlencode
 import numpy as np
 
 from cli import screen
+from cli.disk import readable
 from cli.parser import NEEDED, Flag, parse
 from rollout import Documents, Query, Question, Search
 from servers import Server, environment_key, one_line
@@ -53,10 +55,11 @@ def read_lines(path: str | Path, parse: Callable[[dict], Row]) -> Iterator[Row]:
     for number, line in enumerate(_unpacked(path), 1):
         if line.strip():
             try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("is not a JSON object")
-                parsed = parse(row)
+                with readable("it"):
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("is not a JSON object")
+                    parsed = parse(row)
             except ValueError as e:
                 broken = isinstance(e, json.JSONDecodeError)
                 what = f"is not JSON ({e.msg} at column {e.colno})" if broken else e
@@ -67,9 +70,14 @@ def read_lines(path: str | Path, parse: Callable[[dict], Row]) -> Iterator[Row]:
 def _unpacked(path: str | Path) -> Iterator[bytes]:
     with open(path, "rb") as raw:
         zipped = raw.read(2) == b"\x1f\x8b"
+    room = 2**24 + 50 * os.path.getsize(path) if zipped else sys.maxsize - 1  # text shrinks to a tenth or so
     with (gzip.open if zipped else open)(path, "rb") as lines:
         try:
-            yield from lines
+            while line := lines.readline(room + 1):
+                room -= len(line)
+                if room < 0:
+                    raise ValueError(f"{path} unpacks to far more than a text of its size")
+                yield line
         except (EOFError, gzip.BadGzipFile, zlib.error) as e:
             raise ValueError(f"{path} is damaged ({e}): download or make it again") from None
 
@@ -326,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
     given, began = parse(__doc__, FLAGS, argv), time.perf_counter()
     engine = given["engine"]
     search, opened = open_search(f"bm25:{engine}" if Path(engine).is_file() else engine), time.perf_counter()
-    print(ask(search, " ".join(given["query"])) or "nothing found")
+    print(screen.harmless(ask(search, " ".join(given["query"]))) or "nothing found")
     took = 1e3 * (time.perf_counter() - opened)
     print(f"engine ready in {opened - began:.1f} s, the query in {took:.1f} ms")
 

@@ -152,17 +152,16 @@ class Server:
             connection.set_tunnel(self.host, self.port)
         target = (self.address if via and not secure else self.path) + path or "/"
         data = None if body is None else json.dumps(body).encode()
+        twins: list[socket.socket] = []  # of the connection's socket, which a TLS handshake takes away
+        alarm = threading.Timer(seconds, lambda: [*map(_hang_up, twins)])
+        alarm.daemon = True
+        # http.client's own hook; it is not public, and there is no other place between connecting and TLS
+        connection._create_connection = partial(_connected, twins, deadline)
         try:
-            connection.connect()
-            alarm = threading.Timer(max(0.0, deadline - time.monotonic()), _hang_up, [connection.sock])
-            alarm.daemon = True
             alarm.start()
-            try:
-                connection.request("GET" if body is None else "POST", target, data, self.headers)
-                response = connection.getresponse()
-                data = response.read(LARGEST + 1)
-            finally:
-                alarm.cancel()
+            connection.request("GET" if body is None else "POST", target, data, self.headers)
+            response = connection.getresponse()
+            data = response.read(LARGEST + 1)
             if time.monotonic() >= deadline:
                 raise TimeoutError
             if response.length and len(data) <= LARGEST:
@@ -181,7 +180,9 @@ class Server:
                 raise
             raise Passing(fault) from None
         finally:
-            connection.close()
+            alarm.cancel()
+            for sock in (connection, *twins):
+                sock.close()
 
     def _error(self, path: str, fault: str, advice: str) -> ServerError:
         """An error without secrets: no parameters of the path, no key that the server echoes."""
@@ -212,10 +213,27 @@ def _is_here(host: str) -> bool:
     return host == "localhost"
 
 
-def _hang_up(sock: socket.socket) -> None:
+def _connected(twins: list, deadline: float, where: tuple[str, int], *_) -> socket.socket:
+    """Connect to the first address of a host that answers in time; all share the deadline."""
+    fault: OSError = TimeoutError()
+    for *_, address in socket.getaddrinfo(*where, 0, socket.SOCK_STREAM):
+        if (left := deadline - time.monotonic()) <= 0:
+            break
+        try:
+            sock = socket.create_connection(address[:2], left)
+            twins.append(sock.dup())
+            if time.monotonic() < deadline:  # else who hangs up has been here already
+                return sock
+            sock.close()
+        except OSError as e:
+            fault = e
+    raise fault
+
+
+def _hang_up(twin: socket.socket) -> None:
     """End whatever waits for a socket: its own time limit starts again with every byte that trickles in."""
     with suppress(OSError):  # it may be closed by now
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        twin.shutdown(socket.SHUT_RDWR)
 
 
 def is_address(name: str | None) -> bool:

@@ -63,7 +63,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     kept.rows.keep(facts["step"] + 1)
 
     line = screen.bar("training", a.steps, "steps", facts["step"])
-    pause = Pause(partial(save, a, s, optimizer, facts), lambda: updates_of(s, optimizer) == facts["updates"])
+    pause = Pause(partial(save, a, s, optimizer, facts), partial(whole, s, optimizer, facts))
     with pause.on_signals(), saving_on_failure(a.out, facts, pause), line:
         for step in range(facts["step"], a.steps):
             t0 = time.monotonic()
@@ -82,6 +82,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             row |= {"seconds_left": (t2 - t0) * (a.steps - step - 1)} | s.task.figures(trajectories)
             row |= glance(a, s, world, step, facts)
             tell(a, s, step, row, trajectories, log)
+            check_steps(log)
             keep(a, s, step, trajectories, rewards, dict(zip(map(id, taught), adv.flatten().tolist())), kept)
             track(step + 1, row)
             screen.move(line, step + 1, f"reward {row['reward']:.2f}, searches {row['searches']:.2f}")
@@ -239,6 +240,13 @@ def tell(
     if full:
         best = max(trajectories, key=lambda t: (len(t.searches), t.answer is not None))
         screen.say(f"\n{shown(best, s.tok, screen.coloured())}\n  -> golden: {best.question.answers}\n")
+
+
+def check_steps(log: Rows) -> None:
+    """Raise ValueError where the last three steps were skipped, as no step will ever be better then."""
+    last = list(log.rows.values())[-3:]
+    if len(last) == 3 and all(row.get("skipped_updates") for row in last):
+        raise ValueError(f"three steps in a row were skipped, {grpo.NOT_FINITE}")
 
 
 def keep(
@@ -412,7 +420,7 @@ def preview(s: Setting, question: Question) -> None:
     query = Query(question.text.rstrip("? "), question)
     with screen.waiting("the simulator writes an example"):
         useful, noisy = (write(s, [query], order)[0] for order in (False, True))
-    print(f"the simulator's documents for {query.text!r} (golden: {question.answers[0]})")
+    print(f"the simulator's documents for {query.text!r} (golden: {question.answers[0]!r})")
     print(screen.side_by_side(f"USEFUL\n{useful}", f"NOISY\n{noisy}") + "\n", flush=True)
 
 
@@ -435,9 +443,11 @@ def tune_simulator(a: argparse.Namespace, s: Setting) -> None:
 
 
 def save(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, facts: dict) -> None:
-    """All that a run needs to go on, whole or not at all; the adapter for others first, so that it is never
-    behind the state."""
+    """All that a run needs to go on, whole or not at all; the adapter for others and the rows first, so that
+    they are never behind the state."""
     s.keep(POLICY, Path(a.out, "policy"))
+    for file in Path(a.out).glob("*.jsonl"):
+        disk.synchronise(file)
     tensors = {"policy": s.body.adapter(POLICY)} | disk.pack_optimizer(optimizer)
     if SIMULATOR in s.bodies and SIMULATOR in s.bodies[SIMULATOR][0].roles:
         tensors["simulator"] = s.bodies[SIMULATOR][0].adapter(SIMULATOR)
@@ -452,14 +462,26 @@ def restore(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer)
     tensors, facts = ranks.told(lambda: disk.load_state(path) if path.exists() else ({}, {}))
     if not facts:
         return {}
-    s.body.adapter(POLICY).data.copy_(tensors["policy"])
-    if "simulator" in tensors:
-        s.bodies[SIMULATOR][0].adapter(SIMULATOR).data.copy_(tensors["simulator"])
-    if critic := s.body.roles.get(CRITIC):
-        critic.theta.data.copy_(tensors["critic"])
-        critic.value.data.copy_(tensors["value"])
-    disk.unpack_optimizer(optimizer, tensors)
+    with disk.readable(path):
+        s.body.adapter(POLICY).data.copy_(tensors["policy"])
+        if "simulator" in tensors:
+            s.bodies[SIMULATOR][0].adapter(SIMULATOR).data.copy_(tensors["simulator"])
+        if critic := s.body.roles.get(CRITIC):
+            critic.theta.data.copy_(tensors["critic"])
+            critic.value.data.copy_(tensors["value"])
+        disk.unpack_optimizer(optimizer, tensors)
     return facts
+
+
+def whole(s: Setting, optimizer: torch.optim.Optimizer, facts: dict) -> bool:
+    """Whether the adapter is that of the last whole step, and works: one that overflows, after a step that
+    was too large, must not replace the last good state."""
+    if updates_of(s, optimizer) != facts["updates"]:
+        return False
+    with torch.no_grad():
+        return bool(
+            s.body(torch.zeros(1, 8, dtype=torch.long, device=s.body.device), POLICY).isfinite().all()
+        )
 
 
 def updates_of(s: Setting, optimizer: torch.optim.Optimizer) -> int:
@@ -479,7 +501,8 @@ def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
     """The flags of the run in --out, with what may change of them, and its args.json. Raises ValueError."""
     if "out" not in given:
         raise ValueError("--resume needs the --out of the run to go on with")
-    kept = disk.read_json(Path(given["out"]) / "args.json", "the directory of a run", settled=dict)
+    file = Path(given["out"]) / "args.json"
+    kept = disk.read_json(file, "the directory of a run", settled=dict)
     old = {k.replace("_", "-"): v for k, v in kept["settled"].items()}
     for f in flags.flags_of("train"):
         if f.name not in old:
@@ -495,7 +518,8 @@ def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
         a.planned = False
         a.seats, a.micro_tokens = new.get("seats", 0), new.get("micro-tokens", 0)
         a.recompute = new.get("recompute", False)
-    flags.check(a)
+    with disk.readable(file):
+        flags.check(a)
     if new:
         print("changed:", *(f"--{k} {old[k]} -> {now}" for k, now in new.items()), flush=True)
         kept.setdefault("changes", []).append({k: [old[k], now] for k, now in new.items()})

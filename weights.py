@@ -9,14 +9,16 @@ matrices. The network itself is in model.py.
     load_adapter(body, POLICY, "runs/mine/policy")
 """
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cli.disk import read_json, save_tensors, whole, write_json
+from cli.disk import made, read_json, save_tensors, write_json
 from model import Adapter, Config, Model
 
 PRESETS = {"tiny": str(Path(__file__).resolve().parent / "toy" / "body")}
@@ -54,15 +56,13 @@ def save_adapter(model: Model, role: int, path: str | Path, base: str = "") -> N
 
     base: the body's name (preset, directory or hub id), recorded so that PEFT finds the body.
     """
-    path, adapter = Path(path), model.roles[role]
-    path.mkdir(parents=True, exist_ok=True)
+    path, adapter = made(Path(path)), model.roles[role]
     parts = [part for linear in model.layers[0].linears() for part in linear.parts]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name(base)}
     config |= {"r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0, "bias": "none"}
     config |= {"target_modules": parts, "inference_mode": True}
     tensors = {k: v.cpu().contiguous() for k, v in _peft_tensors(model, adapter).items()}
-    with whole(path / "adapter_model.safetensors") as part:
-        save_tensors(part, tensors, {"format": "pt"})
+    save_tensors(path / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(path / "adapter_config.json", config)
 
 
@@ -87,12 +87,19 @@ def load_adapter(model: Model, role: int, path: str | Path) -> None:
             raise ValueError(f"{path}: the adapter sets {key}, which is not supported")
     if c.get("peft_type") != "LORA" or c.get("bias", "none") != "none":
         raise ValueError(f"{path}: only plain LoRA adapters without trained biases are supported")
+    file = path / "adapter_model.safetensors"
+    ranks = {shape[0] for name, shape in _shapes(file).items() if ".lora_A." in name and shape}
+    if ranks != {c["r"]} or not 0 <= c["lora_alpha"] < math.inf:
+        told = f"r {c['r']} and lora_alpha {c['lora_alpha']}, its matrices have the ranks {sorted(ranks)}"
+        raise ValueError(f"{path}: adapter_config.json says {told}")
     model.add_role(role, c["r"], c["lora_alpha"])
     mine = _peft_tensors(model, model.roles[role])
-    for name, theirs in _read_safetensors(path / "adapter_model.safetensors"):
+    for name, theirs in _read_safetensors(file):
         if name not in mine:
             raise ValueError(f"{path}: {name} adapts a module that this body does not have")
         _copy(theirs, mine[name], f"{path}: {name}")
+    if not model.adapter(role).isfinite().all():
+        raise ValueError(f"{path} holds NaN or infinity: take an earlier adapter")
 
 
 def _copy(theirs: Tensor, mine: Tensor, what: str) -> None:
@@ -132,6 +139,10 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
     """
     path = resolve(name)
     config = Config.from_hf(read_json(path / "config.json", "a checkpoint directory"))
+    shapes = {name: shape for file in _shards(path) for name, shape in _shapes(file).items()}
+    widest = max((max(shape, default=0) for shape in shapes.values()), default=0)
+    if config.layers > len(shapes) or max(config.vocab, config.d, config.ffn, config.heads) > widest:
+        raise ValueError(f"{path}/config.json describes a larger network than the weights there")
     with torch.device("meta"):
         model = Model(config)
     model = model.to(dtype).to_empty(device=device)
@@ -174,8 +185,7 @@ def hf_tensors(model: Model) -> dict[str, Tensor]:
 
 def save_model(model: Model, path: str | Path) -> None:
     """Write config.json and model.safetensors as a Hugging Face directory."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    path = made(Path(path))
     write_json(path / "config.json", model.config.hf)
     tensors = {k: v.cpu().contiguous().clone() for k, v in hf_tensors(model).items()}
     save_tensors(path / "model.safetensors", tensors, {"format": "pt"})
@@ -187,19 +197,34 @@ def _shards(path: Path) -> list[Path]:
         return [single]
     if not index.exists():
         raise ValueError(f"{path} holds neither model.safetensors nor model.safetensors.index.json")
-    names = sorted(set(read_json(index, "a sharded checkpoint", weight_map=dict)["weight_map"].values()))
+    names = read_json(index, "a sharded checkpoint", weight_map=dict)["weight_map"].values()
+    if not all(isinstance(n, str) and Path(n).name == n for n in names):
+        raise ValueError(f"{index}: a shard must be the name of a file beside it")
+    names = sorted(set(names))
     absent = [n for n in names if not (path / n).exists()]
     if absent:
         raise ValueError(f"{path}: the shard {absent[0]} is missing: download the checkpoint again")
     return [path / n for n in names]
 
 
-def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
     if not file.exists():
         raise ValueError(f"{file} is missing")
     try:
         with safe_open(file, framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118 (not a dict)
-                yield name, f.get_tensor(name)
+            yield f
     except SafetensorError as e:
         raise ValueError(f"{file} is corrupt ({e}): download it again") from None
+
+
+def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with _opened(file) as f:
+        for name in f.keys():  # noqa: SIM118 (not a dict)
+            yield name, f.get_tensor(name)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of a file's tensors, from its header alone: what is there bounds what is made for it."""
+    with _opened(file) as f:
+        return {name: f.get_slice(name).get_shape() for name in f.keys()}  # noqa: SIM118

@@ -7,8 +7,10 @@ Not a database: a file is read whole when a run starts, and then only appended t
 """
 
 import hashlib
+import io
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cli import ranks
@@ -44,6 +46,15 @@ def whole(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def made(path: Path) -> Path:
+    """Make a directory, with its parents, whose names then outlast a power cut. The path itself."""
+    if not path.is_dir():
+        made(path.parent)
+        path.mkdir(exist_ok=True)
+        synchronise(path.parent)
+    return path
+
+
 def synchronise(path: Path) -> None:
     """Wait until a file or directory is on the disk."""
     with suppress(PermissionError):  # Windows does not open directories
@@ -56,6 +67,18 @@ def synchronise(path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------- JSON
 
+# What code raises that reads a value of another shape than it expects.
+ODD = (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError)
+
+
+@contextmanager
+def readable(what: object) -> Iterator[None]:
+    """Within it, whatever odd content makes a reader raise is a ValueError that names the file."""
+    try:
+        yield
+    except ODD as e:
+        raise ValueError(f"{what} holds something else than it should ({type(e).__name__}: {e})") from e
+
 
 def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
     """Read a JSON object; needed: its keys, with the types of their values. Raises ValueError that names the
@@ -64,7 +87,7 @@ def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
         raise ValueError(f"{file} does not exist: {file.parent} is not {what}")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:  # both JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as e:  # both JSONDecodeError and UnicodeDecodeError
         raise ValueError(f"{file} is not JSON ({e})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} does not hold a JSON object")
@@ -74,12 +97,22 @@ def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
     return value
 
 
+def finite(value: object) -> object:
+    """The same JSON value, with null for what JSON has no word for: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(file: str | Path, value: dict, errors: str = "strict") -> None:
-    """Write a JSON object whole or not at all. errors: "replace" writes "?" for half a surrogate pair."""
+    """Write a JSON object whole or not at all, `finite`. errors: "replace" writes "?" for half a surrogate
+    pair."""
     if ranks.rank():
         return
     with whole(file) as part:
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n"
         part.write_text(text, encoding="utf-8", errors=errors)
 
 
@@ -92,20 +125,25 @@ def fingerprint(value: object) -> str:
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], facts: dict) -> None:
-    """Write tensors, from any device, and facts that JSON can hold. Raises OSError if the disk is full."""
+    """Write tensors, from any device, and facts that JSON can hold. Raises as `save_tensors` does."""
     if ranks.rank():
         return
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with whole(path) as part:
-        save_tensors(part, tensors, {"facts": json.dumps(facts)})
+    save_tensors(path, tensors, {"facts": json.dumps(finite(facts))})
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """safetensors' save_file, except that a full disk is an OSError, not safetensors' own exception."""
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as e:
-        raise OSError(f"{path} cannot be written ({e})") from None
+    """Write a safetensors file whole or not at all. Raises OSError, and ValueError for NaN or infinity.
+
+    (Not safetensors' save_file: a killed one leaves a temporary file of its own, under a new name each time,
+    and its files can be read by their owner alone.)
+    """
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise ValueError(f"{path} is not written: its {name} holds NaN or infinity")
+    data = save(tensors, metadata)
+    with whole(path) as part:
+        part.write_bytes(data)
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -114,11 +152,12 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, framework="pt") as file:
             facts = (file.metadata() or {}).get("facts")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as e:
+        facts = json.loads(facts or "null")
+    except (SafetensorError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} is corrupt ({e})") from None
-    if facts is None:
+    if not isinstance(facts, dict):
         raise ValueError(f"{path} is not the state of a run")
-    return tensors, json.loads(facts)
+    return tensors, facts
 
 
 def pack_optimizer(opt: torch.optim.Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
@@ -179,13 +218,24 @@ class Rows:
         self.writes = self.path is not None and not ranks.rank()
         self.key = key or (lambda row: len(self.rows))
         self.rows: dict[object, dict] = {}
+        self.file: io.FileIO | None = None  # open while this process owns it
         if self.writes and self.path.exists():
             if not resume:
                 raise ValueError(f"{self.path} holds an unfinished run: add --resume to go on, or delete it")
+            self._own()
             self._read()
         elif resume and must and not ranks.rank():
             raise ValueError(f"{self.path} holds nothing to resume: is --out right?")
         self.rows = ranks.told(lambda: self.rows)
+
+    def _own(self) -> None:
+        """Open the file for appending. Raises ValueError if another process has it open."""
+        self.file = io.FileIO(made(self.path.parent) / self.path.name, "a")
+        try:
+            if fcntl is not None:  # not flock: this lock is the process's, so a failed run can go on in it
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another run is writing into {self.path}: wait, or choose another") from None
 
     def _read(self) -> None:
         """Read the rows of an interrupted run; an incomplete last line is dropped."""
@@ -198,19 +248,22 @@ class Rows:
                 old = dict(lines.pop(0)["flags"])
             for row in lines:
                 self.rows[self.key(row)] = row
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, *ODD):
             raise ValueError(f"{self.path} is not an unfinished run: delete it and start again") from None
         same_flags(old, self.settings or {}, self.path)
         os.truncate(self.path, end)
 
     def add(self, row: dict) -> None:
-        """Append a row. Once this returns, the row survives the end of this process."""
+        """Append a row, `finite`. Once this returns, it survives the end of this process."""
+        row = finite(row)
         if self.writes:
-            started = self.settings is None or (self.path.exists() and self.path.stat().st_size)
+            if self.file is None:
+                self._own()
+            started = self.settings is None or os.fstat(self.file.fileno()).st_size
             first = "" if started else json.dumps({"flags": self.settings}) + "\n"
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(first + json.dumps(row) + "\n")
+            data = (first + json.dumps(row) + "\n").encode()
+            if self.file.write(data) < len(data):
+                raise OSError(f"{self.path} cannot be written: no space left on the disk")
         self.rows[self.key(row)] = row
 
     def share(self, keys: Iterable) -> None:
@@ -226,6 +279,7 @@ class Rows:
             lines = "".join(json.dumps(row) + "\n" for row in self.rows.values())
             with whole(self.path) as part:
                 part.write_text(lines, encoding="utf-8")
+            self.file = None  # that of before
 
 
 # -------------------------------------------------------------------------------------------------- directory
@@ -244,7 +298,7 @@ def free_name(folder: str) -> str:
 def lock(out: Path) -> int | None:
     """Make the directory and lock it: a handle to be closed. ValueError if another process holds the lock."""
     while True:
-        out.mkdir(parents=True, exist_ok=True)
+        made(out)
         if fcntl is None:
             return None
         handle = os.open(out, os.O_RDONLY)

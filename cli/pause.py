@@ -1,4 +1,4 @@
-"""How a long run is interrupted: Ctrl-C, SIGTERM or an error, with nothing lost but the step in hand.
+"""How a long run is interrupted: Ctrl-C, SIGTERM, SIGHUP or an error, with nothing lost but the step in hand.
 
 Not what is saved: that is the caller's `save`.
 """
@@ -6,13 +6,14 @@ Not what is saved: that is the caller's `save`.
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from cli import ranks
+from cli.screen import STOPS
 
 
 class Pause:
-    """Ctrl-C or SIGTERM saves the steps that are whole (a SIGKILL may follow), lets the step end, saves it
+    """A signal of STOPS saves the steps that are whole (a SIGKILL may follow), lets the step end, saves it
     too, and stops; a second one stops at once. Of several processes SIGTERM ends each at once, as torchrun
     kills those that linger. whole(): is the adapter that of the last whole step?"""
 
@@ -38,14 +39,15 @@ class Pause:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this step (again: at once)", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            print("\nstopping after this step (again: at once)", file=sys.stderr)
         if not self.saving:
             self.save()
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Within it, Ctrl-C and SIGTERM ask for a pause."""
-        old = {sig: signal.signal(sig, self) for sig in (signal.SIGINT, signal.SIGTERM)}
+        """Within it, these signals ask for a pause."""
+        old = {sig: signal.signal(sig, self) for sig in STOPS if signal.getsignal(sig) != signal.SIG_IGN}
         try:
             yield
         finally:
@@ -64,11 +66,11 @@ def saving_on_failure(out: str, facts: dict, pause: Pause) -> Iterator[None]:
         try:
             advice += ", no more" if pause.save() else ", and those since the last save"
             advice += " (unless the first process has ended)" if ranks.rank() else ""
-        except OSError as failed:
+        except (OSError, ValueError) as failed:
             advice += f", and those since the last save, as this one failed ({failed})"
         advice += f": go on with --out {out} --resume"
         if isinstance(e, (ValueError, OSError)):
-            raise type(e)(f"{e} {advice}") if type(e) is ValueError else OSError(f"{e} {advice}") from None
+            raise (ValueError if isinstance(e, ValueError) else OSError)(f"{e}. {advice}") from None
         print(advice, file=sys.stderr)
         raise
     except KeyboardInterrupt:

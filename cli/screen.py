@@ -4,6 +4,7 @@ What this is not: a log. Figures that must last are written by disk.py.
 """
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -17,6 +18,16 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from cli import ranks
+
+# Ctrl-C, a machine that is taken away, a terminal that is closed.
+STOPS = [s for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if s is not None]
+# What steers a terminal: control characters but tab and newline, and those that turn the direction of text.
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def harmless(text: str) -> str:
+    """Text that a terminal only shows: what steers it, and half surrogate pairs, become \ufffd."""
+    return CONTROL.sub("\ufffd", text)
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -80,14 +91,23 @@ def move(shown, done: int, note: str = "") -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command. Bad input is one line on stderr and exit code 2; Ctrl-C and SIGTERM exit with 130."""
+    """Run a command. Bad input is one line on stderr and exit code 2; a signal of STOPS exits with 130, and
+    one that is ignored already (nohup) stays so."""
     ranks.start()
-    signal.signal(signal.SIGTERM, ranks.lost if ranks.world() > 1 else signal.default_int_handler)
+    for sig in STOPS:
+        if signal.getsignal(sig) != signal.SIG_IGN:
+            signal.signal(sig, signal.default_int_handler)
+    if ranks.world() > 1:
+        signal.signal(signal.SIGTERM, ranks.lost)
     clear()
     try:
         main()
     except torch.OutOfMemoryError as e:
         fail(f"out of memory ({str(e).splitlines()[0]}): give --memory, or fewer --seats")
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "can't allocate memory" not in str(e):  # torch's, on a CPU
+            raise
+        fail("out of memory: see --memory, --seats and --micro-tokens, or stop other programs")
     except (ValueError, OSError, SafetensorError) as e:
         fail(str(e))
     except KeyboardInterrupt:
@@ -97,9 +117,13 @@ def run(main: Callable[[], None]) -> None:
         raise
 
 
+LONGEST = 1_000  # characters of an error: some repeat a file's own text
+
+
 def fail(message: str) -> None:
     """The end of a command that cannot go on: one line, exit code 2."""
-    end(f"error: {' '.join(message.split())}", 2)
+    line = harmless(" ".join(message.split()))
+    end(f"error: {line[:LONGEST]}{' ...' * (len(line) > LONGEST)}", 2)
 
 
 def end(line: str, code: int) -> None:
@@ -114,5 +138,8 @@ def end(line: str, code: int) -> None:
 def side_by_side(left: str, right: str) -> str:
     """Two texts in two columns of the terminal."""
     half = (shutil.get_terminal_size().columns - 3) // 2
-    columns = [[w for line in text.splitlines() for w in textwrap.wrap(line, half)] for text in (left, right)]
+    columns = [
+        [w for line in harmless(text).splitlines() for w in textwrap.wrap(line, half)]
+        for text in (left, right)
+    ]
     return "\n".join(f"{a:{half}} | {b}" for a, b in zip_longest(*columns, fillvalue=""))

@@ -8,8 +8,9 @@ import codecs
 from collections.abc import Callable
 from dataclasses import replace
 
+from cli.screen import harmless
 from model import POLICY
-from rollout import Episode, Sampled, Trajectory, Turn, harmless, stopped
+from rollout import Episode, Sampled, Trajectory, Turn, stopped
 from tokenizer import Tokenizer
 
 

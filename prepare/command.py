@@ -168,9 +168,9 @@ def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
     """The state to go on from, ({}, {}) for a new run. Raises ValueError for other flags."""
     if not resume:
         return {}, {}
-    if (out / RESULT_FILE).exists() or not any(out.iterdir()):
-        raise ValueError(f"{out} holds no unfinished run to resume")
     if not (out / STATE_FILE).exists():
+        if (out / RESULT_FILE).exists() or not any(out.iterdir()):
+            raise ValueError(f"{out} holds no unfinished run to resume")
         return {}, {}  # cut before its first save: traces are there
     state, facts = disk.load_state(out / STATE_FILE)
     disk.same_flags(facts["flags"], settings, out)

@@ -123,7 +123,7 @@ def _listed(path: Path) -> list[dict] | None:
             return None
     try:
         rows = json.loads(path.read_bytes())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON ({e}): fetch or make it again") from None
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is a list of other things than JSON objects")

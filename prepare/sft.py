@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from grpo import NOT_FINITE
 from kernels import linear_logp
 from model import SIMULATOR, Model
 from prepare.rows import row_query
@@ -134,19 +135,24 @@ def fine_tune(
 
     AdamW on `model.adapter(role)`, lr falling linearly to 0, about `tokens` tokens a step, at most `micro`
     (padding included) a pass. exam: held-out rows, whose loss is measured after the first step, every `every`
-    steps and at the end. done: steps that `optimizer` and the adapter have behind them. Raises ValueError for
-    a row longer than the body's context.
+    steps and at the end. done: steps that `optimizer` and the adapter have behind them. A step whose gradient
+    is not finite is skipped. Raises ValueError where three are in a row, and for a row longer than the body's
+    context.
     """
     exam = [encode(row) for row in exam]
     optimizer = optimizer or adamw(model, role)
-    began, seen = time.monotonic(), 0
+    began, seen, skipped = time.monotonic(), 0, 0
     for step, drawn in zip(range(1, steps + 1), steps_of(rows, encode, tokens, seed)):
         if step <= done:
             continue
         optimizer.param_groups[0]["lr"] = lr * (1 - (step - 1) / steps)
         loss = backward(model, role, drawn, micro)
-        torch.nn.utils.clip_grad_norm_(model.adapter(role), 1.0)
-        optimizer.step()
+        sound = torch.nn.utils.clip_grad_norm_(model.adapter(role), 1.0).isfinite()
+        skipped = 0 if sound else skipped + 1
+        if skipped == 3:
+            raise ValueError(f"steps {step - 2} to {step} were skipped, {NOT_FINITE}")
+        if sound:
+            optimizer.step()
         optimizer.zero_grad()
         seen += sum(len(e.ids) for e in drawn)
         measured = exam and (step in (1, steps) or step % every == 0)

@@ -1,5 +1,6 @@
 """The state of a training run on disk: whole or not at all, and an optimiser that goes on."""
 
+import json
 import os
 import stat
 
@@ -8,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cli.disk import load_state, pack_optimizer, save_state, unpack_optimizer
+from cli.disk import Rows, load_state, pack_optimizer, save_state, unpack_optimizer
 
 MAKERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
@@ -101,8 +102,21 @@ def test_a_save_that_fails_leaves_the_old_state_and_nothing_else(tmp_path, monke
         with pytest.raises(OSError, match="No space"):
             save_state(tmp_path / "s", {"x": torch.zeros(1)}, {"step": 2})
     assert load_state(tmp_path / "s")[1] == {"step": 1} and os.listdir(tmp_path) == ["s"]
-    with pytest.raises(OSError, match="cannot be written"):
+    with pytest.raises(OSError, match="No such file"):
         save_state(tmp_path / "absent" / "s", {"x": torch.ones(1)}, {})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_saved(tmp_path, bad):
+    """A state with one NaN in it trains nothing ever after; and `NaN` in a log is not JSON."""
+    save_state(tmp_path / "s", {"x": torch.ones(1)}, {"step": 1, "best": bad})
+    with pytest.raises(ValueError, match="its y holds NaN or infinity"):
+        save_state(tmp_path / "s", {"x": torch.zeros(1), "y": torch.tensor([0.0, bad])}, {"step": 2})
+    assert load_state(tmp_path / "s")[1] == {"step": 1, "best": None} and os.listdir(tmp_path) == ["s"]
+    rows = Rows(tmp_path / "log.jsonl")
+    rows.add({"reward": bad, "ends": {"answer": (1, -bad)}})
+    wanted = {"reward": None, "ends": {"answer": [1, None]}}
+    assert list(rows.rows.values()) == [json.loads((tmp_path / "log.jsonl").read_text())] == [wanted]
 
 
 def test_a_file_that_is_no_state_is_one_clear_line(tmp_path):

@@ -1,0 +1,104 @@
+"""The long part: thousands of faults, by one command that goes on where it was cut, and their table.
+
+    python -m tests.faults --long                  # hours; rows are kept in runs/faults.jsonl
+    python -m tests.faults --long --only kill      # the kinds whose names begin like that
+    python -m tests.faults                         # the table of what has been tried so far
+
+A row is a batch of faults: {"kind", "case", "tried", "wrong"}; wrong is "" where all were survived.
+"""
+
+import tempfile
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+from cli import screen
+from cli.disk import Rows
+from cli.parser import Flag, parse, with_defaults
+
+from .kill import Bench
+from .nursery import KILL, KILL_HALF, Nursery
+
+FLAGS = {
+    "what is tried": [
+        Flag("long", bool, False, "try what is not in --rows yet"),
+        Flag("only", str, "", "the kinds whose names begin with this", "NAME"),
+        Flag("share", float, 1.0, "of each kind's cases", most=1),
+        Flag("rows", str, "runs/faults.jsonl", "where the rows are kept", "FILE"),
+    ]
+}
+Cases = Generator[
+    tuple[str, Callable[[], tuple[int, str]]], int, None
+]  # name, try it -> (faults, what is wrong)
+
+
+def killed_at_calls(folder: Path) -> Cases:
+    """Each call of each command that changes the disk: killed before it, and in it or after it."""
+    bench = Bench(Nursery(folder), folder / "calls")
+    for job in bench.jobs.values():
+        calls = bench.whole(job)[1]
+        for n in range(1, len(calls) + 1):
+            for how in (KILL, KILL_HALF) if calls[n - 1].startswith("write") else (KILL,):
+                yield f"{job.name} {n} {how}", lambda n=n, how=how, job=job: (1, bench.at_call(job, n, how))
+
+
+def killed_at_instants(folder: Path) -> Cases:
+    """200 instants of training and 60 of each other command, up to 4 in one run."""
+    bench = Bench(Nursery(folder), folder / "instants")
+    for job in bench.jobs.values():
+        hit = run = 0
+        while hit < (200 if job.name == "train" else 60):
+            hit += yield (
+                f"{job.name} {run}",
+                lambda job=job, run=run: bench.at_instants(job, f"{job.name} {run}", 4),
+            )
+            run += 1
+
+
+KINDS: dict[str, Callable[[Path], Cases]] = {
+    "kill at a call": killed_at_calls,
+    "kill at an instant": killed_at_instants,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Try what is left, and print the table."""
+    a = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
+    rows = Rows(a.rows, resume=True, key=lambda row: (row["kind"], row["case"]))
+    for kind, cases in KINDS.items() if a.long else ():
+        if kind.startswith(a.only):
+            with tempfile.TemporaryDirectory() as folder, screen.bar(kind, unit="faults") as bar:
+                attempt(kind, cases(Path(folder)), rows, bar)
+    print(table(rows.rows.values()))
+
+
+def attempt(kind: str, cases: Cases, rows: Rows, bar) -> None:
+    """Every case of a kind that has no row yet. The cases are sent how many faults a known one was."""
+    sent: int | None = None
+    while True:
+        try:
+            case, run = cases.send(sent)
+        except StopIteration:
+            return
+        if (old := rows.rows.get((kind, case))) is None:
+            tried, wrong = run()
+            rows.add({"kind": kind, "case": case, "tried": tried, "wrong": wrong})
+            if wrong:
+                screen.say(f"{kind}, {case}: {wrong}")
+        else:
+            tried = old["tried"]
+        sent = tried
+        bar.update(tried)
+
+
+def table(rows) -> str:
+    """A line a kind: how many faults were tried, how many survived."""
+    lines: dict[str, dict[str, int]] = {}
+    for row in rows:
+        line = lines.setdefault(row["kind"], {"tried": 0, "survived": 0})
+        line["tried"] += row["tried"]
+        line["survived"] += row["tried"] - bool(row["wrong"])
+    return screen.table(lines)
+
+
+if __name__ == "__main__":
+    screen.run(main)
