@@ -106,7 +106,7 @@ def retrieval(index: BM25, questions: list[Question], depths: tuple[int, ...] = 
         began = time.perf_counter()
         top = index.top(question.text, max(depths))
         spent += time.perf_counter() - began
-        hits = [holds_answer(" ".join(index.passages[i]), question.answers) for i in top]
+        hits = [holds_answer(" ".join(index.passage(i)), question.answers) for i in top]
         found.update({k: any(hits[:k]) for k in depths})
     n, sums = len(questions), {f"top {k}": found[k] for k in depths} | {"ms": 1e3 * spent}
     return {"n": n} | {name: value / n if n else None for name, value in sums.items()}

@@ -12,7 +12,7 @@ was sampled, and the log-probs of sampling.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,14 +59,8 @@ def credit(b: Batch, o: Objective) -> Batch:
 
 def whiten(batches: list[Batch]) -> list[Batch]:
     """Advantages of mean 0 and standard deviation 1 over all sampled tokens of the update."""
-
-    def total(of: Callable[[Tensor], Tensor]) -> float:
-        return sum(ranks.everyone(sum(of(b.adv.double()).sum().item() for b in batches)))
-
-    n = total(torch.ones_like)
-    mean = total(lambda adv: adv) / n
-    deviation = (total(lambda adv: (adv - mean) ** 2) / (n - 1) + 1e-8) ** 0.5
-    return [replace(b, adv=(b.adv - mean) / deviation) for b in batches]
+    adv = torch.cat([adv for part in ranks.everyone([b.adv.cpu() for b in batches]) for adv in part])
+    return [replace(b, adv=(b.adv - adv.mean()) / (adv.var() + 1e-8).sqrt()) for b in batches]
 
 
 def make_batches(

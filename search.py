@@ -1,7 +1,8 @@
 """Real search engines, called like the simulator: `search(query)` -> Documents.
 
 none                     no documents for any query: the baseline without search
-bm25:PATH                BM25 in memory over a JSON lines corpus {"id", "title", "contents"}, plain or gzip
+bm25:PATH                BM25 over a JSON lines corpus {"id", "title", "contents"}, plain or gzip, which is
+                         indexed in memory, or over an index on disk
 http://HOST:PORT[/PATH]  a retriever with Search-R1's protocol, at /retrieve unless a path is given
 serpapi                  Google's first page through serpapi.com, titles and snippets. SERPAPI_API_KEY holds
                          the key; SERPAPI_BASE_URL, if set, another address
@@ -9,10 +10,10 @@ serpapi                  Google's first page through serpapi.com, titles and sni
 A document from the network becomes one line, whatever it holds. A failed request is an error, never a
 document. Queries to a server are cut to 500 characters.
 
-Not an engine for all of Wikipedia (this BM25 suits up to a million passages); no stemmer, no reranker, no
-index on disk: indexing takes seconds.
+No stemmer, no reranker; nothing is added to an index, it is made again.
 
     python search.py bm25:corpus.jsonl.gz "who founded The Comics Journal"
+    python search.py index wiki-18.jsonl.gz --out wiki        # then --search bm25:wiki
 
 The usual refinements were measured and left out. Share of questions with a golden answer in the top 10 of
 32,504 Wikipedia passages, standard error .02: as it is, HotpotQA .850, 2WikiMultiHopQA .681; without Lucene's
@@ -32,13 +33,16 @@ import zlib
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 from urllib.parse import urlencode
 
 import numpy as np
 
-from cli import screen
+from cli import disk, screen
 from cli.disk import readable
 from cli.parser import NEEDED, Flag, parse
 from rollout import Documents, Query, Question, Search
@@ -124,38 +128,25 @@ class BM25:
     score(q, d) = sum over words t of q:  ln(1 + (N - n_t + .5) / (n_t + .5)) * f (k1 + 1) / (f + k1 norm_d)
     norm_d = 1 - b + b |d| / mean |d|
 
-    f: how often t is in d; n_t: how many of the N passages hold t. All but the sum is precomputed, a slice of
-    passages and weights per word. Robertson and Zaragoza 2009, The Probabilistic Relevance Framework.
-    Raises ValueError for a corpus without passages.
+    f: how often t is in d; n_t: how many of the N passages hold t. All but the sum is precomputed: word t
+    adds weight[i] to the score of passage holder[i], for i from start[t] to start[t + 1]. Robertson and
+    Zaragoza 2009, The Probabilistic Relevance Framework.
     """
 
-    def __init__(self, passages: Iterable[tuple[str, str]], k1: float = 1.2, b: float = 0.75):
-        self.passages: list[tuple[str, str]] = []
-        self.vocabulary: dict[str, int] = {}
-        terms, lengths = array("i"), array("i")  # word ids of all passages end to end; words per passage
-        for title, text in passages:
-            words = tokenise(title) + tokenise(text)
-            terms.extend([self.vocabulary.setdefault(w, len(self.vocabulary)) for w in words])
-            lengths.append(len(words))
-            self.passages.append((title, text))
-        if not (n := len(self.passages)):
-            raise ValueError("the corpus holds no passages")
-        terms, lengths = np.array(terms, np.int64), np.array(lengths, np.int64)  # (T,), (N,)
-        places = terms * n + np.repeat(np.arange(n), lengths)  # (T,)
-        pairs, f = np.unique(places, return_counts=True)  # (P,), by word
-        self.holder = (pairs % n).astype(np.int32)  # (P,)
-        n_t = np.bincount(pairs // n, minlength=len(self.vocabulary))  # (V,)
-        self.start = np.concatenate([[0], np.cumsum(n_t)])  # (V + 1,)
-        idf = np.repeat(np.log1p((n - n_t + 0.5) / (n_t + 0.5)), n_t)  # (P,)
-        norm = 1 - b + b * lengths / max(lengths.mean(), 1)  # (N,)
-        self.weight = idf * f * (k1 + 1) / (f + k1 * norm[self.holder])  # (P,)
+    def __init__(self, vocabulary: dict[str, int], columns: dict[str, np.ndarray]):
+        self.vocabulary = vocabulary
+        self.lines, self.ends, self.start, self.holder, self.weight = columns.values()
+
+    def passage(self, i: int) -> tuple[str, str]:
+        """(title, text)."""
+        return tuple(json.loads(self.lines[self.ends[i] : self.ends[i + 1]].tobytes()))
 
     def scores(self, query: str) -> np.ndarray:
-        """(N,) float64. Summed in the order of word ids, so that rounding does not depend on word order."""
-        total = np.zeros(len(self.passages))  # (N,)
-        for term in sorted(self.vocabulary[w] for w in tokenise(query) if w in self.vocabulary):
+        """(N,) float64, in which sums of a few fp32 weights are exact, whatever the order of the words."""
+        total = np.zeros(len(self.ends) - 1)  # (N,)
+        for term in (self.vocabulary[w] for w in tokenise(query) if w in self.vocabulary):
             posting = slice(self.start[term], self.start[term + 1])
-            total[self.holder[posting]] += self.weight[posting]
+            np.add.at(total, self.holder[posting], self.weight[posting])
         return total
 
     def top(self, query: str, count: int) -> list[int]:
@@ -167,7 +158,61 @@ class BM25:
 
     def documents(self, query: str, count: int) -> str:
         """The best `count` passages as lines "Doc 1: (Title: X) text"; "" if no word is in the corpus."""
-        return render(self.passages[i] for i in self.top(query, count))
+        return render(map(self.passage, self.top(query, count)))
+
+
+# An index in memory, or on disk, a file each: passages as JSON end to end, the N + 1 places where they begin
+# and end; of V words the V + 1 places where their P postings do; a posting is a passage and a weight.
+COLUMNS = {"lines": np.uint8, "ends": np.int64, "start": np.int64, "holder": np.int32, "weight": np.float32}
+BLOCK = 2**24  # words counted at once
+VOCABULARY = "vocabulary.json"
+
+
+def index(
+    passages: Iterable[tuple[str, str]], folder: Path | None = None, k1: float = 1.2, b: float = 0.75
+) -> BM25:
+    """Index passages in memory, or into an empty folder: memory then holds the vocabulary and four bytes a
+    word. Raises ValueError for a corpus without passages."""
+    files = {name: open(folder / name, "wb") if folder else BytesIO() for name in COLUMNS}  # noqa: SIM115
+    vocabulary: dict[str, int] = {}
+    terms, lengths, ends = array("i"), array("q"), array("q", [0])  # word ids of all passages end to end
+    for one in passages:
+        words = [w for text in one for w in tokenise(text)]
+        terms.extend([vocabulary.setdefault(w, len(vocabulary)) for w in words])
+        lengths.append(len(words))
+        ends.append(ends[-1] + files["lines"].write(json.dumps(one).encode()))
+    if not vocabulary:
+        raise ValueError("the corpus holds no passages")
+    n, terms, lengths = len(lengths), np.frombuffer(terms, np.int32), np.array(lengths)  # (T,), (N,)
+    until, norm = np.cumsum(lengths), 1 - b + b * lengths / lengths.mean()  # (N,)
+    blocks = np.array_split(terms, len(terms) // BLOCK + 1)
+    sums = np.cumsum(sum(np.bincount(block, minlength=len(vocabulary)) for block in blocks))  # (V,)
+    edges = np.unique([0, *np.searchsorted(sums, np.arange(BLOCK, len(terms), BLOCK)), len(sums)])
+    held = [[0]]
+    for low, high in screen.bar("counting", len(edges) - 1, "blocks", over=list(pairwise(edges))):
+        at = np.flatnonzero((terms >= low) & (terms < high))
+        places = (terms[at] - low) * np.int64(n) + np.searchsorted(until, at, "right")
+        pairs, f = np.unique(places, return_counts=True)  # by word
+        word, passage = pairs // n, pairs % n
+        held.append(n_t := np.bincount(word, minlength=high - low))
+        idf = np.log1p((n - n_t + 0.5) / (n_t + 0.5))
+        weight = idf[word] * f * (k1 + 1) / (f + k1 * norm[passage])
+        for name, values in (("holder", passage), ("weight", weight)):
+            files[name].write(values.astype(COLUMNS[name]))
+    files["ends"].write(ends)
+    files["start"].write(np.cumsum(np.concatenate(held), dtype=np.int64))
+    if not folder:
+        return BM25(vocabulary, {k: np.frombuffer(f.getbuffer(), COLUMNS[k]) for k, f in files.items()})
+    for file in files.values():
+        file.close()
+    disk.write_json(folder / VOCABULARY, vocabulary)
+    return load(folder)
+
+
+def load(folder: Path) -> BM25:
+    """An index on disk, mapped into memory but for its vocabulary. ValueError for any other folder."""
+    vocabulary = disk.read_json(folder / VOCABULARY, "an index: python search.py index CORPUS --out DIR")
+    return BM25(vocabulary, {name: np.memmap(folder / name, kind, "r") for name, kind in COLUMNS.items()})
 
 
 def render(passages: Iterable[tuple[str, str]]) -> str:
@@ -283,10 +328,23 @@ def at_once(find: Callable[[str], str]) -> Search:
     return search
 
 
-def open_bm25(path: str | Path) -> BM25:
-    """Index a corpus file, with a progress bar on stderr after two seconds."""
+def open_bm25(path: str | Path, folder: Path | None = None) -> BM25:
+    """Load an index, or index a corpus file, in memory or into a folder, with a progress bar on stderr."""
+    if Path(path).is_dir():
+        return load(Path(path))
     passages = read_lines(path, passage)
-    return BM25(screen.bar(f"indexing {Path(path).name}", unit="passages", over=passages))
+    return index(screen.bar(f"indexing {Path(path).name}", unit="passages", over=passages), folder)
+
+
+def index_file(path: str, out: Path) -> None:
+    """The index of a corpus file on disk, whole or not at all."""
+    if out.exists():
+        raise ValueError(f"--out {out} is there already: choose another")
+    with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as home:
+        (folder := Path(home, "index")).mkdir()
+        made = open_bm25(path, folder)
+        folder.rename(out)
+    print(f"{len(made.ends) - 1:,} passages, {len(made.vocabulary):,} words, {len(made.holder):,} postings")
 
 
 def open_search(spec: str, count: int = 5, limit: float = 60.0) -> Search:
@@ -301,8 +359,8 @@ def open_search(spec: str, count: int = 5, limit: float = 60.0) -> Search:
     if spec == "none":
         return at_once(lambda text: "")
     if kind == "bm25" and path:
-        index = open_bm25(path)
-        return at_once(lambda text: index.documents(text, count))
+        found = open_bm25(path)
+        return at_once(lambda text: found.documents(text, count))
     if kind in ("http", "https"):
         return retriever(spec, count, limit)
     if spec == "serpapi":
@@ -325,15 +383,20 @@ FLAGS = {
     "the query": [
         Flag("engine", str, NEEDED, ENGINE, bare=True),
         Flag("query", str, NEEDED, "what to search for", "WORD", many="+", bare=True),
+        Flag("out", str, "", "of index CORPUS: the directory that becomes the index", "DIR"),
     ]
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print an engine's documents for a query, and how long it took."""
+    """Print an engine's documents for a query, and how long it took; or index a corpus."""
     given, began = parse(__doc__, FLAGS, argv), time.perf_counter()
     engine = given["engine"]
-    search, opened = open_search(f"bm25:{engine}" if Path(engine).is_file() else engine), time.perf_counter()
+    if engine == "index":
+        if len(given["query"]) > 1 or not given.get("out"):
+            raise ValueError("index takes one corpus and a directory: index CORPUS --out DIR")
+        return index_file(given["query"][0], Path(given["out"]))
+    search, opened = open_search(f"bm25:{engine}" if Path(engine).exists() else engine), time.perf_counter()
     print(screen.harmless(ask(search, " ".join(given["query"]))) or "nothing found")
     took = 1e3 * (time.perf_counter() - opened)
     print(f"engine ready in {opened - began:.1f} s, the query in {took:.1f} ms")

@@ -113,9 +113,11 @@ class Tokenizer:
             return re.sub(f"{mark}([0-9]+){mark}", lambda match: names[int(match[1])], text)
 
         hidden = [m | {"content": hide(m["content"])} for m in messages]
-        day = {"date_string": "26 Jul 2024"}  # Llama 3 would put in today, and no run could be repeated
+        # Llama 3 would put in today, and no run could be repeated. Qwen3 would think at length before it does
+        # what our prompts ask for, thoughts included: switched off, it is given an empty thought.
+        more = {"date_string": "26 Jul 2024", "enable_thinking": False}
         try:
-            text = self._hf.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True, **day)
+            text = self._hf.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True, **more)
         except Exception as error:  # a template is the checkpoint's own program, and may refuse or fail
             fails = f"fails on {' '.join(m['role'] for m in messages)}: {_reason(error)}"
             advice = "Mend it there, or use words without a system message"

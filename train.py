@@ -381,7 +381,8 @@ def prepare(a: argparse.Namespace, s: Setting, world: World, kept: Kept) -> dict
     if a.sft_steps:
         if not ranks.rank():
             tune_simulator(a, s)
-        ranks.copy(s.bodies[SIMULATOR][0].adapter(SIMULATOR).data)
+        tuned = s.bodies[SIMULATOR][0].adapter(SIMULATOR).data
+        tuned.copy_(ranks.told(lambda: tuned.cpu()))
         s.keep(SIMULATOR, Path(a.out, "simulator"))
     if s.simulator and not a.no_audit:
         preview(s, world.questions[0])

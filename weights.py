@@ -24,11 +24,12 @@ from model import Adapter, Config, Model
 PRESETS = {"tiny": str(Path(__file__).resolve().parent / "toy" / "body")}
 PRESETS |= {
     f"{family}{size}{kind}": f"{hub}{size.upper()}{end}"
-    for family, hub, sizes in (
-        ("", "Qwen/Qwen2.5-", ("0.5b", "1.5b", "3b", "7b", "14b")),
-        ("llama-", "meta-llama/Llama-3.2-", ("1b", "3b")),
+    for family, hub, sizes, ends in (
+        ("", "Qwen/Qwen2.5-", ("0.5b", "1.5b", "3b", "7b", "14b"), ("-Instruct", "")),
+        ("qwen3-", "Qwen/Qwen3-", ("0.6b", "1.7b", "4b", "8b", "14b"), ("", "-Base")),
+        ("llama-", "meta-llama/Llama-3.2-", ("1b", "3b"), ("-Instruct", "")),
     )
-    for kind, end in (("", "-Instruct"), ("-base", ""))
+    for kind, end in zip(("", "-base"), ends)
     for size in sizes
 }
 

@@ -316,11 +316,9 @@ def machine(device: str, dtype: str) -> tuple[str, str]:
         kind = ""
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"--device {device} is unknown or not supported: use cpu, cuda or cuda:1")
-    if kind == "cuda" and ranks.world() > 1 and (":" in device or ranks.local() >= torch.cuda.device_count()):
-        raise ValueError(
-            f"--device {device}: each process takes a GPU of its own, of {torch.cuda.device_count()} here: "
-            "leave out its number, or start fewer (--nproc_per_node)"
-        )
+    if kind == "cuda" and ranks.world() > 1 and (":" in device or torch.cuda.device_count() <= ranks.LOCAL):
+        few = f"of {torch.cuda.device_count()} here: start no more, and leave out --device {device}"
+        raise ValueError(f"each process takes one GPU, {few}")
     if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device {device}, but torch sees no such GPU: use --device cpu, or a CUDA build of torch"

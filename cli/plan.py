@@ -25,6 +25,7 @@ ENOUGH = 128  # seats: all share each read of the weights, so each further one g
 Bodies = Sequence[Config]  # the policy's, and the simulator's if that is another
 
 _QWEN = {"theta": 1e6, "context": 32768}
+_QWEN3 = {"theta": 1e6, "context": 40960}
 _ROPE = {"kind": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _ROPE |= {"original_max_position_embeddings": 8192}
 _LLAMA = {"theta": 5e5, "context": 131072, "eps": 1e-5, "scaling": _ROPE}
@@ -36,6 +37,11 @@ SHAPES = {
     "3b": Config("qwen2", 151936, 2048, 36, 16, 2, 128, 11008, **_QWEN),
     "7b": Config("qwen2", 152064, 3584, 28, 28, 4, 128, 18944, tied=False, **_QWEN),
     "14b": Config("qwen2", 152064, 5120, 48, 40, 8, 128, 13824, tied=False, **_QWEN),
+    "qwen3-0.6b": Config("qwen3", 151936, 1024, 28, 16, 8, 128, 3072, **_QWEN3),
+    "qwen3-1.7b": Config("qwen3", 151936, 2048, 28, 16, 8, 128, 6144, **_QWEN3),
+    "qwen3-4b": Config("qwen3", 151936, 2560, 36, 32, 8, 128, 9728, **_QWEN3),
+    "qwen3-8b": Config("qwen3", 151936, 4096, 36, 32, 8, 128, 12288, tied=False, **_QWEN3),
+    "qwen3-14b": Config("qwen3", 151936, 5120, 40, 40, 8, 128, 17408, tied=False, **_QWEN3),
     "llama-1b": Config("llama", 128256, 2048, 16, 32, 8, 64, 8192, **_LLAMA),
     "llama-3b": Config("llama", 128256, 3072, 28, 24, 8, 128, 8192, **_LLAMA),
 }

@@ -2,8 +2,8 @@
 
 Each process holds the whole body, acts on every n-th question, and learns from every n-th trajectory.
 Between the two all know all trajectories, so whatever a step decides is decided alike in all. The first
-process writes and prints. Tensors go by NCCL on GPUs and by gloo on CPUs, objects by gloo; alone, every
-function here returns what it is given.
+process writes and prints. Gradients go by NCCL between GPUs and by gloo between CPUs, objects by gloo; a
+process that is alone is given back what it brings.
 
 Not a launcher (torchrun is one), and not sharding: the body must fit each GPU.
 """
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 Made = TypeVar("Made")
 LOST = "another process of this run has ended, or torchrun was told to stop"
+LOCAL = int(os.environ.get("LOCAL_RANK", 0))  # this process's number, and its GPU's, on its machine
 stores: list[dist.Store] = []  # torchrun's own, which outlives each of us
 
 
@@ -27,14 +28,13 @@ def start() -> None:
     """Join the other processes, if torchrun started this one. All but the first fall silent."""
     if not dist.is_torchelastic_launched() or stores:
         return
-    gpus = torch.cuda.device_count()
-    if gpus:
-        torch.cuda.set_device(local() % gpus)  # where they are too few, cli/flags.py says so
-    store, rank, size = next(dist.rendezvous("env://"))
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(LOCAL % gpus)  # where they are too few, cli/flags.py says so
+    store, number, size = next(dist.rendezvous("env://"))
     stores.append(store)
-    backend, patience = "cpu:gloo,cuda:nccl" if gpus else "gloo", timedelta(hours=2)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
-    if rank:
+    how = {"backend": "cpu:gloo,cuda:nccl" if gpus else "gloo", "timeout": timedelta(hours=2)}
+    dist.init_process_group(store=store, rank=number, world_size=size, **how)
+    if number:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the end)
 
 
@@ -48,22 +48,9 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local() -> int:
-    """This process's number on its machine, which is that of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
-
-
-def neighbours() -> int:
-    """How many processes share this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
-
-
 def first(what: str) -> bool:
     """Whether no process has asked this before: an error that all meet is told once, by whoever is alive."""
-    try:
-        return world() == 1 or stores[0].add(what, 1) == 1
-    except RuntimeError:  # torchrun is gone
-        return rank() == 0
+    return world() == 1 or stores[0].add(what, 1) == 1
 
 
 def part() -> slice:
@@ -80,38 +67,31 @@ def gathered(mine: Sequence, size: int = 1) -> list:
 def everyone(mine: Made) -> list[Made]:
     """The objects of all processes, by rank."""
     out = [mine] * world()
-    if len(out) > 1:
-        _together(dist.all_gather_object, out, mine)
+    _together(dist.all_gather_object, out, mine)
     return out
 
 
 def told(make: Callable[[], Made]) -> Made:
     """What the first process makes, in every process."""
     made = [make() if rank() == 0 else None]
-    if world() > 1:
-        _together(dist.broadcast_object_list, made, 0)
+    _together(dist.broadcast_object_list, made)
     return made[0]
 
 
 def add_up(tensors: Iterable[torch.Tensor]) -> None:
     """Replace each tensor by its sum over all processes, which has the same bits in each."""
-    for tensor in tensors if world() > 1 else ():
+    for tensor in tensors:
         _together(dist.all_reduce, tensor)
-
-
-def copy(tensor: torch.Tensor) -> None:
-    """Replace a tensor by the first process's."""
-    if world() > 1:
-        _together(dist.broadcast, tensor, 0)
 
 
 def _together(collective: Callable, *args) -> None:
     try:
-        collective(*args)
+        if world() > 1:
+            collective(*args)
     except RuntimeError as e:  # gloo and NCCL name sockets
         raise OSError(LOST) from e
 
 
 def lost(*_) -> None:
-    """How a process of several takes SIGTERM, which torchrun sends when another one has ended."""
+    """How one of several processes takes SIGTERM, which torchrun sends when another has ended."""
     raise OSError(LOST)

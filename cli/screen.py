@@ -127,7 +127,7 @@ def fail(message: str) -> None:
 
 
 def end(line: str, code: int) -> None:
-    """The last line of a command, of several processes told once."""
+    """The last line of a command; of several processes one tells it."""
     if ranks.world() > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if ranks.first("end"):

@@ -7,6 +7,7 @@ Not a place for defaults: flags.py has settled them.
 """
 
 import argparse
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,8 +240,7 @@ def rank_of(a: argparse.Namespace, adapter: str) -> int:
 
 
 def free_memory(device: str) -> float:
-    """Bytes to plan for: the free memory of a GPU; half of it on a CPU, which other programs share, divided
-    by the processes of this run."""
-    if device != "cpu":
-        return torch.cuda.mem_get_info()[0]
-    return 0.5 * model.memory(free=True) / ranks.neighbours()
+    """Bytes to plan for: the free memory of a GPU; half of it on a CPU, which other programs share (and its
+    part of that for each of several processes)."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return torch.cuda.mem_get_info()[0] if device != "cpu" else 0.5 * model.memory(free=True) / here

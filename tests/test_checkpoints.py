@@ -1,16 +1,17 @@
-"""Qwen2.5 and Llama-3.2, base and instruct: small random checkpoints with the layouts of the real ones.
+"""Qwen2.5 and Llama-3.2, base and instruct, and Qwen3: small random checkpoints laid out like the real ones.
 
 Vocabularies are small and made here; special tokens, patterns, post-processors, configurations and what the
 templates do are those of the families.
 """
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from test_tokenizer import LLAMA3, QWEN2, rebuild, save, split, train
 from tokenizers import normalizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 import kernels
 import tasks
@@ -52,6 +53,23 @@ QWEN_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
+# Qwen3's has no default system message; it drops the thoughts of earlier turns, and a switch closes the next.
+QWEN3_TEMPLATE = """\
+{%- if tools %}{{- raise_exception('no tools here') }}{%- endif %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == 'assistant' and '</think>' in content %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
 LLAMA_TEMPLATE = """\
 {{- bos_token }}
 {%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
@@ -83,9 +101,11 @@ def save_random(path, config) -> str:
     return str(path)
 
 
-def qwen(path, instruct: bool) -> str:
-    """Both have a template; the base's end is its pad; the embedding has more rows than the tokenizer."""
-    backend = train(split(QWEN2), QWEN_SPECIAL, QWEN_PLAIN, normalizers.NFC())
+def qwen(path, instruct: bool, three: bool = False) -> str:
+    """Both have a template; the base's end is its pad; the embedding has more rows than the tokenizer. Qwen3
+    has tokens for thoughts, which are not special."""
+    plain = [*QWEN_PLAIN, "<think>", "</think>"] if three else QWEN_PLAIN
+    backend = train(split(QWEN2), QWEN_SPECIAL, plain, normalizers.NFC())
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     ids = {t: backend.token_to_id(t) for t in QWEN_SPECIAL}
     size = backend.get_vocab_size() + 11
@@ -94,8 +114,11 @@ def qwen(path, instruct: bool) -> str:
     config |= {"add_bos_token": False, "split_special_tokens": False}
     ends = [ids["<|im_end|>"], ids[pad]] if instruct else ids[pad]
     same = {"bos_token_id": ids[pad], "eos_token_id": ids[end]}
-    save_random(path, Qwen2Config(**SHAPE, **same, vocab_size=size, tie_word_embeddings=True))
-    template = QWEN_TEMPLATE.replace("SYSTEM", "You are a helpful assistant.")
+    more = {"head_dim": 16} if three else {}
+    shape = (Qwen3Config if three else Qwen2Config)(**SHAPE, **same, **more, vocab_size=size)
+    shape.tie_word_embeddings = True
+    save_random(path, shape)
+    template = QWEN3_TEMPLATE if three else QWEN_TEMPLATE.replace("SYSTEM", "You are a helpful assistant.")
     return save(
         backend, path, config | {"chat_template": template},
         generation_config={"eos_token_id": ends, "pad_token_id": ids[pad], "temperature": 0.7, "top_p": 0.8},
@@ -125,6 +148,7 @@ def llama(path, instruct: bool) -> str:
 KINDS = {
     "qwen-instruct": (qwen, True),
     "qwen-base": (qwen, False),
+    "qwen3": (partial(qwen, three=True), True),
     "llama-instruct": (llama, True),
     "llama-base": (llama, False),
 }
@@ -132,7 +156,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def homes(tmp_path_factory):
-    """The directories of all four checkpoints."""
+    """The directories of all checkpoints."""
     return {k: make(tmp_path_factory.mktemp(k), instruct) for k, (make, instruct) in KINDS.items()}
 
 
@@ -155,6 +179,11 @@ TOLD = {  # the policy's prompt, the simulator's
         "<|im_start|>user\nQ who?<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nuseful it?<|im_end|>\n<|im_start|>assistant\n",
     ),
+    "qwen3": (
+        "<|im_start|>user\nQ who?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nuseful it?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
     "llama-instruct": (
         f"<|begin_of_text|>{SYSTEM}{HEAD.format('user')}Q who?<|eot_id|>{HEAD.format('assistant')}",
         f"<|begin_of_text|>{SYSTEM}{HEAD.format('user')}useful it?<|eot_id|>{HEAD.format('assistant')}",
@@ -167,7 +196,8 @@ IT = Query("it", Question("who", ("Ann",)), (0, 0, 0, 0, 0))
 
 def test_prompts_are_in_the_checkpoints_own_layout(loaded, kind):
     """Without its template an instruct model rambles; with one, or with two bos, a base model is off its
-    training. The simulator's system message is empty, not the template's default."""
+    training. The simulator's system message is empty, not the template's default. Qwen3 would think before it
+    writes documents, or takes our tags: it has thought."""
     from rollout import prompt as policy_prompt
 
     tok = loaded[1]
@@ -183,6 +213,7 @@ def test_prompts_are_in_the_checkpoints_own_layout(loaded, kind):
 ENDS = {
     "qwen-instruct": {"<|im_end|>", "<|endoftext|>"},
     "qwen-base": {"<|im_end|>", "<|endoftext|>"},
+    "qwen3": {"<|im_end|>", "<|endoftext|>"},
     "llama-instruct": {"<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"},
     "llama-base": {"<|eot_id|>", "<|end_of_text|>"},
 }
@@ -244,8 +275,8 @@ def test_a_row_ends_as_the_family_ends_a_turn(loaded, kind):
     """A simulator that was taught another end than its template's writes on to its limit."""
     tok = loaded[1]
     end = tok.decode([end_of_turn(tok)])
-    wanted = {"qwen-instruct": "<|im_end|>", "qwen-base": "<|im_end|>", "llama-instruct": "<|eot_id|>"}
-    assert end == wanted.get(kind, "<|end_of_text|>")
+    wanted = {"llama-base": "<|end_of_text|>", "llama-instruct": "<|eot_id|>"}
+    assert end == wanted.get(kind, "<|im_end|>")
 
 
 @pytest.mark.parametrize("sim", ["qwen-instruct", "llama-base"])

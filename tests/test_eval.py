@@ -21,7 +21,7 @@ from eval import evaluate, retrieval, summarise
 from evaluation.live import Screen, live
 from evaluation.modes import MODES
 from rollout import Documents, Limits, Question, Sampled, Turn, episode
-from search import BM25
+from search import index
 from tokenizer import Tokenizer
 from toy import words as toy
 from toy.world import World
@@ -133,10 +133,10 @@ def test_yes_and_no_are_found_nowhere():
     assert (summary["n"], summary["em"], summary["found"]) == (2, 0.5, 0.0)
     summary, _ = evaluate(Script(script), evaluation.episodes(Letters(), [yes_no], another, LIMITS, WORDS))
     assert summary["found"] is None
-    index = BM25([("Peru", "is in another place"), ("Lima", "the capital of Peru")])
-    figures = retrieval(index, [yes_no, QUESTIONS[0]], depths=(2,))
+    made = index([("Peru", "is in another place"), ("Lima", "the capital of Peru")])
+    figures = retrieval(made, [yes_no, QUESTIONS[0]], depths=(2,))
     assert (figures["n"], figures["top 2"]) == (1, 1.0)
-    assert retrieval(index, [yes_no], depths=(2,)) == {"n": 0, "top 2": None, "ms": None}
+    assert retrieval(made, [yes_no], depths=(2,)) == {"n": 0, "top 2": None, "ms": None}
 
 
 # ------------------------------------------------------------------------------------------------------ modes
@@ -248,7 +248,7 @@ def test_retrieval_measures_the_engine_alone():
         Question("capital", ("Ecuador",)),  # a tie: the second passage
         Question("unheard of", ("Rafael",)),
     ]
-    figures = retrieval(BM25(passages), questions, depths=(1, 2))
+    figures = retrieval(index(passages), questions, depths=(1, 2))
     assert figures.pop("ms") > 0
     assert figures == {"n": 3, "top 1": pytest.approx(1 / 3), "top 2": pytest.approx(2 / 3)}
 

@@ -6,11 +6,12 @@ import math
 import random
 import re
 
+import numpy as np
 import pytest
 
 import search
 from rollout import Documents, Query, Question
-from search import BM25, open_search, tokenise
+from search import index, open_search, tokenise
 
 PEOPLE = [
     ("Ada Lovelace", "Ada Lovelace wrote the first program, for the Analytical Engine."),
@@ -45,25 +46,66 @@ def test_bm25_equals_the_slow_formula():
     rng = random.Random(0)
     for _ in range(40):
         passages = random_corpus(rng, rng.randrange(1, 60))
-        index = BM25(passages)
+        made = index(passages)
         for _ in range(10):
             query = " ".join(
                 rng.choices([f"w{i}" for i in range(35)], k=rng.randrange(5))
             )  # five are unknown
             want = slow_scores(passages, query)
-            assert index.scores(query).tolist() == pytest.approx(want)
+            assert made.scores(query).tolist() == pytest.approx(want)
             count = rng.randrange(1, 12)
             # scores that differ only by rounding tie: the order is the corpus's
             ranked = sorted((i for i in range(len(want)) if want[i]), key=lambda i: (-round(want[i], 9), i))
-            assert index.top(query, count) == ranked[:count]
+            assert made.top(query, count) == ranked[:count]
+
+
+def test_an_index_on_disk_ranks_like_one_in_memory(tmp_path, monkeypatch, capsys):
+    """Words counted by blocks, lengths and passages found by offsets: one off by one moves a score to a
+    neighbour. bm25s, another implementation, is the judge of both."""
+    rng, where = random.Random(1), tmp_path / "words"
+    passages = [*random_corpus(rng, 300), ("Zoë", 'a "quoted"\nname \ud83d'), ("", "")]
+    monkeypatch.setattr(search, "BLOCK", 100)
+    lines = ({"title": title, "contents": f'"{title}"\n{text}'} for title, text in passages)
+    search.main(["index", str(corpus_file(tmp_path / "c.jsonl", *lines)), "--out", str(where)])
+    assert capsys.readouterr().out.startswith("302 passages, 34 words, ")
+    assert {p.name for p in tmp_path.iterdir()} == {"c.jsonl", "words"}
+    memory, disk = index(passages), search.load(where)
+    assert isinstance(disk.weight, np.memmap) and disk.passage(300) == ("Zoë", 'a "quoted" name \ud83d')
+    words = [tokenise(f"{title} {text}") for title, text in passages]
+    oracle = pytest.importorskip("bm25s").BM25(k1=1.2, b=0.75, dtype="float64")
+    oracle.index(words, show_progress=False)
+    for _ in range(100):
+        query = rng.choices([f"w{i}" for i in range(31)], k=rng.randrange(1, 5))
+        scores = disk.scores(" ".join(query))
+        assert scores.tolist() == memory.scores(" ".join(query)).tolist()
+        assert scores == pytest.approx(2.2 * oracle.get_scores(query), rel=1e-6)
+        assert disk.top(" ".join(query), 9) == memory.top(" ".join(query), 9)
+    texts = [found(open_search(f"bm25:{path}"), "w3 w4") for path in (where, tmp_path / "c.jsonl")]
+    assert texts[0] == texts[1] and len(texts[0].text.splitlines()) == 5
+
+
+def test_an_index_is_whole_or_not_there(tmp_path):
+    """Half an index would answer for ever after with half of the passages."""
+    corpus, out = corpus_file(tmp_path / "c.jsonl", *ROWS, "{"), tmp_path / "index"
+    for argv, words in [
+        ([str(corpus), "--out", str(out)], "line 5"),
+        ([str(corpus), "--out", str(tmp_path)], "is there already"),
+        ([str(corpus)], "index CORPUS --out DIR"),
+        ([str(corpus), "more", "--out", str(out)], "index CORPUS --out DIR"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            search.main(["index", *argv])
+        assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
+    with pytest.raises(ValueError, match="is not an index"):
+        open_search(f"bm25:{tmp_path}")
 
 
 def test_ties_are_broken_by_the_order_of_the_corpus():
     """An unstable sort, or a cut among equals before the sort, would make two runs differ."""
-    index = BM25([("Title", "one two three")] * 50 + [("Title", "one one one")])
-    assert index.top("one", 4) == [50, 0, 1, 2]
-    assert index.top("two", 3) == [0, 1, 2]
-    assert index.top("two three", 5) == index.top("three two", 5)
+    made = index([("Title", "one two three")] * 50 + [("Title", "one one one")])
+    assert made.top("one", 4) == [50, 0, 1, 2]
+    assert made.top("two", 3) == [0, 1, 2]
+    assert made.top("two three", 5) == made.top("three two", 5)
 
 
 def test_tokens_ignore_case_accents_and_punctuation():
@@ -78,19 +120,19 @@ def test_tokens_ignore_case_accents_and_punctuation():
         "known",
     ]
     assert tokenise("東京 2020") == ["東京", "2020"]
-    index = BM25(PEOPLE)
+    made = index(PEOPLE)
     for query in ("zoe angstrom", "ZOË ÅNGSTRÖM", "naive cafe"):
-        assert index.top(query, 1) == [2]
-    assert index.top("?! _", 5) == index.top("", 5) == index.top("unheard", 5) == []
+        assert made.top(query, 1) == [2]
+    assert made.top("?! _", 5) == made.top("", 5) == made.top("unheard", 5) == []
 
 
 def test_documents_are_numbered_lines_best_first():
     """The form is a contract: the policy learns to read it and the simulator to write it."""
-    assert BM25(PEOPLE).documents("who designed the Analytical Engine", 2) == (
+    assert index(PEOPLE).documents("who designed the Analytical Engine", 2) == (
         "Doc 1: (Title: Charles Babbage) Charles Babbage designed the Analytical Engine and never built it.\n"
         "Doc 2: (Title: Ada Lovelace) Ada Lovelace wrote the first program, for the Analytical Engine."
     )
-    assert BM25(PEOPLE).documents("unheard", 2) == ""
+    assert index(PEOPLE).documents("unheard", 2) == ""
 
 
 def corpus_file(path, *lines):
