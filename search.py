@@ -146,13 +146,14 @@ class BM25:
         total = np.zeros(len(self.ends) - 1)  # (N,)
         for term in (self.vocabulary[w] for w in tokenise(query) if w in self.vocabulary):
             posting = slice(self.start[term], self.start[term + 1])
-            np.add.at(total, self.holder[posting], self.weight[posting])
+            total[self.holder[posting]] += self.weight[posting]  # no passage is in it twice
         return total
 
     def top(self, query: str, count: int) -> list[int]:
         """Indices of the best `count` passages with a positive score, best first, ties in corpus order."""
         total = self.scores(query)
-        bar = np.partition(total, -count)[-count] if count < len(total) else 0.0
+        best = np.maximum.reduceat(total, np.arange(0, len(total), len(total) // 1024 + 1))  # by stretches
+        bar = np.partition(best, -count)[-count] if count < len(best) else 0.0  # that `count` passages reach
         among = np.flatnonzero((total >= bar) & (total > 0))  # all ties at the bar, until the stable sort
         return among[np.argsort(-total[among], kind="stable")][:count].tolist()
 
