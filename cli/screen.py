@@ -106,6 +106,7 @@ def run(main: Callable[[], None]) -> None:
         fail(f"out of memory ({str(e).splitlines()[0]}): give --memory, or fewer --seats")
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and "can't allocate memory" not in str(e):  # torch's, on a CPU
+            sys.stderr = sys.__stderr__  # a bug shows in any process
             raise
         fail("out of memory: see --memory, --seats and --micro-tokens, or stop other programs")
     except (ValueError, OSError, SafetensorError) as e:
@@ -113,7 +114,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         end("interrupted", 130)
     except Exception:
-        sys.stderr = sys.__stderr__  # a bug shows in any process
+        sys.stderr = sys.__stderr__
         raise
 
 
