@@ -73,8 +73,8 @@ def _dq(
 def _dk_dv(
     p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_delta, p_lengths,
     s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_eb, s_et, s_eh, s_gp, s_gb, s_gt, s_gh,
-    T, scale, root,
-    G: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    T, scale, root, G: tl.constexpr, PART: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV parts, B, T / BN): dk and dv (parts, B, T, KV, D) of BN keys, from PART query heads of the
     group or (in the last part) what is left of it. BM divides BN. s_e: do, s_g: dk and dv."""
