@@ -103,7 +103,8 @@ def _batch(group: list[tuple[Trajectory, float, float]], device) -> Batch:
 
 def hidden(model: Model, batch: Batch, role: int, recompute: bool = False) -> Tensor:
     """(N, d): the state before each sampled token."""
-    return model(batch.ids, role, batch.lengths, recompute=recompute)[:, :-1][batch.mask[:, 1:]]
+    before = F.pad(batch.mask[:, 1:], (0, 1))
+    return model(batch.ids, role, batch.lengths, recompute=recompute, chosen=before)
 
 
 def token_logps(model: Model, batch: Batch, role: int, recompute: bool = False) -> tuple[Tensor, Tensor]:

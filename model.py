@@ -283,15 +283,19 @@ class Layer(nn.Module):
     def linears(self) -> tuple[Linear, ...]:
         return self.qkv, self.out, self.gate_up, self.down
 
-    def forward(self, x, delta, attend, updates):
-        """x (B, T, d) the residual stream, delta the last layer's output, not yet added to it -> both."""
+    def forward(self, x, delta, attend, updates, chosen=None):
+        """x (B, T, d) the residual stream, delta the last layer's output, not yet added to it -> both; or
+        what they are at the `chosen` (N,) of the B T tokens, (N, d)."""
         eps = self.c.eps
         if delta is None:
             y = kernels.rms_norm(x, self.norm_1, eps)
         else:
             y, x = kernels.rms_norm(delta, self.norm_1, eps, residual=x)
         qkv = self.qkv(y, updates[0]).unflatten(-1, (-1, self.c.head_dim))  # (B, T, H + 2 KV, D)
-        delta = self.out(attend(self, qkv).flatten(-2), updates[1])
+        o = attend(self, qkv).flatten(-2)
+        if chosen is not None:
+            o, x = (y.flatten(0, 1).index_select(0, chosen) for y in (o, x))
+        delta = self.out(o, updates[1])
         y, x = kernels.rms_norm(delta, self.norm_2, eps, residual=x)
         return x, self.down(kernels.swiglu(self.gate_up(y, updates[2])), updates[3])
 
@@ -341,22 +345,25 @@ class Model(nn.Module):
         window: Window | None = None,
         lora: list[Update] | None = None,
         recompute: bool = False,
+        chosen: Tensor | None = None,
     ) -> Tensor:
         """ids (B, T) -> hidden states (B, T, d) after the final norm.
 
         role: one for all rows, or (B,) one per row (needs `lora` from a `Stack`). lengths (B,): tokens of
         right-padded rows. window: row b's tokens follow the window.start[b] cached ones and join the cache.
-        recompute: keep only the layers' inputs for the backward pass (activation checkpointing).
+        recompute: keep only the layers' inputs for the backward pass (activation checkpointing). chosen
+        (B, T) bool: only these tokens' states, (N, d); the last layer leaves the others out after attention.
         """
         updates = lora if lora is not None else self.updates(role)
         attends = self._alone(lengths) if window is None else self._cached(window, ids.size(1))
         x, delta = F.embedding(ids, self.embed), None  # (B, T, d)
+        last = None if chosen is None else chosen.flatten().nonzero()[:, 0]
         for i, (layer, attend) in enumerate(zip(self.layers, attends)):
-            mine = updates[4 * i : 4 * i + 4]
+            given = x, delta, attend, updates[4 * i : 4 * i + 4], last if layer is self.layers[-1] else None
             if recompute and torch.is_grad_enabled():
-                x, delta = checkpoint(layer, x, delta, attend, mine, use_reentrant=False, **NO_DROPOUT)
+                x, delta = checkpoint(layer, *given, use_reentrant=False, **NO_DROPOUT)
             else:
-                x, delta = layer(x, delta, attend, mine)
+                x, delta = layer(*given)
         return kernels.rms_norm(delta, self.norm, self.config.eps, residual=x)[0]
 
     def _alone(self, lengths: Tensor | None) -> Iterator[Callable]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -73,7 +74,7 @@ def completion_logps(model: Model, role: int, batch: list[Example]) -> Tensor:
     if context < T:
         raise ValueError(f"a row has {T} tokens, this body reads {context}: shorten it")
     lengths, mask = torch.tensor([len(e.ids) for e in batch], device=model.device), mask[:, 1:].bool()
-    h = model(ids, role, lengths)[:, :-1][mask]  # (N, d)
+    h = model(ids, role, lengths, chosen=F.pad(mask, (0, 1)))  # (N, d)
     return linear_logp(h, model.head, ids[:, 1:][mask])[0]
 
 

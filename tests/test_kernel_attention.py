@@ -1,5 +1,6 @@
 """Attention's kernels, forward and backward, against fp64: odd lengths, groups, head dims, padding."""
 
+import heapq
 import math
 
 import pytest
@@ -132,6 +133,32 @@ def test_blocks_divide_as_the_loops_assume(D, wide, target):
         assert c["BM"] % c["BN"] == 0
     c = attention_backward.config_dk_dv(D, wide, t)
     assert c["BN"] % c["BM"] == 0
+
+
+@pytest.mark.parametrize("processors, heads", [(1, 3), (3, 2), (132, 1)])
+def test_a_group_in_parts(device, monkeypatch, processors, heads):
+    """Whole groups where programs abound; else parts of them, of which the last may be smaller: a head left
+    out, or summed twice, would train on a wrong gradient."""
+    few = TARGETS["sm_90"]._replace(processors=processors)
+    monkeypatch.setattr(attention_backward, "target", lambda: few)
+    assert attention_backward.heads_of_a_part(3, 3, few) == heads
+    inputs = packed(1, 70, 3, 1, 32, torch.float32, device)
+    agree(results(attention_triton, *inputs, None), truth(*inputs, None), BOUND[torch.float32])
+
+
+def test_parts_fill_the_processors():
+    """128 programs of a causal backward pass, the longest of 16 blocks, kept 132 processors half busy."""
+    card, KV, G, B, blocks = TARGETS["sm_90"], 2, 8, 4, 16
+
+    def used(heads):
+        free = [0.0] * card.processors
+        for n in range(blocks, 0, -1):  # each goes to the processor that is free first
+            for _ in range(KV * B * G // heads):
+                heapq.heapreplace(free, free[0] + n * heads)
+        return sum(free) / card.processors / max(free)
+
+    assert used(G) < 0.55
+    assert used(attention_backward.heads_of_a_part(G, KV * B * blocks, card)) > 0.95
 
 
 def test_twice_the_same_bits(device):

@@ -341,6 +341,29 @@ def test_missing_and_corrupt_files(tmp_path):
         weights.load(tmp_path)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_chosen_tokens_are_as_in_the_whole(tmp_path, monkeypatch, recompute):
+    """Log-probs of sampled tokens need nothing else of the last layer: it must leave the rest out, and give
+    the same states and gradients. To compute a layer again, no random state need be saved: none draws."""
+    checkpoint(tmp_path, "qwen3")
+    mine, chosen = weights.load(tmp_path), ids(3, 9) % 3 == 0
+    mine.add_role(POLICY, rank=4)
+    mine.adapter(POLICY).data.add_(0.01)
+
+    def states(pick, **more):
+        mine.adapter(POLICY).grad = None
+        h = pick(mine(ids(3, 9), POLICY, torch.tensor([9, 7, 8]), **more))
+        h.square().sum().backward()
+        return h.detach(), mine.adapter(POLICY).grad
+
+    want, sizes, swiglu = states(lambda h: h[chosen]), [], M.kernels.swiglu
+    monkeypatch.setattr(M.kernels, "swiglu", lambda x: sizes.append(x.shape[:-1].numel()) or swiglu(x))
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a random state was saved"))
+    got = states(lambda h: h, chosen=chosen, recompute=recompute)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert sizes[:3] == [27, 27, int(chosen.sum())]
+
+
 @pytest.mark.parametrize(
     "name, text, read",
     [

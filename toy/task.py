@@ -26,7 +26,7 @@ class Task(tasks.Task):
         **{"observation-tokens": 32, "sim-tokens": 40, "seat-tokens": 256},
         "train": {
             **{"steps": 64, "questions": 16, "group": 8, "eval-questions": 400},
-            **{"lr": 2e-3, "micro-tokens": 4096, "sft-steps": 250},
+            **{"lr": 2e-3, "micro-tokens": 1024, "sft-steps": 125},
         },
         "eval": {"limit": 300},
         "cold": {"limit": 2000},
