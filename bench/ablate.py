@@ -39,7 +39,7 @@ from recipes import RECIPES
 from .__main__ import about, put
 
 ROOT = Path(__file__).resolve().parent.parent
-BOOK = "--steps 24 --questions 8 --eval-questions 200"  # most of the gain comes in the first 20 steps
+BOOK = "--steps 24 --questions 8 --eval-questions 200 --micro-tokens 4096"  # most is gained in 20 steps
 # fmt: off
 GRIDS: dict[str, dict[str, str]] = {  # grid -> variant -> flags of train.py; the first is the baseline
     "curriculum": {
@@ -78,7 +78,7 @@ FLAGS = {
         Flag("file", str, "ABLATIONS.md", "what --write writes to; pictures go to docs/ beside it", "FILE"),
     ],
 }
-TUNING = ["--steps", "1", "--questions", "1", "--eval-questions", "0"]  # and the task's fine-tuning
+TUNING = ["--steps", "1", "--questions", "1", "--eval-questions", "0", "--sft-steps", "250"]
 COLUMNS = {  # of a row
     "F1 sampled": ("after", "f1"), "greedy": ("after_greedy", "f1"), "engine noise .3": ("after_noise", "f1"),
     "1 hop": ("after", "1"), "2 hops": ("after", "2"), "searches": ("after", "searches"),
