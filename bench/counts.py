@@ -233,7 +233,7 @@ def counted(name: str, body: Nothing, e: Engine) -> Row:
     stats, rows = e.stats, [n for n, _ in body.decodes]
     seats = len(e.pools[POLICY].rows)
     shown = f"{seats} seats, {stats.steps:,} decode steps, {len(body.prefills):,} prefill forwards"
-    note = f"{stats.prefilled:,} tokens prefilled, {stats.copied:,} copied; rows a step: "
+    note = f"{stats.prefilled:,} tokens prefilled, {stats.shared:,} shared; rows a step: "
     return Row(name, shown, note=f"{note}{statistics.mean(rows):.0f}, {max(rows)} at most")
 
 

@@ -15,11 +15,12 @@ import model as models
 import recipes
 from bench.timing import Meter
 from bench.work import Lesson, Silent, generate_ours
+from cache import Cache
 from cli import plan, setting
 from cli.disk import read_json
 from cli.plan import Settings
 from engine import Engine
-from model import CRITIC, POLICY, SIMULATOR, Cache, Config, Model
+from model import CRITIC, POLICY, SIMULATOR, Config, Model
 
 ROOT = Path(__file__).parent.parent
 # Four of the 30 layers, a quarter of the words.
