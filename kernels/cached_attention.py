@@ -104,14 +104,15 @@ def _merge(p_part, p_lse, p_o, n_chunks, n_rows, D: tl.constexpr, BD: tl.constex
 
 @cache
 def config(rows: int, D: int, fp32: bool, t: Target) -> dict:
-    """Blocks of rows, of which there are T G, and of keys: at most a page."""
+    """Blocks of rows, of which there are T G, and of keys: at most a page. Of the stages, half (rounded down)
+    are for the load of a page's number, which Triton's pipeliner counts like that of its keys."""
     if fp32:
-        BM, BN = 16 if D > 32 or rows <= 16 else 64, 32 if D <= 32 else 16
+        BM, BN = 16 if D > 32 or rows <= 16 else 32, 32 if D <= 32 else 16
         return {"BM": BM, "BN": BN, "num_warps": 4, "num_stages": 2}
-    stages, roomy = 1 if t.hip else 3, t.shared > 150000
+    stages, roomy = 1 if t.hip else 5, t.shared > 150000
     mma = not t.hip and t.arch not in (90, 100)  # holds keys in registers: 64 at a time spill at D = 128
     if rows <= 16:  # decoding: 32 KB a stage is in flight; in 100 KB two programs share a processor
-        stages = 6 if D <= 64 and t.arch >= 90 and roomy else stages if roomy or D <= 64 else min(stages, 2)
+        stages = 7 if D <= 64 and t.arch >= 90 and roomy else stages if roomy or D <= 64 else min(stages, 3)
         return {"BM": 16, "BN": 64, "num_warps": 4, "num_stages": stages}
     if rows <= 64:
         narrow = mma or (t.arch == 90 and D > 64)  # wider ones spill in groups of 3 and 7
