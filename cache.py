@@ -16,6 +16,10 @@ from torch import Tensor
 
 from model import Config, Window
 
+PAGE = (
+    64  # tokens of a page; prompts that begin alike share whole pages, on a CPU as copies of so many tokens
+)
+
 
 class Cache:
     """Whole seats: seat r is row r of `kv`."""
@@ -24,7 +28,9 @@ class Cache:
 
     def __init__(self, c: Config, seats: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
         self.capacity = self.page = capacity
-        self.kv = torch.zeros(c.layers, seats, 2 * c.kv_heads, capacity, c.head_dim, dtype=dtype, device=device)
+        self.kv = torch.zeros(
+            c.layers, seats, 2 * c.kv_heads, capacity, c.head_dim, dtype=dtype, device=device
+        )
 
     def window(self, rows: slice, upto: int, start: Tensor, lens: Tensor | None = None) -> Window:
         """Adjacent seats, truncated to `upto` positions, as a layer's attention reads and writes them."""

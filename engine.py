@@ -7,9 +7,9 @@ seat between turns, so that nothing is fed twice. What an episode is: rollout.py
 On a GPU the cache is in pages, of which a seat takes one when it needs one: few episodes become as long as they
 may. If none is left, a seat is *preempted*: its pages go to others, and what it held is fed again later (a turn
 under way is sampled again, with the same random numbers). Every run ends all the same:
-- of the turns that decode, the oldest episode's is never preempted, and one seat fits into the pages of the
-  pool; so it ends, after at most as many steps as it may sample tokens;
-- if no turn decodes, the first that waits is seated, with pages of seats that are waiting too;
+- of the turns that decode, the oldest episode's is the last to be preempted; alone it has all pages, and a full
+  seat needs no more than those; so it ends, after at most as many steps as it may sample tokens;
+- if no turn decodes, the first that waits is seated, with the pages of seats that only wait;
 - so turns go on ending, and an episode has finitely many.
 
 Not an inference server: no batching across bodies, no cache of what has gone.
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 import kernels
-from cache import Cache, Pages
+from cache import PAGE, Cache, Pages
 from model import REFERENCE, Model, Stack
 from rollout import Episode, Sampled, Turn, stopped, uniforms
 
@@ -84,7 +84,6 @@ class Stats:
 
 Tell = Callable[[int, int, Stats], None]
 Warp = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-PAGE = 64  # tokens: prompts that begin alike share whole pages; on a GPU the cache consists of them
 PATIENCE = 8  # on a GPU a prefill costs the host as much for one turn as for many: see `take`
 EARLY = 128  # episodes begun before they have a seat, at least: they keep a server busy
 NUMBERS = ("last id", "length", "count", "on", "limit", "kind of stops", "role")  # that a row has
@@ -111,7 +110,8 @@ class Pool:
             )
         gpu = kernels.compiled(model.cos)
         page = page or (PAGE if gpu else capacity)
-        pages = pages or seats * -(-capacity // page)
+        most = seats * -(-capacity // page)
+        pages = min(pages or most, most)
         if pages * page < capacity:
             raise ValueError(
                 f"{pages} pages of {page} tokens hold {pages * page:,}, but a single seat may need {capacity:,}: "
@@ -179,9 +179,9 @@ class Pool:
         self.cache.drop(seat.row)
         seat.fed = seat.room = 0
 
-    def preempt(self, stats: Stats, but: Seat | None = None) -> None:
-        """Empty a seat: one that does not decode before those that do, and of these the youngest episode's."""
-        held = [seat for seat in self.rows if seat and seat.room and seat is not but]
+    def preempt(self, stats: Stats) -> None:
+        """Empty a seat: one that does not decode before those that do, and the youngest episode's first."""
+        held = (seat for seat in self.rows if seat and seat.room)
         seat = max(held, key=lambda seat: (seat.row >= self.busy, seat.job.index))
         stats.preempted += 1
         if seat.row < self.busy:  # its turn will be sampled again
@@ -359,9 +359,9 @@ class Pool:
         return [(seat.job, self.finish(seat, ids, end)) for seat, ids, end in ended if end]
 
     def give_pages(self, stats: Stats) -> None:
-        """A further page for each busy row that has filled its last one; the oldest episode's is sure of it."""
+        """A further page for each busy row that has filled its last one."""
         while len(full := [s for s in self.rows[: self.busy] if s.fed == s.room]) > len(self.cache.free):
-            self.preempt(stats, min(self.rows[: self.busy], key=lambda seat: seat.job.index))
+            self.preempt(stats)
         for seat in full:
             seat.room = self.cache.grow(seat.row, seat.fed + 1)
 

@@ -21,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from cache import PAGE
 from cli import plan
 from engine import PATIENCE, Engine, Pool, bucket
 from kernels.launch import HAVE_TRITON
@@ -113,7 +114,8 @@ def acted(w: Workload, s: plan.Settings) -> tuple[Nothing, Engine]:
     """The workload run by the engine, as it would be on a GPU."""
     body = Nothing()
     tok = Silent()
-    e = Engine({POLICY: (body, tok), SIMULATOR: (body, tok)}, s.seats, s.seat_tokens, prefill=s.micro_tokens)
+    bodies = {POLICY: (body, tok), SIMULATOR: (body, tok)}
+    e = Engine(bodies, s.seats, s.seat_tokens, s.micro_tokens, s.pages, PAGE)
     e.pools[POLICY].patience = PATIENCE
     w.act(e)
     return body, e
@@ -157,7 +159,7 @@ def on_meta(c: Config, seats: int) -> Pool:
     for role in (POLICY, SIMULATOR):
         theta = torch.nn.Parameter(torch.empty(plan.adapter(c, 16), device="meta"))
         body.roles[role] = Adapter(theta, rank=16, alpha=32.0)
-    pool = Pool(body, Silent(), seats, 4096, 8192, 1)
+    pool = Pool(body, Silent(), seats, 4096, 8192, 1, page=PAGE)
     pool.kind_of(())
     return pool
 
@@ -165,7 +167,7 @@ def on_meta(c: Config, seats: int) -> Pool:
 def narrow(c: Config) -> Pool:
     """Seats of a body of as many layers, so narrow that only the host's part of a forward takes time."""
     body = random_body(replace(c, vocab=256, d=32, head_dim=16, ffn=32), torch.float32, "cpu")
-    return Pool(body, Silent(), 8, 512, 8192, 1)
+    return Pool(body, Silent(), 8, 512, 8192, 1, page=PAGE)
 
 
 def forwards(pool: Pool, T: int) -> dict[str, Callable]:

@@ -256,6 +256,9 @@ def test_the_reference_gathers_what_the_table_says(device):
 def test_bad_input_is_named(device, change, complaint):
     """Each would otherwise read the wrong memory, and say nothing."""
     q, cache = seats(2, 1, 4, 2, 32, 8, torch.float32, device)
-    given = torch.zeros(2, dtype=torch.int64, device=device), torch.zeros(2, 3, dtype=torch.int32, device=device)
+    given = (
+        torch.zeros(2, dtype=torch.int64, device=device),
+        torch.zeros(2, 3, dtype=torch.int32, device=device),
+    )
     with pytest.raises(ValueError, match=complaint):
         cached_attention_triton(*change(q, cache, *given))
