@@ -1,7 +1,7 @@
 """The KV cache: the keys and values of a fixed number of seats. Whoever uses it keeps the seats' lengths.
 
-`Cache` is for a CPU: a seat is one piece of memory as long as the longest episode, and neighbouring seats are a
-plain view, so that attention gathers nothing. `Pages` is for a GPU: a seat has pages of a few tokens, taken
+`Cache` is for a CPU: a seat is one piece of memory as long as the longest episode, and neighbouring seats are
+a plain view, so that attention gathers nothing. `Pages` is for a GPU: a seat has pages of a few tokens, taken
 when it needs them, in any order; a row of a table names them. Moving a seat moves its row of the table, and
 two seats that begin alike share pages.
 
@@ -63,8 +63,8 @@ class Cache:
 
 
 class Pages(Cache):
-    """Seats of pages. A page that several seats share is full and never written again; what two seats share of
-    a page in part is copied."""
+    """Seats of pages. A page that several seats share is full, and never written again; where two seats share
+    a part of a page, it is copied."""
 
     def __init__(
         self, c: Config, seats: int, capacity: int, dtype: torch.dtype, device: torch.device | str,

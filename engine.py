@@ -4,11 +4,11 @@ A seat is a row of the key-value cache. All busy seats decode in one batch, one 
 rows and those that write documents for them. A turn that ends makes room for the next; an episode keeps its
 seat between turns, so that nothing is fed twice. What an episode is: rollout.py.
 
-On a GPU the cache is in pages, of which a seat takes one when it needs one: few episodes become as long as they
-may. If none is left, a seat is *preempted*: its pages go to others, and what it held is fed again later (a turn
-under way is sampled again, with the same random numbers). Every run ends all the same:
-- of the turns that decode, the oldest episode's is the last to be preempted; alone it has all pages, and a full
-  seat needs no more than those; so it ends, after at most as many steps as it may sample tokens;
+On a GPU the cache is in pages, and a seat takes one when it needs one: few episodes become as long as they
+may. If none is left, a seat is *preempted*: its pages go to others, and what it held is fed again later (a
+turn under way is sampled again, with the same random numbers). Every run ends all the same:
+- of the turns that decode, the oldest episode's is preempted last; alone it has all pages, and a full seat
+  needs no more than there are; so it ends, after at most as many steps as it may sample tokens;
 - if no turn decodes, the first that waits is seated, with the pages of seats that only wait;
 - so turns go on ending, and an episode has finitely many.
 
@@ -114,8 +114,8 @@ class Pool:
         pages = min(pages or most, most)
         if pages * page < capacity:
             raise ValueError(
-                f"{pages} pages of {page} tokens hold {pages * page:,}, but a single seat may need {capacity:,}: "
-                "lower --seat-tokens, or give the cache more memory"
+                f"{pages} pages of {page} tokens hold {pages * page:,}, but a single seat may need "
+                f"{capacity:,}: lower --seat-tokens, or give the cache more memory"
             )
         model.pack(seats)
         self.model, self.tok, self.tensor = model, tok, partial(torch.tensor, device=model.device)
@@ -286,8 +286,8 @@ class Pool:
             self.prompts.update(dict.fromkeys(keys, seat))
 
     def join(self, seat: Seat, key: tuple, stats: Stats) -> None:
-        """Make a seat the last of the busy ones, with the beginning of its prompt from the seat that holds it,
-        and with pages for the rest."""
+        """Make a seat the last of the busy ones, with the beginning of its prompt from a seat that holds it,
+        and pages for the rest."""
         self.move(seat, self.busy)
         self.busy += 1
         if key[1]:

@@ -559,10 +559,8 @@ def main(argv: list[str] | None = None) -> None:
         kept = {"given": given, **kept, "settled": vars(a), "inputs": inputs}
         disk.write_json(Path(a.out) / "args.json", kept)
         shown = {k.replace("_", "-"): v for k, v in vars(a).items() if v not in ("", None) and v is not False}
-        print(
-            *(f"--{k} {v}" for k, v in shown.items() if k not in ("command", "task", "planned", "pages")),
-            flush=True,
-        )
+        quiet = ("command", "task", "planned", "pages")
+        print(*(f"--{k} {v}" for k, v in shown.items() if k not in quiet), flush=True)
         train(a, s, world)
 
 

@@ -232,7 +232,7 @@ def cache_name(s: Settings) -> str:
 
 
 def bookkeeping(bodies: Bodies, s: Settings) -> int:
-    """Bytes of the seats' numbers: lengths and limits, ids, log-probs and uniforms; rows of the page table."""
+    """Bytes of the seats' numbers: lengths, limits, ids, log-probs, uniforms; and of the table of pages."""
     table = 4 * math.ceil(s.seat_tokens / PAGE) * s.kernels
     return len(bodies) * s.seats * (16 * s.seat_tokens + 64 + table)
 
@@ -250,8 +250,8 @@ def fit(bodies: Bodies, memory: float, s: Settings, useful: int = 640) -> tuple[
     """Choose what `s` leaves open (0 or None) so that a step fits into `memory` bytes, less SPARE.
 
     useful: the most seats that a step can fill. Tried in this order: large micro-batches with activations
-    kept; smaller ones; activations recomputed. The first whose cache is enough for ENOUGH seats is taken, else
-    the one with the largest cache. Raises ValueError with the arithmetic if not even 2 seats fit.
+    kept; smaller ones; activations recomputed. The first whose cache suits ENOUGH seats is taken, else the
+    one with the largest cache. Raises ValueError with the arithmetic if not even 2 seats fit.
 
     With the kernels the cache has pages: all useful seats, and as many pages as fit, so that few seats can be
     full at a time (the engine preempts some if more would be).

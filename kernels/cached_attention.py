@@ -2,8 +2,8 @@
 
     o[b, t, h] = sum_{s <= start[b] + t} softmax_s(q[b, t, h] . k[b, h / G, s] / sqrt(D)) v[b, h / G, s]
 
-k and v of row b are in the pages of the cache that a table names (place.py). A row holds any number of tokens;
-what lies beyond its last real one, in its last page or in pages that are not its own, is not read.
+k and v of row b are in the pages of the cache that a table names (place.py). A row holds any number of
+tokens; what lies beyond its last real one, in its last page or in pages of other rows, is not read.
 
 One kernel decodes, extends and prefills. The rows of a tile are the (token, query head) pairs of one key
 head, so that a key is read once for its whole group; decoding is T = 1, G rows. If rows and heads alone would
@@ -31,8 +31,7 @@ from .tools import measure
 
 
 def cached_attention_torch(q: Tensor, cache: Tensor, place: Place) -> Tensor:
-    """The reference: q (B, T, H, D), cache (pages, 2 KV, P, D) -> o (B, T, H, D). It gathers a row's pages, and
-    reads all of them."""
+    """The reference: q (B, T, H, D), cache (pages, 2 KV, P, D) -> o (B, T, H, D). It gathers the pages."""
     B, T, H, D = q.shape
     if place.table is not None:
         cache = cache[place.table].transpose(1, 2).flatten(2, 3)
@@ -165,8 +164,8 @@ cached_attention = choose(cached_attention_torch, cached_attention_triton)
 
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
-    """Decoding all seats, rows of unequal length, a single row; an extension by documents; a prefill; in pages
-    of 64, shuffled."""
+    """Decoding all seats, rows of unequal length, a single row; an extension by documents; a prefill. Pages
+    of 64, in any order."""
     L, H, KV, D, some = m.context, m.heads, m.kv_heads, m.head_dim, min(8, m.seats)
     decode = (m.seats, 1, "decode"), (m.seats, 1, "decode, unequal"), (1, 1, "decode")
     feed = (m.seats, 64 * KV // H, "a few tokens"), (some, L // 8, "extend"), (some, L, "prefill")

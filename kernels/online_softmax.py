@@ -49,7 +49,7 @@ def attend(
     p_k, p_v point at key 0 of one head, whose keys lie s_k, s_v elements apart; scale = log2(e) / sqrt(D).
     Not MASKED: every query sees every key; last - first is a multiple of BN. MASKED: a query sees the keys up
     to its own position; keys from `last` on read as zeros, for 0 times what may be NaN there would be NaN.
-    With p_table: key n is key n % P of page p_table[n // P]; pages lie s_page apart, and P is a multiple of BN.
+    With p_table: key n is key n % P of page p_table[n // P]; pages lie s_page apart; P is a multiple of BN.
     """
     i_n = tl.arange(0, BN)
     for n in range(first, last, BN):

@@ -2,9 +2,10 @@
 
     q[b, t] -> rotate(q[b, t], i)      k_cache[b, :, i] = rotate(k[b, t], i)      v_cache[b, :, i] = v[b, t]
 
-with i = start[b] + t, in the page that the table says (place.py). Rotation and rounding are those of rope.py. Rows have lengths of their own: tokens from
-lens[b] on are padding, which is not written and may lie past the end of the seat and of the table. A program
-handles all heads of a token, as in rope.py, but k goes straight into the cache: k and v are moved once.
+with i = start[b] + t, in the page that the table says (place.py). Rotation and rounding are those of rope.py.
+Rows have lengths of their own: tokens from lens[b] on are padding, which is not written and may lie past the
+end of the seat and of the cosines. A program handles all heads of a token, as in rope.py, but k goes straight
+into the cache: k and v are moved once.
 """
 
 from collections.abc import Iterator

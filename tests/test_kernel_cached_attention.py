@@ -197,8 +197,8 @@ def gathered(cache, table, n):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T, target", [(1, "sm_90"), (1, "sm_80"), (3, "sm_90"), (70, "sm_86")])
 def test_pages_in_any_order(device, pretend_to_be, program_order, T, target, dtype):
-    """A row's tokens are where its table says: rows that end before, on and after the end of a page, a page that
-    two rows share. Every other slot of the cache is NaN, as of a tenant who has gone: none may be read."""
+    """A row's tokens are where its table says: rows that end before, on and after a page's end, a page
+    that two rows share. Every other slot is NaN, as if left by a tenant who has gone: none may be read."""
     lengths = [PAGE * 2 + 6, PAGE + 10, T, 64, 65, 63, 128, 320]
     lengths = [max(n, T) for n in lengths]
     q, cache, table = paged(lengths, T, 2, 32, dtype, device)
@@ -214,7 +214,7 @@ def test_pages_in_any_order(device, pretend_to_be, program_order, T, target, dty
 @pytest.mark.parametrize("padded", [1, 9])
 def test_padding_of_a_row_reads_no_page_that_is_not_its_own(device, padded):
     """A short turn in a batch of long ones: its padding stands in pages that the row does not have, where a
-    weight of 0 times NaN would be NaN in the row's real tokens too. And a row that is not on reads one key."""
+    weight of 0 times NaN would be NaN in its real tokens too. A row that is not on reads one key."""
     q, cache, table = paged([40, 64, 130], 80, 2, 32, torch.float32, device)
     held, lens = torch.tensor([40 - padded, 63, 50]), torch.tensor([padded, 1, 80])
     held, lens = held.to(device), lens.to(device)

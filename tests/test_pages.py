@@ -1,13 +1,18 @@
-"""The cache in pages: many random schedules against a plain loop, real arithmetic, refusals, what a graph may do."""
+"""The cache in pages: random schedules against a plain loop, real arithmetic, refusals."""
 
 import os
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
-from test_rollout import SHAPE, TOK, roam
+from test_rollout import SHAPE, TOK, roam, wanderer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import engine as engine_file
+import kernels
+from bench.counts import launching, on_meta
 from cache import Cache, Pages
 from engine import Engine, Pool
 from model import POLICY, SIMULATOR, Config, Model, Stack
@@ -109,25 +114,26 @@ def schedule(seed, log):
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """A page that nobody has any more holds what no token is. Steps are counted: a run that stands still ends."""
-    drop, step = Pages.drop, Pool.step
+def watched(monkeypatch):
+    """A page that nobody has any more holds what no token is; the oldest episode that decodes goes on."""
+    drop, preempt = Pages.drop, Pool.preempt
 
     def emptied(cache, seat):
         before = set(cache.free)
         drop(cache, seat)
         cache.kv[:, sorted(set(cache.free) - before)] = POISON
 
-    def counted(pool, stats):
-        assert stats.steps < 20_000, "turns are preempted for ever"
-        return step(pool, stats)
+    def younger(pool, stats):
+        oldest = min(pool.rows[: pool.busy], key=lambda seat: seat.job.index, default=None)
+        preempt(pool, stats)
+        assert oldest is None or oldest in pool.rows[: pool.busy], "no turn is sure to end"
 
     monkeypatch.setattr(Pages, "drop", emptied)
-    monkeypatch.setattr(Pool, "step", counted)
+    monkeypatch.setattr(Pool, "preempt", younger)
 
 
-def test_any_schedule_comes_to_its_end_and_says_what_it_should(monkeypatch, poisoned):
-    """Pools of a few pages, down to one seat's: none may deadlock, no page may be lost, in two seats' hands or
+def test_any_schedule_comes_to_its_end_and_says_what_it_should(monkeypatch, watched):
+    """Pools of a few pages, down to one seat's: none may deadlock, no page may be lost, be two seats' or be
     freed while it is read, and a seat that lost its pages must say what it would have said."""
     preempted = shared = 0
     for seed in range(SCHEDULES):
@@ -157,8 +163,8 @@ def body():
 @pytest.mark.parametrize("seats", [3, 64])
 @pytest.mark.parametrize("page", [7, 64])
 @pytest.mark.parametrize("few", [False, True])
-def test_pages_change_no_result(body, poisoned, seats, page, few):
-    """Where a token's keys lie, who shares them, and who had to be fed again is only memory: the trajectories are
+def test_pages_change_no_result(body, watched, seats, page, few):
+    """Where a token's keys lie, who shares them, and who had to be fed again is only memory: trajectories are
     those of whole seats (fp32), their log-probs but for the order of sums."""
     want, _ = roam(body, 64)
     pages = -(-400 // page) if few else 0
@@ -228,3 +234,102 @@ def test_whole_seats_are_moved_and_shared_as_pages_are():
     cache.share(1, 2, 3)
     assert torch.equal(cache.kv[:, 1, :, :4], before[:, 0, :, :4])
     assert torch.equal(cache.kv[:, 2, :, :3], before[:, 0, :, :3])
+
+
+class Graph:
+    """A CUDA graph that runs `decode` at replay, on the tensors that it was given when it was captured."""
+
+    captured = 0
+
+    def pool(self):
+        return None
+
+    def replay(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Pages, "update", lambda cache: None)  # a graph copies nothing from the host
+            self.decode(*self.given)
+
+
+@contextmanager
+def capturing(graph, pool=None):
+    """Nothing is computed while a graph is captured."""
+    Graph.captured += 1
+    graph.decode = Pool.decode
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pool, "decode", lambda *given: setattr(graph, "given", given))
+        yield
+
+
+def test_a_graph_that_is_replayed_is_the_eager_step(body, monkeypatch, watched):
+    """What the host decides at capture (rows of the table, roles, stops, adapters) stays as it was then: a
+    run from graphs must be the run without, when pages move, and when the adapters have changed since."""
+
+    def twice(seats, **more):
+        engine, out = Engine({POLICY: (body, TOK), SIMULATOR: (body, TOK)}, seats, 400, **more), []
+        for factor in (4, 1 / 4):
+            out.append([ids for ids, _ in engine.run([wanderer(i, i) for i in range(12)])])
+            with torch.no_grad():
+                body.adapter(POLICY).mul_(factor)
+        return engine.pools[POLICY].cache, out
+
+    _, want = twice(64)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "compiled", lambda x: True)
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", capturing)
+        cache, got = twice(9, pages=20)
+    assert got == want and want[0] != want[1]
+    assert isinstance(cache, Pages) and 3 < Graph.captured < 12
+
+
+class Captured(TorchDispatchMode):
+    """Complains of what a CUDA graph cannot hold: a wait for the host, a host's tensor, memory of others."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "record_stream")
+
+    def __init__(self, pool):
+        super().__init__()
+        body, stack = pool.model, pool.stack
+        lasting = [*body.parameters(), body.cos, body.sin, pool.cache.kv, pool.cache.table, pool.numbers]
+        lasting += [pool.temperature, pool.due, pool.u, pool.ids, pool.logps, pool.closers]
+        lasting += [*(x for pair in stack.pairs for x in pair), stack.scale, stack.roles]
+        self.known = {x.untyped_storage()._cdata for x in lasting}
+        self.kept, self.count = [], 0
+
+    def look(self, x, name):
+        if isinstance(x, torch.Tensor):
+            assert x.device.type == "meta", f"{name}: a tensor of the host"
+            assert x.untyped_storage()._cdata in self.known, f"{name}: memory that the graph does not own"
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = f._schema.name.removeprefix("aten::")
+        assert name not in self.WAITS, f"{name} waits for the device"
+        for x in tree_leaves((args, kwargs)):
+            self.look(x, name)
+        out = f(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                assert x.device.type == "meta", f"{name} makes a tensor of the host"
+                self.known.add(x.untyped_storage()._cdata)
+                self.kept.append(x)  # so that no other storage gets its address
+        return out
+
+    def launch(self, *args, **options):
+        self.count += 1
+        for x in (*args, *options.values()):
+            self.look(x, "a launch")
+
+
+def test_a_step_can_be_captured():
+    """The step that a GPU captures, with the kernels' own wrappers on tensors without memory. A host's number
+    in a tensor, a value fetched, a buffer made before the capture: a replay would read what it was then."""
+    pytest.importorskip("triton")
+    pool = on_meta(Config("qwen2", 256, 64, 2, 4, 2, 32, 96, context=4096), 16)
+    watch = Captured(pool)
+    with launching(watch.launch), torch.no_grad(), watch:
+        pool.decode(16, pool.capacity, pool.role[:16], pool.on[:16])
+    assert watch.count > 2 * 10
+    stale = torch.ones(16, dtype=torch.long, device="meta")
+    watch = Captured(pool)
+    with pytest.raises(AssertionError, match="does not own"), launching(watch.launch), torch.no_grad(), watch:
+        pool.decode(16, pool.capacity, pool.role[:16], stale)
