@@ -34,7 +34,7 @@ class Cache:
 
     def window(self, rows: slice, upto: int, start: Tensor, lens: Tensor | None = None) -> Window:
         """Adjacent seats, truncated to `upto` positions, as a layer's attention reads and writes them."""
-        return Window(self.kv[:, rows, :, :upto].unbind(), upto, start, lens)
+        return Window(self.kv[:, rows, :, :upto].unbind(), min(upto, self.capacity), start, lens)
 
     def share(self, source: int, target: int, length: int) -> None:
         """Let an empty seat begin with the first `length` tokens of another."""
