@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from cache import PAGE
+from cache import PAGE, Pages
 from cli import plan
 from engine import PATIENCE, Engine, Pool, bucket
 from kernels.launch import HAVE_TRITON
@@ -92,6 +92,8 @@ class Nothing:
         self.cos = torch.empty(32768, 1)
         self.decodes: list[tuple[int, int]] = []  # rows, tokens in their seats
         self.prefills: list[tuple[int, int]] = []  # rows, tokens with their padding
+        self.cache: Pages | None = None  # of its pool
+        self.used = 0  # pages of it, at most
 
     def pack(self, rows: int) -> None:
         pass
@@ -100,6 +102,7 @@ class Nothing:
         return Stack([], [1.0, 1.0], torch.ones(2), torch.arange(1, 3))
 
     def __call__(self, ids, role, window, lora):
+        self.used = max(self.used, len(self.cache.owners) - len(self.cache.free))
         if window.lens is None:
             self.decodes.append((len(ids), int(window.start.sum())))
         else:
@@ -116,7 +119,7 @@ def acted(w: Workload, s: plan.Settings) -> tuple[Nothing, Engine]:
     tok = Silent()
     bodies = {POLICY: (body, tok), SIMULATOR: (body, tok)}
     e = Engine(bodies, s.seats, s.seat_tokens, s.micro_tokens, s.pages, PAGE)
-    e.pools[POLICY].patience = PATIENCE
+    e.pools[POLICY].patience, body.cache = PATIENCE, e.pools[POLICY].cache
     w.act(e)
     return body, e
 
@@ -236,7 +239,8 @@ def counted(name: str, body: Nothing, e: Engine) -> Row:
     seats = len(e.pools[POLICY].rows)
     shown = f"{seats} seats, {stats.steps:,} decode steps, {len(body.prefills):,} prefill forwards"
     note = f"{stats.prefilled:,} tokens prefilled, {stats.shared:,} shared; rows a step: "
-    return Row(name, shown, note=f"{note}{statistics.mean(rows):.0f}, {max(rows)} at most")
+    note += f"{statistics.mean(rows):.0f}, {max(rows)} at most; {body.used:,} of {len(body.cache.owners):,} "
+    return Row(name, shown, note=f"{note}pages used, {stats.preempted} seats preempted")
 
 
 def floors(name: str, c: Config, w: Workload, s: plan.Settings, body: Nothing, host: float) -> Row:

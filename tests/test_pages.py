@@ -3,6 +3,7 @@
 import os
 import random
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ import engine as engine_file
 import kernels
 from bench.counts import launching, on_meta
 from cache import Cache, Pages
+from cli import flags
+from cli.setting import find_bodies, load
 from engine import Engine, Pool
 from model import POLICY, SIMULATOR, Config, Model, Stack
 from rollout import Turn
+from tasks import kind
+from train import act, ask
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "150"))  # SCHEDULES=10000 python -m pytest tests/test_pages.py
 VOCAB, POISON = 32, 10**6
@@ -173,6 +178,38 @@ def test_pages_change_no_result(body, watched, seats, page, few):
     pairs = [(a, b) for g, w in zip(got, want) for a, b in zip(g[1], w[1]) if a is not None]
     assert max(abs(a - b) for a, b in pairs) < 1e-4
     assert stats.shared > 0 and (stats.preempted > 0) == (few and seats == 64)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """A step of `python train.py`, 8 x 5 episodes, and its trajectories in whole seats."""
+    a = flags.settle("train", {"questions": 8, "group": 5})
+    task = kind(a.task)(a)
+    questions = task.to_train()[0]
+    s = load(a, task, questions, find_bodies(a))
+    for role in (POLICY, SIMULATOR):
+        g = torch.Generator().manual_seed(role)
+        theta = s.engine.pools[role].model.adapter(role)
+        theta.data += torch.randn(theta.shape, generator=g) * 0.003
+    asked = ask(a, questions, 3)
+    return a, s, asked, act(a, s, 3, asked)
+
+
+@pytest.mark.parametrize("seats", [3, 64])
+@pytest.mark.parametrize("page, pages", [(16, 0), (64, 0), (8, 32)])
+def test_a_step_of_the_toy_run_is_the_same_in_pages(toy, seats, page, pages):
+    """The toy's body, words, stops and simulator: what is sampled, searched and answered must not change by a
+    token (fp32), nor its log-probs by more than the order of a sum."""
+    a, s, asked, want = toy
+    pool = s.engine.pools[POLICY]
+    bodies = {role: (pool.model, pool.tok) for role in (POLICY, SIMULATOR)}
+    engine = Engine(bodies, seats, a.seat_tokens, a.micro_tokens, pages, page)
+    got = act(a, replace(s, engine=engine), 3, asked)
+    for g, w in zip(got, want, strict=True):
+        assert (g.ids, g.mask, g.answer, g.end) == (w.ids, w.mask, w.answer, w.end)
+        assert max(abs(x - y) for x, y in zip(g.logps, w.logps)) < 1e-4
+    assert sum(len(t.searches) for t in got) > 3 and engine.stats.shared > 0
+    assert (engine.stats.preempted > 0) == (pages > 0 and seats == 64)
 
 
 def test_a_seat_has_pages_for_what_it_holds(body, monkeypatch):
