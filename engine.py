@@ -4,7 +4,15 @@ A seat is a row of the key-value cache. All busy seats decode in one batch, one 
 rows and those that write documents for them. A turn that ends makes room for the next; an episode keeps its
 seat between turns, so that nothing is fed twice. What an episode is: rollout.py.
 
-Not an inference server: no paging, no preemption, no batching across bodies.
+On a GPU the cache is in pages, and a seat takes one when it needs one: few episodes become as long as they
+may. If none is left, a seat is *preempted*: its pages go to others, and what it held is fed again later (a
+turn under way is sampled again, with the same random numbers). Every run ends all the same:
+- of the turns that decode, the oldest episode's is preempted last; alone it has all pages, and a full seat
+  needs no more than there are; so it ends, after at most as many steps as it may sample tokens;
+- if no turn decodes, the first that waits is seated, with the pages of seats that only wait;
+- so turns go on ending, and an episode has finitely many.
+
+Not an inference server: no batching across bodies, no cache of what has gone.
 
     engine = Engine({POLICY: (model, tok), SIMULATOR: (model, tok)}, seats=64, capacity=4096)
     trajectories = engine.run([episode(q, search, tok) for q in questions])
@@ -17,6 +25,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from operator import itemgetter
 from queue import SimpleQueue
 
@@ -24,7 +33,8 @@ import numpy as np
 import torch
 
 import kernels
-from model import REFERENCE, Cache, Model, Stack
+from cache import PAGE, Cache, Pages
+from model import REFERENCE, Model, Stack
 from rollout import Episode, Sampled, Turn, stopped, uniforms
 
 
@@ -45,13 +55,19 @@ class Seat:
     row: int
     context: object
     role: int
+    ids: list[int] = field(default_factory=list)  # of its earlier turns, and what its turn begins with
     fed: int = 0  # tokens in the cache
-    begun: int = 0  # of them, when its turn began to sample
+    room: int = 0  # tokens that its pages hold
+    begun: int = 0  # tokens in the cache when its turn began to sample
     limit: int = 0  # tokens that its turn may sample
-    pending: list[int] = field(default_factory=list)  # sampled last, not in the cache yet
     job: Job | None = None
     turn: Turn | None = None
     lends: list[tuple] = field(default_factory=list)  # keys in `Pool.prompts` under which it was entered
+
+    @property
+    def new(self) -> int:
+        """Tokens to feed: the last one joins the decode batch."""
+        return len(self.ids) - self.fed - 1
 
 
 @dataclass
@@ -59,7 +75,8 @@ class Stats:
     """What a run cost."""
 
     prefilled: int = 0  # tokens fed in bulk
-    copied: int = 0  # tokens of prompts that another seat lent
+    shared: int = 0  # tokens of prompts that another seat lent
+    preempted: int = 0  # times that a seat lost its pages, to be fed again
     decoded: int = 0  # tokens sampled
     steps: int = 0  # decode steps
     seconds: float = 0.0
@@ -67,7 +84,6 @@ class Stats:
 
 Tell = Callable[[int, int, Stats], None]
 Warp = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-PAGE = 64  # tokens: what two prompts share is copied in whole pages
 PATIENCE = 8  # on a GPU a prefill costs the host as much for one turn as for many: see `take`
 EARLY = 128  # episodes begun before they have a seat, at least: they keep a server busy
 NUMBERS = ("last id", "length", "count", "on", "limit", "kind of stops", "role")  # that a row has
@@ -83,17 +99,30 @@ class Pool:
     """One body's seats. Rows 0..busy-1 are decoding, the others are parked or free; busy rows are kept
     together, so that attention sees a view of the cache and idle seats cost nothing."""
 
-    def __init__(self, model: Model, tok, seats: int, capacity: int, prefill: int, reserve: int):
+    def __init__(
+        self, model: Model, tok, seats: int, capacity: int, prefill: int, reserve: int,
+        pages: int = 0, page: int = 0,
+    ):  # fmt: skip
         if capacity > (most := model.cos.size(0)):
             raise ValueError(
                 f"seats of {capacity} tokens are longer than the {most} this body can read: "
                 "lower --episode-tokens (and --seat-tokens)"
             )
+        gpu = kernels.compiled(model.cos)
+        page = page or (PAGE if gpu else capacity)
+        most = seats * -(-capacity // page)
+        pages = min(pages or most, most)
+        if pages * page < capacity:
+            raise ValueError(
+                f"{pages} pages of {page} tokens hold {pages * page:,}, but a single seat may need "
+                f"{capacity:,}: lower --seat-tokens, or give the cache more memory"
+            )
         model.pack(seats)
         self.model, self.tok, self.tensor = model, tok, partial(torch.tensor, device=model.device)
         self.capacity, self.budget, self.reserve = capacity, prefill, reserve
-        self.patience = PATIENCE if kernels.compiled(model.cos) else 0
-        self.cache = Cache(model.config, seats, capacity, model.dtype, model.device)
+        self.patience = PATIENCE if gpu else 0
+        sizes = model.config, seats, capacity, model.dtype, model.device
+        self.cache = Pages(*sizes, pages, page) if page < capacity else Cache(*sizes)
         self.stops: dict[tuple[str, ...], int] = {}
         self.closers = torch.zeros(0, model.config.vocab, dtype=torch.bool, device=model.device)
         self.stack: Stack | None = None
@@ -112,7 +141,9 @@ class Pool:
 
     def clear(self, warp: "Warp | None" = None) -> None:
         """Empty every seat and read the adapters anew: the start of a run."""
-        self.rows: list[Seat | None] = [None] * self.cache.seats
+        self.rows: list[Seat | None] = [None] * self.numbers.size(1)
+        for row in range(len(self.rows)):
+            self.cache.drop(row)
         self.busy = 0
         self.numbers.zero_()
         self.waiting = deque(), deque(), deque()  # (job, turn) by rank: see `take`
@@ -128,27 +159,46 @@ class Pool:
         old, other = seat.row, self.rows[row]
         if old == row:
             return
-        if other is None:
-            self.cache.copy(old, row, seat.fed)
-        else:
-            self.cache.swap(old, row, max(seat.fed, other.fed))
+        self.cache.swap(old, row, seat.fed, other.fed if other else 0)
+        if other:
             other.row = old
         self.rows[old], self.rows[row], seat.row = other, seat, row
 
     def release(self, seat: Seat) -> None:
         """Free a seat that is not decoding."""
+        self.empty(seat)
         self.rows[seat.row] = None
         self.seated.pop(id(seat.context), None)
+
+    def empty(self, seat: Seat) -> None:
+        """Take away what a seat holds: it has no pages then, and lends nothing."""
         for key in seat.lends:
             if self.prompts.get(key) is seat:
                 del self.prompts[key]
+        seat.lends.clear()
+        self.cache.drop(seat.row)
+        seat.fed = seat.room = 0
+
+    def preempt(self, stats: Stats) -> None:
+        """Empty a seat: one that does not decode before those that do, and the youngest episode's first."""
+        held = (seat for seat in self.rows if seat and seat.room)
+        seat = max(held, key=lambda seat: (seat.row >= self.busy, seat.job.index))
+        stats.preempted += 1
+        if seat.row < self.busy:  # its turn will be sampled again
+            self.leave(seat)
+            del seat.ids[len(seat.ids) - len(seat.turn.ids) :]
+            self.waiting[seat.context is None].appendleft((seat.job, seat.turn))
+        if seat.context is None:
+            self.release(seat)
+        else:
+            self.empty(seat)
 
     def wait(self, job: Job, turn: Turn) -> None:
         """Queue a turn."""
         rank = 0 if id(turn.context) in self.seated else 1 if turn.context is None else 2
         self.waiting[rank].append((job, turn))
 
-    def take(self) -> list[Seat]:
+    def take(self, stats: Stats) -> list[Seat]:
         """Seat as many waiting turns as possible: first those that have a seat, then those that write
         documents, then new episodes, but for some seats (else all could wait for documents for ever).
         With `patience` none is, until there is one for that many busy rows: then they share a prefill."""
@@ -156,27 +206,43 @@ class Pool:
         seated, documents, new = map(len, self.waiting)
         documents = min(documents, len(free))
         new = min(new, max(0, len(free) - documents - self.reserve))
-        if self.patience and seated + documents + new < self.busy // self.patience:
+        least = self.busy // self.patience if self.patience else 0
+        if seated + documents + new < max(1, least):
             return []
+        while not (ranks := self.affordable((seated, documents, new))) and not self.busy:
+            self.preempt(stats)
         taken = []
-        for rank, reserve in enumerate((-1, 0, self.reserve)):
-            while self.waiting[rank] and len(free) > reserve:
-                job, turn = self.waiting[rank].popleft()
-                seat = self.seated.get(id(turn.context)) or Seat(free.pop(), turn.context, turn.role)
-                if rank == 2:
-                    self.seated[id(turn.context)] = seat
-                    job.contexts.append(seat)
-                self.rows[seat.row], seat.job, seat.turn = seat, job, turn
-                taken.append(seat)
+        for rank in ranks if len(ranks) >= least else ():
+            job, turn = self.waiting[rank].popleft()
+            seat = self.seated.get(id(turn.context)) or Seat(free.pop(), turn.context, turn.role)
+            if rank == 2:
+                self.seated[id(turn.context)] = seat
+                job.contexts.append(seat)
+            self.rows[seat.row], seat.job, seat.turn = seat, job, turn
+            taken.append(seat)
         return taken
+
+    def affordable(self, counts: tuple[int, ...]) -> list[int]:
+        """Of the first `counts` turns of each rank, in their order, the ranks of those for which there are
+        pages, up to the first for which there are not. A new episode leaves a page for each busy row."""
+        pages, ranks = len(self.cache.free), []
+        for rank, count in enumerate(counts):
+            for _, turn in islice(self.waiting[rank], count):
+                seat = self.seated.get(id(turn.context))
+                n = len(turn.ids) + (len(seat.ids) if seat else 0)
+                if n >= self.capacity:
+                    raise ValueError(f"{n} tokens do not fit in a seat of {self.capacity}")
+                pages -= self.cache.lacks(seat.row if seat else None, n)
+                if pages < (self.busy if rank == 2 else 0):
+                    return ranks
+                ranks.append(rank)
+        return ranks
 
     def feed(self, seats: list[Seat], stats: Stats) -> None:
         """Bring the taken seats to where their last token is due. What another seat holds of a prompt, all of
-        it or whole pages of its beginning, is copied; who shares with a seat of this call waits a round."""
+        it or whole pages of its beginning, is shared; who shares with a seat of this call waits a round."""
         for seat in seats:
-            seat.pending += seat.turn.ids
-            if (n := seat.fed + len(seat.pending)) >= self.capacity:
-                raise ValueError(f"{n} tokens do not fit in a seat of {self.capacity}")
+            seat.ids += seat.turn.ids
         wave, copies = seats, []
         while wave:
             now, later, coming = [], [], set()
@@ -190,30 +256,28 @@ class Pool:
                     later.append(seat)
                 else:
                     coming.update(keys)
-                    now.append((len(seat.pending) - len(held[1]), seat, held, keys))
+                    now.append((seat.new - len(held[1]), seat, held, keys))
             self.prefill(sorted(now, key=itemgetter(0)), stats)
             wave = later
         for seat, key in copies:
-            self.join(seat)
-            self.borrow(seat, key, stats)
+            self.join(seat, key, stats)
         self.begin(seats)
 
     def prefixes(self, seat: Seat) -> list[tuple]:
-        """What a new seat may copy, longest first: (role, all ids that are fed), then whole pages of them."""
-        n = len(seat.pending) - 1
+        """What an empty seat may share, longest first: (role, all ids that are fed), then whole pages of
+        them."""
+        n = seat.new
         sizes = [n, *range((n - 1) // PAGE * PAGE, 0, -PAGE)] if seat.fed == 0 < n else []
-        return [(seat.role, tuple(seat.pending[:size])) for size in sizes]
+        return [(seat.role, tuple(seat.ids[:size])) for size in sizes]
 
     def prefill(self, seats: list[tuple], stats: Stats) -> None:
         """Feed the seats of a round, in batches under the token budget; then they can lend."""
         first = self.busy
         for _, seat, held, _ in seats:
-            self.join(seat)
-            if held[1]:
-                self.borrow(seat, held, stats)
+            self.join(seat, held, stats)
         while first < self.busy:
             end = first + 1
-            while end < self.busy and (end + 1 - first) * (len(self.rows[end].pending) - 1) <= self.budget:
+            while end < self.busy and (end + 1 - first) * self.rows[end].new <= self.budget:
                 end += 1
             self.extend(slice(first, end), stats)
             first = end
@@ -221,22 +285,21 @@ class Pool:
             seat.lends += keys
             self.prompts.update(dict.fromkeys(keys, seat))
 
-    def borrow(self, seat: Seat, key: tuple, stats: Stats) -> None:
-        """Copy the beginning of a prompt from the seat that holds it."""
-        seat.fed = len(key[1])
-        self.cache.copy(self.prompts[key].row, seat.row, seat.fed)
-        stats.copied += seat.fed
-        del seat.pending[: seat.fed]
-
-    def join(self, seat: Seat) -> None:
-        """Make a seat the last of the busy ones."""
+    def join(self, seat: Seat, key: tuple, stats: Stats) -> None:
+        """Make a seat the last of the busy ones, with the beginning of its prompt from a seat that holds it,
+        and pages for the rest."""
         self.move(seat, self.busy)
         self.busy += 1
+        if key[1]:
+            seat.fed = len(key[1])
+            self.cache.share(self.prompts[key].row, seat.row, seat.fed)
+            stats.shared += seat.fed
+        seat.room = self.cache.grow(seat.row, len(seat.ids))
 
     def extend(self, rows: slice, stats: Stats) -> None:
         """Feed all but the last pending token of neighbouring rows, in one padded batch."""
         seats = self.rows[rows]
-        feeds = [s.pending[:-1] for s in seats]
+        feeds = [s.ids[s.fed : -1] for s in seats]
         longest = max(map(len, feeds))
         if longest == 0:
             return
@@ -260,8 +323,7 @@ class Pool:
         for seat in seats:
             turn, r = seat.turn, seat.row
             seat.begun, seat.limit = seat.fed, (limit := min(turn.limit, self.capacity - seat.fed - 1))
-            columns.append((seat.pending[-1], seat.fed, 0, 1, limit, self.kind_of(turn.stops), seat.role))
-            seat.pending = []
+            columns.append((seat.ids[-1], seat.fed, 0, 1, limit, self.kind_of(turn.stops), seat.role))
             if turn.temperature > 0:
                 self.u[r, :limit] = torch.from_numpy(uniforms(turn.address, limit).astype(np.float32))
         rows = [seat.row for seat in seats]
@@ -281,6 +343,7 @@ class Pool:
 
     def step(self, stats: Stats) -> list[tuple[Job, Sampled]]:
         """One token for every busy row. Returns the turns that ended."""
+        self.give_pages(stats)
         seats, upto = self.rows[: self.busy], 1 + max(seat.fed for seat in self.rows[: self.busy])
         if kernels.compiled(self.last):
             self.replay(self.busy)
@@ -294,6 +357,13 @@ class Pool:
         said = [(seats[i], self.ids[i, : seats[i].fed - seats[i].begun].tolist()) for i in due]
         ended = [(seat, ids, self.ended(seat, ids)) for seat, ids in said]
         return [(seat.job, self.finish(seat, ids, end)) for seat, ids, end in ended if end]
+
+    def give_pages(self, stats: Stats) -> None:
+        """A further page for each busy row that has filled its last one."""
+        while len(full := [s for s in self.rows[: self.busy] if s.fed == s.room]) > len(self.cache.free):
+            self.preempt(stats)
+        for seat in full:
+            seat.room = self.cache.grow(seat.row, seat.fed + 1)
 
     def decode(self, n: int, upto: int, role: int | torch.Tensor, on: torch.Tensor | None = None) -> None:
         """Sample a token for the first n rows, all on the device; then none holds more than `upto` tokens.
@@ -315,6 +385,7 @@ class Pool:
 
     def replay(self, n: int) -> None:
         """`decode` from a CUDA graph, recorded once for each bucket of rows; those beyond n are not on."""
+        self.cache.update()
         n = min(bucket(n), len(self.rows))
         if n not in self.graphs:
             role = self.role[:n] if self.model.roles else REFERENCE
@@ -337,34 +408,39 @@ class Pool:
         return "limit" if len(ids) >= seat.limit else None
 
     def finish(self, seat: Seat, ids: list[int], end: str) -> Sampled:
-        """Take a row out of the batch: its place goes to the last busy row."""
-        r = seat.row
-        logps = self.logps[r, : len(ids)].tolist()
+        """End a turn. Raises ValueError if its log-probs are not finite."""
+        logps = self.logps[seat.row, : len(ids)].tolist()
         if not math.isfinite(sum(logps)):
             raise ValueError("sampling met logits that are not finite: use --dtype bf16 or fp32")
-        seat.pending = ids[-1:]
-        self.busy -= 1
+        seat.ids += ids
+        self.leave(seat)
+        if seat.context is None:
+            self.release(seat)
+        return Sampled(ids, logps, end)
+
+    def leave(self, seat: Seat) -> None:
+        """Take a row out of the batch: its place goes to the last busy row."""
+        r, self.busy = seat.row, self.busy - 1
         if r != self.busy:
             self.move(seat, self.busy)
             self.numbers[:, r] = self.numbers[:, self.busy]
             for column in (self.temperature, self.u, self.ids, self.logps):
                 column[r] = column[self.busy]
         self.numbers[:, self.busy] = 0  # off, and of length 0: in a bucket's rows beyond, nothing is read
-        if seat.context is None:
-            self.release(seat)
-        return Sampled(ids, logps, end)
 
 
 class Engine:
     """Runs generators to their ends, all turns of all roles together.
 
     bodies: role -> (model, tokenizer); roles of one body share its seats and its batches. seats: rows of each
-    body's cache. capacity: tokens of a seat. prefill: tokens fed in one batch at most.
+    body's cache. capacity: tokens of a seat. prefill: tokens fed in one batch at most. pages: of each body's
+    cache (0: so many that every seat can be full); page: tokens of one (0: 64 on a GPU, a seat on a CPU).
     """
 
     def __init__(
-        self, bodies: dict[int, tuple[Model, object]], seats: int, capacity: int, prefill: int = 8192
-    ):
+        self, bodies: dict[int, tuple[Model, object]], seats: int, capacity: int, prefill: int = 8192,
+        pages: int = 0, page: int = 0,
+    ):  # fmt: skip
         self.stats = Stats()
         pools: dict[int, Pool] = {}
         for model, tok in bodies.values():
@@ -373,7 +449,7 @@ class Engine:
                 raise ValueError("two roles need at least 2 seats: one waits in its seat for the other")
             if id(model) not in pools:
                 reserve = max(1, 2 * seats // 5) if shared else 0
-                pools[id(model)] = Pool(model, tok, seats, capacity, prefill, reserve)
+                pools[id(model)] = Pool(model, tok, seats, capacity, prefill, reserve, pages, page)
         self.pools = {role: pools[id(model)] for role, (model, _) in bodies.items()}
         self.early = max(seats, EARLY)
 
@@ -416,7 +492,7 @@ class Engine:
                     else:
                         self.pools[wish.role].wait(job, wish)
                 for pool in pools:
-                    if taken := pool.take():
+                    if taken := pool.take(self.stats):
                         early.difference_update(seat.job for seat in taken)
                         pool.feed(taken, self.stats)
                     for job, sampled in pool.step(self.stats) if pool.busy else ():

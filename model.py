@@ -1,10 +1,9 @@
-"""The network: a decoder of the Llama / Qwen families, its KV cache, and its LoRA adapters.
+"""The network: a decoder of the Llama / Qwen families, and its LoRA adapters.
 
 One *body*, the frozen base model, plays all roles. A role is an index: 0 is the reference (no adapter),
 1 the policy, 2 the simulator, 3 the critic of PPO, 4 the adapter that a policy started
 from. A forward pass takes one role for all rows (training) or
-one per row (decoding), so a single copy of the weights is policy, simulator and KL reference at once. A
-*seat* is a row of the KV cache.
+one per row (decoding), so a single copy of the weights is policy, simulator and KL reference at once.
 
 Not a general model library: `llama`, `qwen2` and `qwen3` only; a config.json that asks for a feature not
 implemented here is refused. weights.py reads and writes checkpoints.
@@ -233,34 +232,15 @@ class Update:
 
 @dataclass(frozen=True)
 class Window:
-    """A view of adjacent rows of the cache, with their cached lengths and their numbers of new tokens."""
+    """Adjacent rows of the cache (cache.py), with their cached lengths and their numbers of new tokens."""
 
-    layers: tuple[Tensor, ...]  # per layer (B, 2 KV, L, D): the heads of k, then those of v
+    layers: tuple[
+        Tensor, ...
+    ]  # per layer (pages, 2 KV, tokens of a page, D): the heads of k, then those of v
+    upto: int  # positions of a row that attention covers
     start: Tensor  # (B,) tokens that each row already holds
-    lens: Tensor | None  # (B,) new tokens of each row; None: all are real
-
-
-class Cache:
-    """Keys and values of a fixed number of seats (rows). The caller keeps their lengths."""
-
-    def __init__(self, c: Config, seats: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
-        self.seats, self.capacity = seats, capacity
-        shape = (c.layers, seats, 2 * c.kv_heads, capacity, c.head_dim)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
-
-    def window(self, rows: slice, upto: int, start: Tensor, lens: Tensor | None = None) -> Window:
-        """A view of adjacent rows, truncated to `upto` positions."""
-        return Window(self.kv[:, rows, :, :upto].unbind(), start, lens)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of a seat."""
-        self.kv[:, target, :, :length] = self.kv[:, source, :, :length]
-
-    def swap(self, a: int, b: int, length: int) -> None:
-        """Exchange two seats; the longer one holds `length` tokens."""
-        kept = self.kv[:, a, :, :length].clone()
-        self.copy(b, a, length)
-        self.kv[:, b, :, :length] = kept
+    lens: Tensor | None = None  # (B,) new tokens of each row; None: all are real
+    table: Tensor | None = None  # (B, pages of a row); None: page b is row b
 
 
 class Layer(nn.Module):
@@ -377,13 +357,13 @@ class Model(nn.Module):
 
     def _cached(self, w: Window, T: int) -> Iterator[Callable]:
         """For each layer: attention that first writes its T new keys and values into the layer's cache."""
-        place = kernels.Place(w.start, T, w.layers[0].size(2), w.lens, self.cos, self.sin, self.dtype)
+        place = kernels.Place(w.start, T, w.upto, w.lens, self.cos, self.sin, self.dtype, w.table)
 
         def attend(cache, layer, qkv):
             if self.config.qk_norm:
                 qkv = torch.cat(layer.parts(qkv), 2)
             q = kernels.rope_cache(qkv, cache, place)
-            return kernels.cached_attention(q, *cache.chunk(2, 1), place)
+            return kernels.cached_attention(q, cache, place)
 
         return (partial(attend, layer) for layer in w.layers)
 

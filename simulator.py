@@ -161,13 +161,15 @@ def write(
     return ranks.gathered(written)
 
 
-def engine_for(body: Model | None, simulator: Simulator, queries: list[Query], seats: int) -> Engine:
+def engine_for(
+    body: Model | None, simulator: Simulator, queries: list[Query], seats: int, pages: int = 0
+) -> Engine:
     """An engine for the simulator alone, its seats just long enough. body None: it runs on a server."""
     if body is None:
         return Engine({}, seats, 1)
     asked = (prompt(simulator.tok, simulator.words, q, noisy) for q in queries for noisy in (False, True))
     capacity = min(max(map(len, asked)) + simulator.limit + 1, len(body.cos))
-    return Engine({SIMULATOR: (body, simulator.tok)}, seats, capacity)
+    return Engine({SIMULATOR: (body, simulator.tok)}, seats, capacity, pages=pages)
 
 
 def addressed(queries: list[Query], seed: int) -> list[Query]:

@@ -512,11 +512,11 @@ def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
     if unlike := [k for k in new if k not in MAY_CHANGE]:
         was = ", ".join(f"--{k} {old[k]}" for k in unlike)
         raise ValueError(f"--resume with other arguments: the run in {given['out']} was begun with {was}")
-    a = argparse.Namespace(**kept["settled"])
+    a = argparse.Namespace(**{"pages": 0} | kept["settled"])
     for name, value in new.items():
         setattr(a, name.replace("-", "_"), value)
     if "memory" in new:
-        a.planned = False
+        a.planned, a.pages = False, 0
         a.seats, a.micro_tokens = new.get("seats", 0), new.get("micro-tokens", 0)
         a.recompute = new.get("recompute", False)
     with disk.readable(file):
@@ -559,9 +559,8 @@ def main(argv: list[str] | None = None) -> None:
         kept = {"given": given, **kept, "settled": vars(a), "inputs": inputs}
         disk.write_json(Path(a.out) / "args.json", kept)
         shown = {k.replace("_", "-"): v for k, v in vars(a).items() if v not in ("", None) and v is not False}
-        print(
-            *(f"--{k} {v}" for k, v in shown.items() if k not in ("command", "task", "planned")), flush=True
-        )
+        quiet = ("command", "task", "planned", "pages")
+        print(*(f"--{k} {v}" for k, v in shown.items() if k not in quiet), flush=True)
         train(a, s, world)
 
 

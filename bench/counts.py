@@ -21,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from cache import PAGE, Pages
 from cli import plan
 from engine import PATIENCE, Engine, Pool, bucket
 from kernels.launch import HAVE_TRITON
@@ -91,6 +92,8 @@ class Nothing:
         self.cos = torch.empty(32768, 1)
         self.decodes: list[tuple[int, int]] = []  # rows, tokens in their seats
         self.prefills: list[tuple[int, int]] = []  # rows, tokens with their padding
+        self.cache: Pages | None = None  # of its pool
+        self.used = 0  # pages of it, at most
 
     def pack(self, rows: int) -> None:
         pass
@@ -99,6 +102,7 @@ class Nothing:
         return Stack([], [1.0, 1.0], torch.ones(2), torch.arange(1, 3))
 
     def __call__(self, ids, role, window, lora):
+        self.used = max(self.used, len(self.cache.owners) - len(self.cache.free))
         if window.lens is None:
             self.decodes.append((len(ids), int(window.start.sum())))
         else:
@@ -113,8 +117,9 @@ def acted(w: Workload, s: plan.Settings) -> tuple[Nothing, Engine]:
     """The workload run by the engine, as it would be on a GPU."""
     body = Nothing()
     tok = Silent()
-    e = Engine({POLICY: (body, tok), SIMULATOR: (body, tok)}, s.seats, s.seat_tokens, prefill=s.micro_tokens)
-    e.pools[POLICY].patience = PATIENCE
+    bodies = {POLICY: (body, tok), SIMULATOR: (body, tok)}
+    e = Engine(bodies, s.seats, s.seat_tokens, s.micro_tokens, s.pages, PAGE)
+    e.pools[POLICY].patience, body.cache = PATIENCE, e.pools[POLICY].cache
     w.act(e)
     return body, e
 
@@ -157,7 +162,7 @@ def on_meta(c: Config, seats: int) -> Pool:
     for role in (POLICY, SIMULATOR):
         theta = torch.nn.Parameter(torch.empty(plan.adapter(c, 16), device="meta"))
         body.roles[role] = Adapter(theta, rank=16, alpha=32.0)
-    pool = Pool(body, Silent(), seats, 4096, 8192, 1)
+    pool = Pool(body, Silent(), seats, 4096, 8192, 1, page=PAGE)
     pool.kind_of(())
     return pool
 
@@ -165,7 +170,7 @@ def on_meta(c: Config, seats: int) -> Pool:
 def narrow(c: Config) -> Pool:
     """Seats of a body of as many layers, so narrow that only the host's part of a forward takes time."""
     body = random_body(replace(c, vocab=256, d=32, head_dim=16, ffn=32), torch.float32, "cpu")
-    return Pool(body, Silent(), 8, 512, 8192, 1)
+    return Pool(body, Silent(), 8, 512, 8192, 1, page=PAGE)
 
 
 def forwards(pool: Pool, T: int) -> dict[str, Callable]:
@@ -233,8 +238,9 @@ def counted(name: str, body: Nothing, e: Engine) -> Row:
     stats, rows = e.stats, [n for n, _ in body.decodes]
     seats = len(e.pools[POLICY].rows)
     shown = f"{seats} seats, {stats.steps:,} decode steps, {len(body.prefills):,} prefill forwards"
-    note = f"{stats.prefilled:,} tokens prefilled, {stats.copied:,} copied; rows a step: "
-    return Row(name, shown, note=f"{note}{statistics.mean(rows):.0f}, {max(rows)} at most")
+    note = f"{stats.prefilled:,} tokens prefilled, {stats.shared:,} shared; rows a step: "
+    note += f"{statistics.mean(rows):.0f}, {max(rows)} at most; {body.used:,} of {len(body.cache.owners):,} "
+    return Row(name, shown, note=f"{note}pages used, {stats.preempted} seats preempted")
 
 
 def floors(name: str, c: Config, w: Workload, s: plan.Settings, body: Nothing, host: float) -> Row:

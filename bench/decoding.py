@@ -111,7 +111,7 @@ def episodes(p: Run) -> Iterator[Row]:
             *ours, peers = alternate(p, *calls, partial(lock_step, theirs, w))
         for (kind, e), spans in zip(engines.items(), ours):
             s = e.stats
-            note = f"{s.decoded:,} tokens sampled, {s.prefilled:,} fed and {s.copied:,} copied by ours"
+            note = f"{s.decoded:,} tokens sampled, {s.prefilled:,} fed and {s.shared:,} shared by ours"
             yield versus(kind, (spans, peers), w.decoded(), note)
 
 

@@ -7,10 +7,11 @@ from functools import partial
 
 import torch
 
+from cache import Cache
 from cli import plan
 from kernels import linear_logp
 from kernels.tools import measure
-from model import POLICY, SIMULATOR, Adapter, Cache, Config, Model
+from model import POLICY, SIMULATOR, Adapter, Config, Model
 
 from .growth import turn_seconds
 from .timing import Row, Run, forget_peak, metered, peak, progress, timed

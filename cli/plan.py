@@ -16,12 +16,14 @@ from dataclasses import dataclass, replace
 import torch
 
 import kernels
+from cache import PAGE
 from cli.disk import read_json
 from model import NAMES, ROLES, Config, packs
 from weights import PRESETS, resolve
 
 SPARE = 0.08  # share of the memory that is left to the driver, fragmentation and libraries
 ENOUGH = 128  # seats: all share each read of the weights, so each further one gains less
+LIKELY = 0.25  # share of its longest episode for which a seat has pages, if there are enough of them
 Bodies = Sequence[Config]  # the policy's, and the simulator's if that is another
 
 _QWEN = {"theta": 1e6, "context": 32768}
@@ -67,6 +69,7 @@ class Settings:
     kernels: bool = True  # Triton kernels keep less than the references, which run on a CPU
     critic_rank: int = 0  # of the critic's adapter; 0: there is no critic
     start_rank: int = 0  # of the adapter that is the KL's reference; 0: the body without one is
+    pages: int = 0  # of each body's cache, with the kernels; 0: as many as all seats may need
 
     def __str__(self) -> str:
         flags = f"--seats {self.seats} --seat-tokens {self.seat_tokens} --micro-tokens {self.micro_tokens}"
@@ -196,7 +199,7 @@ def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
         "adapters again, for decoding": stacks,
         "gradient": 4 * n,
         "optimiser": 8 * n,
-        f"cache of {s.seats} seats x {s.seat_tokens:,} tokens": cache(bodies, s),
+        cache_name(s): cache(bodies, s),
         "bookkeeping of the seats": bookkeeping(bodies, s),
     }
     held |= {"weights again, packed": copies} if copies else {}
@@ -207,14 +210,31 @@ def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
     return {name: math.ceil(n) for name, n in out.items()} | {"total": sum(held.values()) + math.ceil(peak)}
 
 
+def most_pages(s: Settings) -> int:
+    """The pages that all seats need if each is full."""
+    return s.seats * math.ceil(s.seat_tokens / PAGE)
+
+
+def cached(s: Settings) -> int:
+    """Tokens that a body's cache holds: in whole seats on a CPU, in pages with the kernels."""
+    return (s.pages or most_pages(s)) * PAGE if s.kernels else s.seats * s.seat_tokens
+
+
 def cache(bodies: Bodies, s: Settings) -> int:
-    """Bytes of the keys and values of all seats of all bodies."""
-    return sum(cache_token(c, s.dtype) for c in bodies) * s.seats * s.seat_tokens
+    """Bytes of the keys and values of all bodies."""
+    return sum(cache_token(c, s.dtype) for c in bodies) * cached(s)
+
+
+def cache_name(s: Settings) -> str:
+    """What the cache is, for the table."""
+    whole = f"cache of {s.seats} seats x {s.seat_tokens:,} tokens"
+    return f"cache of {cached(s) // PAGE:,} pages x {PAGE} tokens" if s.kernels else whole
 
 
 def bookkeeping(bodies: Bodies, s: Settings) -> int:
-    """Bytes of the seats' numbers: lengths and limits, ids, log-probs and uniforms."""
-    return len(bodies) * s.seats * (16 * s.seat_tokens + 64)
+    """Bytes of the seats' numbers: lengths, limits, ids, log-probs, uniforms; and of the table of pages."""
+    table = 4 * math.ceil(s.seat_tokens / PAGE) * s.kernels
+    return len(bodies) * s.seats * (16 * s.seat_tokens + 64 + table)
 
 
 def table(b: dict[str, int]) -> str:
@@ -230,31 +250,36 @@ def fit(bodies: Bodies, memory: float, s: Settings, useful: int = 640) -> tuple[
     """Choose what `s` leaves open (0 or None) so that a step fits into `memory` bytes, less SPARE.
 
     useful: the most seats that a step can fill. Tried in this order: large micro-batches with activations
-    kept; smaller ones; activations recomputed. The first that leaves ENOUGH seats is taken, else the one with
-    the most seats. Raises ValueError with the arithmetic if not even 2 seats fit.
+    kept; smaller ones; activations recomputed. The first whose cache suits ENOUGH seats is taken, else the
+    one with the largest cache. Raises ValueError with the arithmetic if not even 2 seats fit.
+
+    With the kernels the cache has pages: all useful seats, and as many pages as fit, so that few seats can be
+    full at a time (the engine preempts some if more would be).
     """
     room, found = memory * (1 - SPARE), []
+    enough = min(useful, ENOUGH) * s.seat_tokens * (LIKELY if s.kernels else 1)
     for trial in _trials(s):
-        trial = replace(trial, seats=s.seats or _seats(bodies, room, trial, useful))
+        trial = replace(
+            trial, seats=s.seats or (useful if s.kernels else _seats(bodies, room, trial, useful))
+        )
+        if s.kernels:
+            trial = replace(trial, pages=s.pages or _pages(bodies, room, trial))
         b = budget(bodies, trial)
         if trial.seats >= 2 and b["total"] <= room:
             found.append((trial, b))
-            if trial.seats >= min(useful, ENOUGH):
+            if cached(trial) >= min(enough, trial.seats * s.seat_tokens):
                 return trial, b
     if not found:
         raise ValueError(_refusal(bodies, room, s))
-    return max(found, key=lambda one: one[0].seats)
+    return max(found, key=lambda one: cached(one[0]))
 
 
-def acting_seats(bodies: Bodies, memory: float, s: Settings, useful: int = ENOUGH) -> int:
-    """The most seats, 2 to `useful`, with which bodies that are loaded can act in `memory` free bytes."""
-
-    def over(seats: int) -> bool:
-        t = replace(s, seats=seats)
-        peak = max(sum(acting(c, t).values()) for c in bodies)
-        return cache(bodies, t) + bookkeeping(bodies, t) + peak > memory * (1 - SPARE)
-
-    return max(2, bisect_left(range(1, useful + 1), True, key=over))
+def acting_pages(bodies: Bodies, memory: float, s: Settings) -> int:
+    """The most pages of each cache with which bodies that are loaded can act in `memory` free bytes."""
+    peak = max(sum(acting(c, s).values()) for c in bodies)
+    free = memory * (1 - SPARE) - bookkeeping(bodies, s) - peak
+    each = cache(bodies, replace(s, pages=1))
+    return int(min(max(free // each, 2 * math.ceil(s.seat_tokens / PAGE)), most_pages(s)))
 
 
 def _trials(s: Settings) -> list[Settings]:
@@ -263,6 +288,16 @@ def _trials(s: Settings) -> list[Settings]:
     sizes = [s.micro_tokens] if s.micro_tokens else [n for n in (8192, 4096) if n > least] + [least]
     ways = [False, True] if s.recompute is None else [s.recompute]
     return [replace(s, micro_tokens=n, recompute=way) for way in ways for n in sizes]
+
+
+def _pages(bodies: Bodies, room: float, s: Settings) -> int:
+    """The most pages with which the step fits: as many as two full seats need at least."""
+    least, most = most_pages(replace(s, seats=2)), most_pages(s)
+
+    def over(pages: int) -> bool:
+        return budget(bodies, replace(s, pages=pages))["total"] > room
+
+    return max(least, bisect_left(range(1, most + 1), True, key=over))
 
 
 def _seats(bodies: Bodies, room: float, s: Settings, useful: int) -> int:
@@ -279,6 +314,7 @@ def _seats(bodies: Bodies, room: float, s: Settings, useful: int) -> int:
 
 def _refusal(bodies: Bodies, room: float, s: Settings) -> str:
     least = replace(_trials(s)[-1], seats=max(2, s.seats))
+    least = replace(least, pages=most_pages(replace(s, seats=2)) * s.kernels)
     b = {name: size / 2**30 for name, size in budget(bodies, least).items()}
     needs = (
         f"a step needs {b.pop('total'):.2f} GiB even with {least}, but {room / 2**30:.2f} GiB are available"

@@ -103,7 +103,7 @@ def load(
         torch.set_num_threads(1)
     give_adapters(a, bodies)
     if getattr(a, "seats", 0) is None:
-        a.seats = seats_for(a, [body.config for body, _ in loaded.values()])
+        a.seats, a.pages = seats_for(a, [body.config for body, _ in loaded.values()])
     simulator = None
     if simulated(a):
         tok = bodies.get(SIMULATOR, (None, None))[1]
@@ -181,8 +181,8 @@ def open_engine(a: argparse.Namespace, bodies: dict[int, tuple[Model, Tokenizer]
     if POLICY not in bodies or a.command == "cold":
         return None
     if a.command == "train":
-        return Engine(bodies, a.seats, a.seat_tokens, prefill=a.micro_tokens)
-    return Engine(bodies, a.seats, a.episode_tokens + 1)
+        return Engine(bodies, a.seats, a.seat_tokens, a.micro_tokens, a.pages)
+    return Engine(bodies, a.seats, a.episode_tokens + 1, pages=a.pages)
 
 
 def check_prompts(questions: Iterable[Question], tok: Tokenizer, words: Words, limit: int) -> None:
@@ -212,7 +212,7 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
     settings = plan.Settings(
         a.seats, a.seat_tokens, a.micro_tokens, a.recompute or None, rank,
         sim_rank if a.sim_adapter or a.sft_steps else 0, model.DTYPES[a.dtype], a.device != "cpu",
-        a.rank if a.advantage == "gae" else 0, rank if refers_to_start(a) else 0,
+        a.rank if a.advantage == "gae" else 0, rank if refers_to_start(a) else 0, a.pages,
     )  # fmt: skip
     if a.planned:
         return f"as planned at the start: {settings}"
@@ -220,17 +220,17 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
     useful = -(-a.questions // ranks.world()) * a.group * (1 + waiting)
     settings, budget = plan.fit(shapes, memory, settings, useful)
     a.seats, a.micro_tokens, a.recompute = settings.seats, settings.micro_tokens, bool(settings.recompute)
-    a.planned = True
+    a.pages, a.planned = settings.pages, True
     return f"plan for {memory / 2**30:.1f} GiB: {settings}\n{plan.table(budget)}"
 
 
-def seats_for(a: argparse.Namespace, shapes: list[model.Config]) -> int:
-    """The seats of a command that does not learn, for bodies that are loaded."""
+def seats_for(a: argparse.Namespace, shapes: list[model.Config]) -> tuple[int, int]:
+    """Seats and pages of the cache of a command that does not learn, for bodies that are loaded."""
     if a.device == "cpu" or not shapes:
-        return 16
+        return 16, 0
     longest = getattr(a, "episode_tokens", 2047) + 1  # an audit's seats are as long as its prompts: shorter
-    s = plan.Settings(seat_tokens=longest, micro_tokens=8192, dtype=model.DTYPES[a.dtype])
-    return plan.acting_seats(shapes, free_memory(a.device), s)
+    s = plan.Settings(plan.ENOUGH, longest, 8192, dtype=model.DTYPES[a.dtype])
+    return s.seats, plan.acting_pages(shapes, free_memory(a.device), s)
 
 
 def rank_of(a: argparse.Namespace, adapter: str) -> int:

@@ -42,16 +42,22 @@ def store_rows(p_x, x, at, m_row, D: tl.constexpr, BD: tl.constexpr):
 def attend(
     acc, total, top, q, i_at, p_k, p_v, s_k, s_v, first, last, scale,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    p_table=None, s_page=0, P: tl.constexpr = 1,
 ):  # fmt: skip
     """Add the keys first..last-1 to acc (BM, BD), total, top (BM,), for q (BM, BD) at positions i_at (BM,).
 
     p_k, p_v point at key 0 of one head, whose keys lie s_k, s_v elements apart; scale = log2(e) / sqrt(D).
     Not MASKED: every query sees every key; last - first is a multiple of BN. MASKED: a query sees the keys up
     to its own position; keys from `last` on read as zeros, for 0 times what may be NaN there would be NaN.
+    With p_table: key n is key n % P of page p_table[n // P]; pages lie s_page apart; P is a multiple of BN.
     """
     i_n = tl.arange(0, BN)
     for n in range(first, last, BN):
-        k = load_rows(p_k + n * s_k, i_n * s_k, n + i_n < last, D, BD, not MASKED)  # (BN, BD)
+        at_k, at_v = n * s_k, n * s_v
+        if p_table is not None:
+            page = tl.load(p_table + n // P).to(tl.int64) * s_page
+            at_k, at_v = page + n % P * s_k, page + n % P * s_v
+        k = load_rows(p_k + at_k, i_n * s_k, n + i_n < last, D, BD, not MASKED)  # (BN, BD)
         x = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BM, BN)
         if MASKED:
             x = tl.where((i_at[:, None] >= n + i_n[None, :]) & (n + i_n < last)[None, :], x, float("-inf"))
@@ -59,7 +65,7 @@ def attend(
         p = tl.exp2(x * scale - high[:, None])  # (BM, BN)
         shrink = tl.exp2(top - high)
         total = total * shrink + tl.sum(p, 1)
-        v = load_rows(p_v + n * s_v, i_n * s_v, n + i_n < last, D, BD, not MASKED)  # (BN, BD)
+        v = load_rows(p_v + at_v, i_n * s_v, n + i_n < last, D, BD, not MASKED)  # (BN, BD)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = high
     return acc, total, top

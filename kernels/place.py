@@ -1,7 +1,10 @@
-"""Positions of new tokens in the seat cache: made once per forward pass, for all layers.
+"""Positions of new tokens in the cache: made once per forward pass, for all layers.
 
-The Triton kernels read `start` and `lens` and compute the rest in registers. The references share here what
-is the same in every layer: the mask, and the angles of the rotation.
+A layer's cache is (pages, 2 KV, P, D), the heads of k and then those of v. Position i of row b is in page
+table[b, i // P], at i % P; without a table, row b's page is page b, and holds all it has.
+
+The Triton kernels read `start`, `lens` and the table, and compute the rest in registers. The references share
+here what is the same in every layer: the mask, and the angles of the rotation.
 """
 
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ class Place:
     cos: Tensor | None = None  # (P, D/2) of every position, fp32: only rope_cache needs it
     sin: Tensor | None = None  # (P, D/2)
     dtype: torch.dtype = torch.float32  # of the body
+    table: Tensor | None = None  # (B, pages of a row) int32; None: page b is row b's only one
 
     @cached_property
     def at(self) -> Tensor:
@@ -47,6 +51,15 @@ class Place:
     def rows(self) -> Tensor:
         """(B,) 0, 1, ..."""
         return torch.arange(len(self.start), device=self.start.device)
+
+    @cached_property
+    def pages(self) -> Tensor:
+        """(B, pages of a row) the table, also where there is none."""
+        return self.rows[:, None] if self.table is None else self.table
+
+    def slots(self, rows: Tensor, at: Tensor, P: int) -> tuple[Tensor, Tensor]:
+        """rows, positions (N,) -> pages of P tokens, and where in them (N,)."""
+        return (rows, at) if self.table is None else (self.table[rows, at // P], at % P)
 
     @cached_property
     def real(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,7 +45,7 @@ def command_audit(a: argparse.Namespace, task: Task) -> None:
         queries = [Query(q.text.rstrip("? "), q) for q in questions]  # without the mark, as policies search
     queries = addressed(queries[: a.limit], a.seed)
     s = load(a, task)
-    engine = simulators.engine_for(body_of(s), s.simulator, queries, a.seats)
+    engine = simulators.engine_for(body_of(s), s.simulator, queries, a.seats, a.pages)
     figures = simulators.audit(engine, s.simulator, queries)
     print(table({f"asked for {quality}": part for quality, part in figures.items()}))
     if a.json:
@@ -115,7 +115,7 @@ def audited(a: argparse.Namespace, exam: list[dict], s: Setting, when: str) -> d
     """The audit of a simulator on held-out rows."""
     if not (queries := addressed([row_query(row) for row in exam[: a.audit]], a.seed)):
         return {}
-    engine = simulators.engine_for(s.bodies[SIMULATOR][0], s.simulator, queries, a.seats)
+    engine = simulators.engine_for(s.bodies[SIMULATOR][0], s.simulator, queries, a.seats, a.pages)
     return simulators.audit(engine, s.simulator, queries, f"audit {when}")
 
 

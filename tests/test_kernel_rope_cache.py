@@ -106,3 +106,32 @@ def test_what_does_not_fit_is_refused(device):
     cache = torch.zeros(1, 2, 8, 32, device=device)
     with pytest.raises(ValueError):
         rope_cache_triton(qkv, cache, place(qkv, cos, sin, rows[0], torch.zeros(2, device=device)))
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("T", [1, 70])
+def test_tokens_go_into_the_pages_that_the_table_names(device, program_order, T, dtype):
+    """Rows that begin, end and cross at the edges of pages in any order: both write the same slots, those
+    where a plain loop puts the values. Pages that are nobody's, and shared ones, are left alone."""
+    H, KV, D, P, starts = 2, 1, 32, 64, [0, 63, 64, 100, 250]
+    B, pages = len(starts), 40
+    qkv, (cos, sin) = joined(B, T, H, KV, D, dtype, device), table(256, D, device)
+    names = torch.randperm(pages, device=device)[: B * 4].view(B, 4).to(torch.int32)
+    names[1, 0] = names[2, 0]  # full in both rows, and shared
+    start = torch.tensor(starts, device=device)
+    lens = torch.tensor([min(T, n) for n in (1, 2, 64, 70, 6)], device=device)  # the last row ends its seat
+    before = torch.randn(pages, 2 * KV, P, D, device=device).to(dtype)
+    if T > 1:
+        start[1] = 64
+    mine, theirs = before.clone(), before.clone()
+    at = Place(start, T, 4 * P, lens, cos, sin, dtype, names)
+    q_mine = rope_cache_triton(qkv, mine, at)
+    q_theirs = rope_cache_torch(qkv.clone(), theirs, at)
+    real = torch.arange(T, device=device) < lens[:, None]
+    assert torch.equal(q_mine[real], q_theirs[real]) and torch.equal(mine, theirs)
+    want = before.clone()
+    for b in range(B):
+        for t in range(int(lens[b])):
+            i = int(start[b]) + t
+            want[names[b, i // P], KV:, i % P] = qkv[b, t, H + KV :]
+    assert torch.equal(mine[:, KV:], want[:, KV:])

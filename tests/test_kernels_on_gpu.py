@@ -50,16 +50,19 @@ def test_a_graph_serves_rows_of_any_length():
     from kernels.place import Place
 
     torch.manual_seed(0)
-    q, (k, v) = torch.randn(3, 1, 8, 64, device="cuda"), torch.randn(2, 3, 2, 700, 64, device="cuda")
-    place = Place(torch.tensor([0, 1, 5], device="cuda"), 1, 700)
-    cached_attention_triton(q, k, v, place)
+    q, cache = torch.randn(3, 1, 8, 64, device="cuda"), torch.randn(40, 4, 64, 64, device="cuda")
+    table = torch.randperm(40, dtype=torch.int32, device="cuda")[:33].view(3, 11)
+    start, on = torch.tensor([0, 1, 5], device="cuda"), torch.ones(3, dtype=torch.long, device="cuda")
+    place = Place(start, 1, 704, on, table=table)
+    cached_attention_triton(q, cache, place)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o = cached_attention_triton(q, k, v, place)
-    place.start.copy_(torch.tensor([699, 300, 0]))
+        o = cached_attention_triton(q, cache, place)
+    start.copy_(torch.tensor([699, 300, 0]))
+    table.copy_(table.flip(0))  # rows moved, too
     graph.replay()
-    at = Place(place.start.clone(), 1, 700, dtype=torch.float64)
-    want = cached_attention_torch(q.double(), k.double(), v.double(), at)
+    at = Place(start, 1, 704, on, dtype=torch.float64, table=table)
+    want = cached_attention_torch(q.double(), cache.double(), at)
     assert measure.relative_rms(o, want) <= 1e-5
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 import model as M
 import weights
+from cache import Cache
 from model import POLICY, REFERENCE, SIMULATOR
 
 SMALL = dict(
@@ -72,7 +73,7 @@ def test_greedy_continuations_equal_transformers(tmp_path, family):
     theirs = checkpoint(tmp_path, family)
     mine, x = weights.load(tmp_path), ids(2, 9)
     want = theirs.generate(x, max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None)[:, 9:]
-    cache = M.Cache(mine.config, 2, 64, torch.float32, "cpu")
+    cache = Cache(mine.config, 2, 64, torch.float32, "cpu")
     got, new, length = [], x, 0
     for _ in range(24):
         start, lens = torch.full((2,), length), torch.full((2,), new.size(1))
@@ -118,7 +119,7 @@ def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family):
     x = ids(4, 30)
     with torch.no_grad():
         full = [mine(x[b : b + 1, :n], int(roles[b]))[0] for b, n in enumerate(lengths)]
-        cache = M.Cache(mine.config, 6, 40, torch.float32, "cpu")
+        cache = Cache(mine.config, 6, 40, torch.float32, "cpu")
         cache.kv.normal_()  # what earlier tenants left
         stack, held = mine.stacked(), torch.zeros(4, dtype=torch.long)
         out = [[] for _ in lengths]
@@ -154,7 +155,7 @@ def test_packed_copies_change_nothing_but_rounding(tmp_path, monkeypatch, packab
         trained(body, POLICY, 3), trained(body, SIMULATOR, 4, rank=6)
         for role in (roles, POLICY):  # one a row, and one for all
             with torch.inference_mode():
-                window = M.Cache(body.config, rows, 8, body.dtype, "cpu").window(slice(0, rows), 1, roles * 0)
+                window = Cache(body.config, rows, 8, body.dtype, "cpu").window(slice(0, rows), 1, roles * 0)
                 h = body(x, role, window=window, lora=body.stacked().rows(role))
                 assert h.dtype == body.dtype
                 out.append(body.logits(h[:, 0]).double())

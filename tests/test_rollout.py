@@ -263,7 +263,7 @@ def test_seats_change_no_result(body):
     """Continuous batching, swaps of rows and shared prompts are only speed: any number of seats must give the
     same trajectories (fp32)."""
     want, stats = roam(body, 64)
-    assert stats.copied > 0
+    assert stats.shared > 0
     for seats, prefill in ((2, 8192), (3, 16), (7, 100)):
         got, _ = roam(body, seats, prefill=prefill)
         assert [g[0] for g in got] == [w[0] for w in want]
@@ -284,7 +284,7 @@ def test_turns_of_siblings_are_the_same_in_any_company(body, monkeypatch, seats,
 
     def talk(seats):
         engine = Engine({POLICY: (body, TOK)}, seats, 200)
-        return engine.run(map(talker, range(9))), engine.stats.copied
+        return engine.run(map(talker, range(9))), engine.stats.shared
 
     want, copied = talk(64)
     assert copied > 0
@@ -311,7 +311,7 @@ def test_shared_prompts_change_no_result(body, monkeypatch):
     want, _ = roam(body, 5)
     monkeypatch.setattr(Pool, "prefixes", lambda pool, seat: [])
     got, stats = roam(body, 5)
-    assert stats.copied == 0 and [g[0] for g in got] == [w[0] for w in want]
+    assert stats.shared == 0 and [g[0] for g in got] == [w[0] for w in want]
 
 
 @pytest.mark.parametrize("seats", [3, 64])
@@ -339,8 +339,8 @@ def test_prompts_that_begin_alike_are_fed_once(body, monkeypatch, page, seats):
     got, stats = ask()
     monkeypatch.setattr(Pool, "prefixes", lambda pool, seat: [])
     want, all_fed = ask()
-    assert got == want and stats.prefilled + stats.copied == all_fed.prefilled
-    assert stats.copied > whole.copied
+    assert got == want and stats.prefilled + stats.shared == all_fed.prefilled
+    assert stats.shared > whole.shared
 
 
 @pytest.mark.parametrize("seats", [9, 64])
@@ -425,7 +425,7 @@ def test_no_history_is_fed_twice(body):
     engine = Engine({POLICY: (body, TOK)}, 4, 400)
     held = sum(engine.run([talk(n) for n in range(6)]))
     fed = engine.stats.prefilled + engine.stats.decoded
-    assert engine.stats.copied == 0 and held - 6 * 5 <= fed <= held + 6 * 5
+    assert engine.stats.shared == 0 and held - 6 * 5 <= fed <= held + 6 * 5
 
 
 def test_stops_limits_and_ends(body):
@@ -652,8 +652,8 @@ def test_the_order_of_seating_is_that_of_all_begun_at_once(monkeypatch, seats, f
         engine = Engine({POLICY: (script, TOK), SIMULATOR: (script, TOK)}, seats, 64)
         engine.early = early
 
-        def take(pool, plain=Pool.take):
-            taken = plain(pool)
+        def take(pool, stats, plain=Pool.take):
+            taken = plain(pool, stats)
             log.extend((engine.stats.steps, s.row, s.job.index, s.turn.role) for s in taken)
             return taken
 
