@@ -34,6 +34,7 @@ import torch
 
 import kernels
 from cache import PAGE, Cache, Pages
+from cli.screen import say
 from model import REFERENCE, Model, Stack
 from rollout import Episode, Sampled, Turn, stopped, uniforms
 
@@ -507,4 +508,6 @@ class Engine:
         finally:
             for future in futures:  # after a failure: what is not under way is not sent
                 future.cancel()
+        if lost := self.stats.preempted:
+            say(f"the cache was full: {lost} times a seat lost its pages and was fed again (only slower)")
         return results

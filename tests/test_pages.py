@@ -168,7 +168,7 @@ def body():
 @pytest.mark.parametrize("seats", [3, 64])
 @pytest.mark.parametrize("page", [7, 64])
 @pytest.mark.parametrize("few", [False, True])
-def test_pages_change_no_result(body, watched, seats, page, few):
+def test_pages_change_no_result(body, watched, capsys, seats, page, few):
     """Where a token's keys lie, who shares them, and who had to be fed again is only memory: trajectories are
     those of whole seats (fp32), their log-probs but for the order of sums."""
     want, _ = roam(body, 64)
@@ -178,6 +178,8 @@ def test_pages_change_no_result(body, watched, seats, page, few):
     pairs = [(a, b) for g, w in zip(got, want) for a, b in zip(g[1], w[1]) if a is not None]
     assert max(abs(a - b) for a, b in pairs) < 1e-4
     assert stats.shared > 0 and (stats.preempted > 0) == (few and seats == 64)
+    said = f"the cache was full: {stats.preempted} times a seat lost its pages" in capsys.readouterr().out
+    assert said == (stats.preempted > 0)
 
 
 @pytest.fixture(scope="module")
