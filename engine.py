@@ -110,7 +110,7 @@ class Pool:
                 "lower --episode-tokens (and --seat-tokens)"
             )
         gpu = kernels.compiled(model.cos)
-        page = page or (PAGE if gpu else capacity)
+        page = page or (PAGE if gpu or pages else capacity)
         most = seats * -(-capacity // page)
         pages = min(pages or most, most)
         if pages * page < capacity:
@@ -435,7 +435,7 @@ class Engine:
 
     bodies: role -> (model, tokenizer); roles of one body share its seats and its batches. seats: rows of each
     body's cache. capacity: tokens of a seat. prefill: tokens fed in one batch at most. pages: of each body's
-    cache (0: so many that every seat can be full); page: tokens of one (0: 64 on a GPU, a seat on a CPU).
+    cache, of `page` tokens (64). 0: so many that every seat can be full; on a CPU, whole seats.
     """
 
     def __init__(

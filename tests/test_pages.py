@@ -238,6 +238,8 @@ def test_a_pool_that_cannot_hold_one_seat_is_refused(body):
         Engine({POLICY: (body, TOK)}, 8, 400, pages=6, page=64)
     assert len(Engine({POLICY: (body, TOK)}, 8, 400, pages=7, page=64).pools[POLICY].cache.free) == 7
     assert len(Engine({POLICY: (body, TOK)}, 2, 400, pages=999, page=64).pools[POLICY].cache.free) == 14
+    assert isinstance(Engine({POLICY: (body, TOK)}, 2, 400, pages=9).pools[POLICY].cache, Pages)  # as planned
+    assert not isinstance(Engine({POLICY: (body, TOK)}, 2, 400).pools[POLICY].cache, Pages)
 
 
 def test_two_seats_share_full_pages_and_no_others():
