@@ -186,12 +186,12 @@ def index(
         raise ValueError("the corpus holds no passages")
     n, terms, lengths = len(lengths), np.frombuffer(terms, np.int32), np.array(lengths)  # (T,), (N,)
     until, norm = np.cumsum(lengths), 1 - b + b * lengths / lengths.mean()  # (N,)
-    blocks = np.array_split(terms, len(terms) // BLOCK + 1)
-    sums = np.cumsum(sum(np.bincount(block, minlength=len(vocabulary)) for block in blocks))  # (V,)
+    blocks = [(first, terms[first : first + BLOCK]) for first in range(0, len(terms), BLOCK)]
+    sums = np.cumsum(sum(np.bincount(block, minlength=len(vocabulary)) for _, block in blocks))  # (V,)
     edges = np.unique([0, *np.searchsorted(sums, np.arange(BLOCK, len(terms), BLOCK)), len(sums)])
     held = [[0]]
     for low, high in screen.bar("counting", len(edges) - 1, "blocks", over=list(pairwise(edges))):
-        at = np.flatnonzero((terms >= low) & (terms < high))
+        at = np.concatenate([first + np.flatnonzero((low <= x) & (x < high)) for first, x in blocks])
         places = (terms[at] - low) * np.int64(n) + np.searchsorted(until, at, "right")
         pairs, f = np.unique(places, return_counts=True)  # by word
         word, passage = pairs // n, pairs % n

@@ -1,7 +1,7 @@
 """Passages of random words with the statistics of a real corpus, to measure an index that is larger than it.
 
     python tests/tools/synthetic.py corpus.jsonl.gz 1000000 > million.jsonl
-    python search.py index million.jsonl --out million
+    python tests/tools/synthetic.py --index million.jsonl --out million  # as search.py does: what it takes
     python tests/tools/synthetic.py --search million [--queries FILE]    # what a query takes
 
 Lengths are those of the corpus, drawn at random, and words are drawn by their frequency in it. New words
@@ -12,6 +12,7 @@ again by chance. A query is eight different words of one passage. Not text: no t
 import argparse
 import json
 import random
+import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import search
 from search import load, passage, read_lines, tokenise
 
 
@@ -80,7 +82,17 @@ def measure(folder: str, queries: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("corpus", nargs="*")
+    parser.add_argument("--index")
+    parser.add_argument("--out")
     parser.add_argument("--search")
     parser.add_argument("--queries")
     a = parser.parse_args()
-    measure(a.search, a.queries) if a.search else write(a.corpus[0], int(a.corpus[1]))
+    if a.index:
+        began = time.process_time()
+        search.main(["index", a.index, "--out", a.out])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{time.process_time() - began:.1f} s of CPU time, {peak:.2f} GiB of memory at most")
+    elif a.search:
+        measure(a.search, a.queries)
+    else:
+        write(a.corpus[0], int(a.corpus[1]))
