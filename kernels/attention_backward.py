@@ -8,7 +8,8 @@ With p[t, s] = 2^(x[t, s] - lse[t]), x in base 2 as in online_softmax.py, and do
 
 dq (and delta): a program handles BM queries of one head and visits the keys as the forward pass does.
 dk, dv: a program handles BN keys of one *key* head and loops over the queries from there on, of every query
-head in its group, so that the sum over the group stays in registers. Scores are transposed there, (BN, BM),
+head in its group, so that the sum over the group stays in registers; where there are few programs, of every
+head in a part of it, and the parts are summed afterwards. Scores are transposed there, (BN, BM),
 so that keys are the rows of every product. Queries past the length load as zeros (q = do = lse = delta = 0)
 and add nothing.
 """
@@ -77,8 +78,8 @@ def _dk_dv(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV parts, B, T / BN): dk and dv (parts, B, T, KV, D) of BN keys, from PART query heads of the
-    group or (in the last part) what is left of it. BM divides BN. s_e: do, s_g: dk and dv."""
-    PARTS: tl.constexpr = (G + PART - 1) // PART
+    group; PART divides G. BM divides BN. s_e: do, s_g: dk and dv."""
+    PARTS: tl.constexpr = G // PART
     kv, part, b = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1).to(tl.int64)
     n = tl.program_id(2) * BN  # its first key; the first blocks have the most queries, and go first
     i_s, i_m = n + tl.arange(0, BN), tl.arange(0, BM)
@@ -92,8 +93,7 @@ def _dk_dv(
     p_do += b * s_eb
     n_blocks = tl.cdiv(tl.maximum(length - n, 0), BM)  # of queries, in each head
     first = kv * G + part * PART  # of its heads
-    n_heads = PART if G % PART == 0 else tl.minimum(PART, G - part * PART)
-    for i in range(n_heads * n_blocks):
+    for i in range(PART * n_blocks):
         h = first + i // n_blocks
         m = n + i % n_blocks * BM
         m_real = m + i_m < length
@@ -151,7 +151,8 @@ def heads_of_a_part(G: int, programs: int, t: Target) -> int:
     KV = 2, B = 4, T = 2048 and BN = 128 there are 128, of 16 blocks: 1,088 units of work on 132 processors
     in 16, 52 % used. In halves 256 programs take 8.5, 97 % (each goes to the processor that is free first).
     """
-    return cdiv(G, min(G, max(1, 2 * t.processors // programs)))
+    least = min(G, max(1, 2 * t.processors // programs))  # parts
+    return G // next(n for n in range(least, G + 1) if G % n == 0)  # all alike: uneven ones spill at D = 128
 
 
 def attention_backward(q, k, v, o, do, lse, lengths) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +169,7 @@ def attention_backward(q, k, v, o, do, lse, lengths) -> tuple[Tensor, Tensor, Te
     c = config_dk_dv(D, fp32, target())
     blocks = cdiv(T, c["BN"])
     heads = heads_of_a_part(H // KV, KV * B * blocks, target())
-    parts = cdiv(H // KV, heads)
+    parts = H // KV // heads
     dk, dv = q.new_empty(2, parts, *k.shape, dtype=q.dtype if parts == 1 else torch.float32)
     strides = [s for x in (q, k, v, do) for s in x.stride()[:3]] + [*dk.stride()[:4]]
     grid = KV * parts, B, blocks

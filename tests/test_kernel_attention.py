@@ -135,14 +135,14 @@ def test_blocks_divide_as_the_loops_assume(D, wide, target):
     assert c["BN"] % c["BM"] == 0
 
 
-@pytest.mark.parametrize("processors, heads", [(1, 3), (3, 2), (132, 1)])
+@pytest.mark.parametrize("processors, heads", [(1, 4), (3, 2), (4, 2), (132, 1)])
 def test_a_group_in_parts(device, monkeypatch, processors, heads):
-    """Whole groups where programs abound; else parts of them, of which the last may be smaller: a head left
-    out, or summed twice, would train on a wrong gradient."""
+    """Whole groups where programs abound, else parts of them: a head left out, or summed twice, would
+    train on a wrong gradient."""
     few = TARGETS["sm_90"]._replace(processors=processors)
     monkeypatch.setattr(attention_backward, "target", lambda: few)
-    assert attention_backward.heads_of_a_part(3, 3, few) == heads
-    inputs = packed(1, 70, 3, 1, 32, torch.float32, device)
+    assert attention_backward.heads_of_a_part(4, 3, few) == heads
+    inputs = packed(1, 70, 4, 1, 32, torch.float32, device)
     agree(results(attention_triton, *inputs, None), truth(*inputs, None), BOUND[torch.float32])
 
 
