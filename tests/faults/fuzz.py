@@ -217,15 +217,15 @@ def parquet(d: Damage, folder: Path) -> Path:
     from pyarrow import parquet
 
     rows, out = d.json(QUESTIONS[:2], d.rng.choice((0, 1))), io.BytesIO()
-    try:
-        columns = pyarrow.Table.from_pylist([r for r in rows if isinstance(r, dict)])
-    except (pyarrow.ArrowException, TypeError, OverflowError, ValueError, AttributeError):
-        columns = pyarrow.Table.from_pylist(QUESTIONS[:1])
     if d.rng.random() < 0.003:  # a few bytes that mean a hundred million rows
-        many = 10**8
-        columns = pyarrow.table({"question": pyarrow.DictionaryArray.from_arrays(
-            pyarrow.nulls(many, pyarrow.int8()).fill_null(0), ["x" * 100])})  # fmt: skip
-    parquet.write_table(columns, out)
+        indices = pyarrow.nulls(10**8, pyarrow.int8()).fill_null(0)
+        text = pyarrow.DictionaryArray.from_arrays(indices, ["x" * 100])
+        parquet.write_table(pyarrow.table({"question": text}), out)
+        return put(folder, "q.parquet", out.getvalue())
+    try:
+        parquet.write_table(pyarrow.Table.from_pylist([r for r in rows if isinstance(r, dict)]), out)
+    except (pyarrow.ArrowException, TypeError, OverflowError, ValueError, AttributeError):
+        parquet.write_table(pyarrow.Table.from_pylist(QUESTIONS[:1]), out)
     return put(folder, "q.parquet", d.bytes(out.getvalue()) if d.rng.random() < 0.8 else out.getvalue())
 
 
