@@ -7,6 +7,7 @@
 A row is a batch of faults: {"kind", "case", "tried", "wrong"}; wrong is "" where all were survived.
 """
 
+import errno
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -15,8 +16,9 @@ from cli import screen
 from cli.disk import Rows
 from cli.parser import Flag, parse, with_defaults
 
+from . import fuzz
 from .kill import Bench
-from .nursery import KILL, KILL_HALF, Nursery
+from .nursery import FULL, KILL, KILL_HALF, ONCE, Nursery
 
 FLAGS = {
     "what is tried": [
@@ -54,9 +56,39 @@ def killed_at_instants(folder: Path) -> Cases:
             run += 1
 
 
+def refused(folder: Path) -> Cases:
+    """Every fifth call of each command refused: once, or with all that follow; by five errors in turn."""
+    bench = Bench(Nursery(folder), folder / "refused")
+    errors = [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EACCES]
+    for job in bench.jobs.values():
+        calls = bench.whole(job)[1]
+        for turn, n in enumerate(range(1, len(calls) + 1, 5)):
+            if calls[n - 1].split()[0] in ("open", "write", "rename", "mkdir"):  # the others end nothing
+                how, error = (FULL, ONCE)[turn % 2], errors[turn % 5]
+                yield (
+                    f"{job.name} {n} {errno.errorcode[error]}",
+                    lambda job=job, n=n, how=how, error=error: (1, bench.refused(job, n, how, error)),
+                )
+
+
+def fuzzed(folder: Path) -> Cases:
+    """100,000 inputs, in batches of 1,000 of a format."""
+    fuzz.warm()
+    for name, n in fuzz.LONG.items():
+        for start in range(0, n, 1000):
+
+            def batch(name=name, start=start, count=min(1000, n - start)) -> tuple[int, str]:
+                said = list(fuzz.fuzzed(name, start, count))
+                return len(said), "; ".join(f"{i}: {w}" for i, w in said if w not in ("", "refused"))
+
+            yield f"{name} {start}", batch
+
+
 KINDS: dict[str, Callable[[Path], Cases]] = {
     "kill at a call": killed_at_calls,
     "kill at an instant": killed_at_instants,
+    "refused by the disk": refused,
+    "fuzz": fuzzed,
 }
 
 
@@ -96,7 +128,7 @@ def table(rows) -> str:
     for row in rows:
         line = lines.setdefault(row["kind"], {"tried": 0, "survived": 0})
         line["tried"] += row["tried"]
-        line["survived"] += row["tried"] - bool(row["wrong"])
+        line["survived"] += row["tried"] - row["wrong"].count(";") - bool(row["wrong"])
     return screen.table(lines)
 
 

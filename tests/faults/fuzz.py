@@ -683,6 +683,12 @@ def commands(d: Damage, folder: Path) -> tuple[str, list[str]]:
     return command, [w.encode("utf-8", "replace").decode() for w in words]
 
 
+# The inputs of the long part: cheap formats have more.
+LONG = {"questions": 12_000, "corpus": 10_000, "rows": 12_000, "traces": 8_000, "prompts": 8_000}
+LONG |= {"answers": 15_000, "said": 8_000, "commands": 8_000, "kept_rows": 5_000, "args": 3_000}
+LONG |= {"config": 3_000, "weights_of_a_body": 2_000, "adapters": 3_000, "states": 2_000, "parquet": 1_000}
+LONG |= {"looked_at": 500, "results": 500, "tokenizers": 500}
+
 # ------------------------------------------------------------------------------------------------ the running
 
 

@@ -14,7 +14,7 @@ from prepare import command, sft
 from toy.task import Task
 
 SHORT = "--steps 6 --questions 2 --group 2 --eval-questions 0 --sft-steps 0 --save-every 1 --show-every 9"
-SHORT = [*SHORT.split(), *"--turn-tokens 6 --turns 1 --device cpu".split()]
+SHORT = [*SHORT.split(), *["--turn-tokens", "6", "--turns", "1", "--device", "cpu"]]
 NAN, INF = float("nan"), float("inf")
 
 
