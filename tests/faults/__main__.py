@@ -34,7 +34,7 @@ Cases = Generator[
 
 
 def killed_at_calls(folder: Path) -> Cases:
-    """Each call of each command that changes the disk: killed before it, and in it or after it."""
+    """Each call of each command that changes the disk: killed before it, and in the middle of a write."""
     bench = Bench(Nursery(folder), folder / "calls")
     for job in bench.jobs.values():
         calls = bench.whole(job)[1]
@@ -77,8 +77,8 @@ def fuzzed(folder: Path) -> Cases:
     for name, n in fuzz.LONG.items():
         for start in range(0, n, 1000):
 
-            def batch(name=name, start=start, count=min(1000, n - start)) -> tuple[int, str]:
-                said = list(fuzz.fuzzed(name, start, count))
+            def batch(name=name, start=start, stop=start + 1000, n=n) -> tuple[int, str]:
+                said = list(fuzz.fuzzed(name, start, min(stop, n) - start))
                 return len(said), "; ".join(f"{i}: {w}" for i, w in said if w not in ("", "refused"))
 
             yield f"{name} {start}", batch

@@ -165,7 +165,7 @@ def bomb(byte: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Target:
-    """make: damage, a folder -> the input, written there. use: what reads it. share: of a run's inputs."""
+    """make: damage, a folder -> the input, written there. use: what reads it. share: of the quick part."""
 
     make: Callable[[Damage, Path], object]
     use: Callable[[object, Path], object]

@@ -41,14 +41,14 @@ def test_killed_at_a_call_it_goes_on_as_if_it_had_not_been(bench, name):
 @pytest.mark.parametrize("name", ["train", "sft"])
 def test_killed_at_an_instant(bench, name):
     """kill -9 asks nobody: no handler of ours runs, whatever the command was doing."""
-    hit, wrong = bench.at_instants(bench.jobs[name], f"{name} quick", 2)
+    _, wrong = bench.at_instants(bench.jobs[name], f"{name} quick", 2)
     assert wrong == ""
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_given_only_to_what_is_on_the_disk(bench, name):
     """After a power cut only what was synced is there: a file before it takes its name, the name before
-    anything counts on it, a new directory's name as well, and the rows before the state that has them done."""
+    anything counts on it, a new directory's name as well, and a step's rows before its state."""
     calls = [tuple(call.split(" ", 1)) for call in bench.whole(bench.jobs[name])[1]]
     for i, (call, path) in enumerate(calls):
         if call == "rename":
@@ -124,7 +124,8 @@ def test_a_second_process_is_refused(bench, tmp_path):
     job = bench.jobs["eval"]
     whole = left(bench.folder / "whole-eval") if bench.whole(job) else {}
     rows = Rows(tmp_path / "result.json.part", {"x": 1})
-    rows.add({"set": "a", "number": 0})  # this process has it open now
+    rows.add({"set": "a", "number": 0})
+    rows = Rows(tmp_path / "result.json.part", {"x": 1}, resume=True)  # this process goes on with it
     child = bench.nursery.run("eval", job.resume(tmp_path), tmp_path / "log")
     assert told(child) == "" and "another run is writing into" in child.said
     with claimed(tmp_path / "run", resume=False):

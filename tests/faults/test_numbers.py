@@ -1,4 +1,4 @@
-"""NaN and infinity, planted where they arise: a step is skipped and counted, and nothing of it is ever saved."""
+"""NaN and infinity, planted where they arise: a step is skipped and counted, and none is ever saved."""
 
 import json
 
@@ -72,7 +72,7 @@ def test_a_bad_reward_costs_its_step_and_no_more(tiny, tmp_path, bad):
 
 
 def test_three_bad_steps_in_a_row_end_the_run_with_the_last_good_state(tiny, tmp_path, capsys):
-    """A run that can only skip would do so all night; what it had learnt before must be there to go on from."""
+    """A run that can only skip would do so all night; what it had learnt before must be there."""
     out, tiny.bad = tmp_path / "run", {n: NAN for n in (2, 3, 4)}
     assert "three steps in a row were skipped" in fails(capsys, "--out", out, *SHORT)
     adapter, step = state(out)

@@ -1,7 +1,7 @@
 """Text as an enemy: whatever a document, a query, a question or an answer holds, only its own tokens change.
 
-hypothesis composes the texts from every tag, special token, template brace and control character, and shrinks
-what fails (FAULT_TEXTS: how many a property, 8); the cases that were found by hand are in ../test_injection.py.
+hypothesis composes the texts from every tag, special token, template brace and control character, and
+shrinks what fails (FAULT_TEXTS: how many a property, 8); the cases that were found by hand are in ../test_injection.py.
 """
 
 import json
@@ -80,8 +80,9 @@ OTHERS = [
 ]
 TEXTS = st.lists(st.one_of(st.sampled_from([*FAMILIES, *TAGS, *OTHERS]), st.text(max_size=6)), max_size=12)
 TEXTS = TEXTS.map("".join)
-FEW = settings(max_examples=int(os.environ.get("FAULT_TEXTS", 8)), deadline=None, derandomize=True, database=None,
-               suppress_health_check=list(HealthCheck))  # fmt: skip
+COUNT = int(os.environ.get("FAULT_TEXTS", 8))
+FEW = settings(max_examples=COUNT, deadline=None, derandomize=True, database=None)
+FEW = settings(FEW, suppress_health_check=list(HealthCheck))
 MAKERS = {f.__name__: f for f in (qwen, llama3, smollm2, gpt2, toy)}
 
 
