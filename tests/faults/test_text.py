@@ -1,7 +1,7 @@
 """Text as an enemy: whatever a document, a query, a question or an answer holds, only its own tokens change.
 
 hypothesis composes the texts from every tag, special token, template brace and control character, and
-shrinks what fails (FAULT_TEXTS: how many a property, 8); the cases that were found by hand are in ../test_injection.py.
+shrinks what fails (FAULT_TEXTS: how many a property, 8). Cases found by hand are in ../test_injection.py.
 """
 
 import json
