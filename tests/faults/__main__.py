@@ -8,6 +8,8 @@ A row is a batch of faults: {"kind", "case", "tried", "wrong"}; wrong is "" wher
 """
 
 import errno
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -16,9 +18,9 @@ from cli import screen
 from cli.disk import Rows
 from cli.parser import Flag, parse, with_defaults
 
-from . import fuzz
+from . import endurance, fuzz
 from .kill import Bench
-from .nursery import FULL, KILL, KILL_HALF, ONCE, Nursery
+from .nursery import FULL, KILL, KILL_HALF, ONCE, ROOT, Nursery
 
 FLAGS = {
     "what is tried": [
@@ -84,11 +86,47 @@ def fuzzed(folder: Path) -> Cases:
             yield f"{name} {start}", batch
 
 
+PYTHONS = ("3.11", "3.12", "3.13")
+LOWEST = ("torch==2.11.*", "transformers==5.0.*", "safetensors==0.5.*")
+MATRIX = {"lowest, 3.11": ("python3.11", LOWEST)} | {f"newest, {v}": (f"python{v}", ()) for v in PYTHONS}
+
+
+def versions(folder: Path) -> Cases:
+    """The suite with the lowest versions of requirements.txt, and with the newest in each Python."""
+    for name, (python, pins) in MATRIX.items():
+
+        def suite(name=name, python=python, pins=pins) -> tuple[int, str]:
+            home = folder / name.replace(" ", "")
+            needs = ["-r", str(ROOT / "requirements-test.txt"), *pins]
+            for command in (
+                [python, "-m", "venv", home],
+                [home / "bin/python", "-m", "pip", "install", "-q", *needs],
+                [home / "bin/python", "-m", "pytest", "-q", "-x", "--ignore=tests/faults"],
+            ):
+                if not shutil.which(command[0]):
+                    return 0, f"there is no {python} here"
+                run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+                if run.returncode:
+                    return 1, (run.stdout + run.stderr)[-400:].replace(";", ",")
+            return 1, ""
+
+        yield name, suite
+
+
+def soak(folder: Path) -> Cases:
+    """10,000 steps of training, 2,000 evaluations, 100 resumes: memory, open files and threads stay flat."""
+    nursery = Nursery(folder)
+    for name, n in (("steps", 10_000), ("evaluations", 2_000), ("resumes", 100)):
+        yield name, lambda name=name, n=n: (n, endurance.slope(nursery, name, n, folder / name))
+
+
 KINDS: dict[str, Callable[[Path], Cases]] = {
     "kill at a call": killed_at_calls,
     "kill at an instant": killed_at_instants,
     "refused by the disk": refused,
     "fuzz": fuzzed,
+    "soak": soak,
+    "versions": versions,
 }
 
 
