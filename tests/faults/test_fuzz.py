@@ -8,9 +8,9 @@ from .nursery import ROOT
 
 
 def test_hostile_input_is_read_or_refused_in_one_line():
-    """Question files, corpora, rows, traces, prompts, checkpoints, adapters, tokenizers, states, logs, answers
-    of servers and command lines: never a traceback, a hang, a gigabyte, a file elsewhere, a connection, or code
-    that is loaded."""
+    """Question files, corpora, rows, traces, prompts, checkpoints, adapters, tokenizers, states, logs,
+    answers of servers and command lines: never a traceback, a hang, a gigabyte, a file elsewhere, a
+    connection, or code that is loaded."""
     command = [sys.executable, "-m", "tests.faults.fuzz", "--count", "2000"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
