@@ -131,7 +131,7 @@ def _check_sizes(c: Config) -> None:
     wrong = {s: n for s in sizes if type(n := getattr(c, s)) is not int or not 0 < n < 2**31}
     numbers = {"rms_norm_eps": c.eps, "rope_theta": c.theta} | c.scaling
     numbers.pop("kind", None)
-    wrong |= {s: x for s, x in numbers.items() if type(x) not in (int, float) or not 0 < x < math.inf}
+    wrong |= {s: x for s, x in numbers.items() if type(x) not in (int, float) or not 0 < x < 1e18}
     wrong |= {"head_dim": c.head_dim} if not wrong and c.head_dim % 2 else {}
     wrong |= {"kv_heads": c.kv_heads} if not wrong and c.heads % c.kv_heads else {}
     if wrong:

@@ -193,6 +193,8 @@ def learn(
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, float]:
     """`updates` optimiser steps on the groups that teach something. Returns mean figures."""
+    if not rewards.isfinite().all():
+        return {"skipped_groups": len(rewards), "skipped_updates": a.updates}
     teaching = informative(rewards) if a.advantage not in ALONE else torch.ones(len(rewards))
     kept = teaching.nonzero()[:, 0].tolist()
     for group, lr in zip(optimizer.param_groups, (a.lr, a.critic_lr)):

@@ -230,16 +230,17 @@ class Rows:
 
     def _own(self) -> None:
         """Open the file for appending. Raises ValueError if another process has it open."""
-        self.file = io.FileIO(made(self.path.parent) / self.path.name, "a")
+        self.file = io.FileIO(made(self.path.parent) / self.path.name, "a+")
         try:
-            if fcntl is not None:  # not flock: this lock is the process's, so a failed run can go on in it
+            if fcntl is not None:  # the process's own, lost when it closes any handle of this file
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(f"another run is writing into {self.path}: wait, or choose another") from None
 
     def _read(self) -> None:
         """Read the rows of an interrupted run; an incomplete last line is dropped."""
-        data = self.path.read_bytes()
+        self.file.seek(0)
+        data = self.file.readall()
         end = data.rfind(b"\n") + 1
         try:
             lines = [json.loads(line) for line in data[:end].splitlines()]
@@ -251,7 +252,7 @@ class Rows:
         except (ValueError, *ODD):
             raise ValueError(f"{self.path} is not an unfinished run: delete it and start again") from None
         same_flags(old, self.settings or {}, self.path)
-        os.truncate(self.path, end)
+        self.file.truncate(end)
 
     def add(self, row: dict) -> None:
         """Append a row, `finite`. Once this returns, it survives the end of this process."""

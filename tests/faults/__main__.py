@@ -7,6 +7,9 @@
 A row is a batch of faults: {"kind", "case", "tried", "wrong"}; wrong is "" where all were survived.
 """
 
+import errno
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -15,8 +18,9 @@ from cli import screen
 from cli.disk import Rows
 from cli.parser import Flag, parse, with_defaults
 
+from . import endurance, fuzz
 from .kill import Bench
-from .nursery import KILL, KILL_HALF, Nursery
+from .nursery import FULL, KILL, KILL_HALF, ONCE, ROOT, Nursery
 
 FLAGS = {
     "what is tried": [
@@ -32,7 +36,7 @@ Cases = Generator[
 
 
 def killed_at_calls(folder: Path) -> Cases:
-    """Each call of each command that changes the disk: killed before it, and in it or after it."""
+    """Each call of each command that changes the disk: killed before it, and in the middle of a write."""
     bench = Bench(Nursery(folder), folder / "calls")
     for job in bench.jobs.values():
         calls = bench.whole(job)[1]
@@ -54,9 +58,75 @@ def killed_at_instants(folder: Path) -> Cases:
             run += 1
 
 
+def refused(folder: Path) -> Cases:
+    """Every fifth call of each command refused: once, or with all that follow; by five errors in turn."""
+    bench = Bench(Nursery(folder), folder / "refused")
+    errors = [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EACCES]
+    for job in bench.jobs.values():
+        calls = bench.whole(job)[1]
+        for turn, n in enumerate(range(1, len(calls) + 1, 5)):
+            if calls[n - 1].split()[0] in ("open", "write", "rename", "mkdir"):  # the others end nothing
+                how, error = (FULL, ONCE)[turn % 2], errors[turn % 5]
+                yield (
+                    f"{job.name} {n} {errno.errorcode[error]}",
+                    lambda job=job, n=n, how=how, error=error: (1, bench.refused(job, n, how, error)),
+                )
+
+
+def fuzzed(folder: Path) -> Cases:
+    """100,000 inputs, in batches of 1,000 of a format."""
+    fuzz.warm()
+    for name, n in fuzz.LONG.items():
+        for start in range(0, n, 1000):
+
+            def batch(name=name, start=start, stop=start + 1000, n=n) -> tuple[int, str]:
+                said = list(fuzz.fuzzed(name, start, min(stop, n) - start))
+                return len(said), "; ".join(f"{i}: {w}" for i, w in said if w not in ("", "refused"))
+
+            yield f"{name} {start}", batch
+
+
+PYTHONS = ("3.11", "3.12", "3.13")
+LOWEST = ("torch==2.11.*", "transformers==5.0.*", "safetensors==0.5.*")
+MATRIX = {"lowest, 3.11": ("python3.11", LOWEST)} | {f"newest, {v}": (f"python{v}", ()) for v in PYTHONS}
+
+
+def versions(folder: Path) -> Cases:
+    """The suite with the lowest versions of requirements.txt, and with the newest in each Python."""
+    for name, (python, pins) in MATRIX.items():
+
+        def suite(name=name, python=python, pins=pins) -> tuple[int, str]:
+            home = folder / name.replace(" ", "")
+            needs = ["-r", str(ROOT / "requirements-test.txt"), *pins]
+            for command in (
+                [python, "-m", "venv", home],
+                [home / "bin/python", "-m", "pip", "install", "-q", *needs],
+                [home / "bin/python", "-m", "pytest", "-q", "-x", "--ignore=tests/faults"],
+            ):
+                if not shutil.which(command[0]):
+                    return 0, f"there is no {python} here"
+                run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+                if run.returncode:
+                    return 1, (run.stdout + run.stderr)[-400:].replace(";", ",")
+            return 1, ""
+
+        yield name, suite
+
+
+def soak(folder: Path) -> Cases:
+    """10,000 steps of training, 2,000 evaluations, 100 resumes: memory, open files and threads stay flat."""
+    nursery = Nursery(folder)
+    for name, n in (("steps", 10_000), ("evaluations", 2_000), ("resumes", 100)):
+        yield name, lambda name=name, n=n: (n, endurance.slope(nursery, name, n, folder / name))
+
+
 KINDS: dict[str, Callable[[Path], Cases]] = {
     "kill at a call": killed_at_calls,
     "kill at an instant": killed_at_instants,
+    "refused by the disk": refused,
+    "fuzz": fuzzed,
+    "soak": soak,
+    "versions": versions,
 }
 
 
@@ -96,7 +166,7 @@ def table(rows) -> str:
     for row in rows:
         line = lines.setdefault(row["kind"], {"tried": 0, "survived": 0})
         line["tried"] += row["tried"]
-        line["survived"] += row["tried"] - bool(row["wrong"])
+        line["survived"] += row["tried"] - row["wrong"].count(";") - bool(row["wrong"])
     return screen.table(lines)
 
 

@@ -165,7 +165,7 @@ def bomb(byte: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Target:
-    """make: damage, a folder -> the input, written there. use: what reads it. share: of a run's inputs."""
+    """make: damage, a folder -> the input, written there. use: what reads it. share: of the quick part."""
 
     make: Callable[[Damage, Path], object]
     use: Callable[[object, Path], object]
@@ -217,15 +217,15 @@ def parquet(d: Damage, folder: Path) -> Path:
     from pyarrow import parquet
 
     rows, out = d.json(QUESTIONS[:2], d.rng.choice((0, 1))), io.BytesIO()
-    try:
-        columns = pyarrow.Table.from_pylist([r for r in rows if isinstance(r, dict)])
-    except (pyarrow.ArrowException, TypeError, OverflowError, ValueError, AttributeError):
-        columns = pyarrow.Table.from_pylist(QUESTIONS[:1])
     if d.rng.random() < 0.003:  # a few bytes that mean a hundred million rows
-        many = 10**8
-        columns = pyarrow.table({"question": pyarrow.DictionaryArray.from_arrays(
-            pyarrow.nulls(many, pyarrow.int8()).fill_null(0), ["x" * 100])})  # fmt: skip
-    parquet.write_table(columns, out)
+        indices = pyarrow.nulls(10**8, pyarrow.int8()).fill_null(0)
+        text = pyarrow.DictionaryArray.from_arrays(indices, ["x" * 100])
+        parquet.write_table(pyarrow.table({"question": text}), out)
+        return put(folder, "q.parquet", out.getvalue())
+    try:
+        parquet.write_table(pyarrow.Table.from_pylist([r for r in rows if isinstance(r, dict)]), out)
+    except (pyarrow.ArrowException, TypeError, OverflowError, ValueError, AttributeError):
+        parquet.write_table(pyarrow.Table.from_pylist(QUESTIONS[:1]), out)
     return put(folder, "q.parquet", d.bytes(out.getvalue()) if d.rng.random() < 0.8 else out.getvalue())
 
 
@@ -682,6 +682,12 @@ def commands(d: Damage, folder: Path) -> tuple[str, list[str]]:
     words += [str(d.value())] * (d.rng.random() < 0.1)
     return command, [w.encode("utf-8", "replace").decode() for w in words]
 
+
+# The inputs of the long part: cheap formats have more.
+LONG = {"questions": 12_000, "corpus": 10_000, "rows": 12_000, "traces": 8_000, "prompts": 8_000}
+LONG |= {"answers": 15_000, "said": 8_000, "commands": 8_000, "kept_rows": 5_000, "args": 3_000}
+LONG |= {"config": 3_000, "weights_of_a_body": 2_000, "adapters": 3_000, "states": 2_000, "parquet": 1_000}
+LONG |= {"looked_at": 500, "results": 500, "tokenizers": 500}
 
 # ------------------------------------------------------------------------------------------------ the running
 

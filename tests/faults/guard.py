@@ -72,7 +72,7 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def noted(folder: Path, loopback: bool = False) -> Iterator[list[str]]:
-    """What is done within the block that no input may cause. loopback: servers here may be asked."""
+    """What is done within the block that no input may cause. loopback: this machine may be asked."""
     _state.update(folder=Path(folder).resolve(), seen=[], loopback=loopback)
     try:
         yield _state["seen"]

@@ -156,7 +156,7 @@ class Bench:
         return lost(job, home) or self.to_the_end(job, home, log)
 
     def refused(self, job: Job, n: int, how: int, error: int) -> str:
-        """The disk refuses the n-th change (and, if FULL, all that follow), and is well for the resume."""
+        """The disk refuses the n-th change (and, if FULL, all that follow), but not the resume."""
         home, log = self.folder / "case", self.folder / "log"
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir()

@@ -73,7 +73,7 @@ class Nursery:
         return int(self.process.stdout.readline())
 
     def start(self, command: str, argv: list, log: Path, **fault) -> Child:
-        """command: train, simulator, eval, or a name in STAGED. fault: see `armed`."""
+        """command: train, simulator, eval or soak. fault: see `armed`; staged: names of staged.py."""
         argv = [str(x) for x in argv]
         return Child(self, self.ask({"command": command, "argv": argv, "log": str(log), **fault}), log)
 
@@ -118,8 +118,8 @@ def child(wish: dict) -> None:
 
     from cli import screen
 
-    module = {"simulator": "prepare.command", "cold": "prepare.cold"}.get(wish["command"], wish["command"])
-    main = importlib.import_module(module).main
+    module = {"simulator": "prepare.command", "soak": "tests.faults.endurance"}
+    main = importlib.import_module(module.get(wish["command"], wish["command"])).main
     for name in wish.get("staged", ()):
         getattr(importlib.import_module("tests.faults.staged"), name)()
     armed(wish)

@@ -1,0 +1,18 @@
+"""What is wrong with the world of one child: called by name in the child, before its command runs."""
+
+import itertools
+import resource
+import time
+from pathlib import Path
+
+
+def clock_jumps() -> None:
+    """The wall clock jumps by years, back and forth; the monotonic one does not."""
+    jumps, now = itertools.cycle([-3e8, 0.0, 3e9]), time.time
+    time.time = lambda: now() + next(jumps)
+
+
+def no_memory() -> None:
+    """There are 4 MB left."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**22,) * 2)
