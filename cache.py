@@ -8,7 +8,8 @@ two seats that begin alike share pages.
 Not here: who sits where, and what happens when no page is left (engine.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from model import Config, Window
 PAGE = (
     64  # tokens of a page; prompts that begin alike share whole pages, on a CPU as copies of so many tokens
 )
+ALIGNED = 128  # numbers: where a lent tensor may begin
 
 
 class Cache:
@@ -60,6 +62,25 @@ class Cache:
 
     def update(self) -> None:
         """Bring the table to the device; before a window is used, and never inside a CUDA graph."""
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, a forward pass keeps its activations in the cache, as far as it has room: nobody acts while
+        we learn. They are copied, as CUDA graphs expect the cache where it is; what seats held is lost.
+        """
+        memory, taken = self.kv.view(-1), 0
+
+        def keep(x: Tensor) -> Tensor:
+            nonlocal taken
+            n = x.numel()
+            if x.is_leaf or x.dtype != memory.dtype or taken + n > len(memory):  # a leaf: a weight, or small
+                return x
+            first, taken = taken, taken + -(-n // ALIGNED) * ALIGNED
+            with torch.no_grad():
+                return memory[first : first + n].view(x.shape).copy_(x)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            yield
 
 
 class Pages(Cache):

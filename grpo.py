@@ -12,7 +12,8 @@ was sampled, and the log-probs of sampling.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -152,10 +153,11 @@ def learn(
     optimizer: torch.optim.Optimizer,
     o: Objective,
     recompute: bool = False,
+    lent: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, float]:
     """One update of the policy's adapter from all micro-batches of a step, and of the critic where there is
     one; none where a gradient is not finite. Several processes bring their parts of the batches, and add up
-    one gradient. Returns the step's health figures.
+    one gradient. lent(): where a forward pass keeps its activations. Returns the step's health figures.
 
     kl, entropy: nats a token. ratio: its mean. clipped: share of tokens. gap: mean |training - sampling
     log-prob|. skipped_updates: 1 where there was none.
@@ -164,12 +166,15 @@ def learn(
     mine: dict[str, float] = Counter()
     share = 1 / sum(ranks.everyone(sum(b.w.numel() for b in batches)))
     for b in assess(model, batches, o):
-        logp, entropy = token_logps(model, b, POLICY, recompute)
+        with lent():
+            logp, entropy = token_logps(model, b, POLICY, recompute)
         total = loss(logp, entropy, b, o)
         total.backward()
         told = figures(logp.detach(), entropy.detach(), b, o)
         if b.value is not None:
-            error = value_loss(values(model, b, recompute), b.value, b.target)
+            with lent():
+                value = values(model, b, recompute)
+            error = value_loss(value, b.value, b.target)
             (share * error).sum().backward()
             told["value_loss"] = error.detach()
         mine.update({name: (share * x).sum().item() for name, x in told.items()} | {"loss": total.item()})

@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain, islice
@@ -215,7 +216,8 @@ def learn(
             ranks.part(),
         )  # fmt: skip
         if any(1 in t.mask for t in taught):  # in all processes alike
-            updates.append(grpo.learn(s.body, batches, optimizer, objective, a.recompute))
+            lent = s.engine.pools[POLICY].cache.lent if a.lend else nullcontext
+            updates.append(grpo.learn(s.body, batches, optimizer, objective, a.recompute, lent))
     means = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]} if updates else {}
     return means | {"skipped_groups": len(rewards) - len(kept)}
 
@@ -514,11 +516,11 @@ def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
     if unlike := [k for k in new if k not in MAY_CHANGE]:
         was = ", ".join(f"--{k} {old[k]}" for k in unlike)
         raise ValueError(f"--resume with other arguments: the run in {given['out']} was begun with {was}")
-    a = argparse.Namespace(**{"pages": 0} | kept["settled"])
+    a = argparse.Namespace(**{"pages": 0, "lend": False} | kept["settled"])
     for name, value in new.items():
         setattr(a, name.replace("-", "_"), value)
     if "memory" in new:
-        a.planned, a.pages = False, 0
+        a.planned, a.pages, a.lend = False, 0, False
         a.seats, a.micro_tokens = new.get("seats", 0), new.get("micro-tokens", 0)
         a.recompute = new.get("recompute", False)
     with disk.readable(file):
@@ -561,7 +563,7 @@ def main(argv: list[str] | None = None) -> None:
         kept = {"given": given, **kept, "settled": vars(a), "inputs": inputs}
         disk.write_json(Path(a.out) / "args.json", kept)
         shown = {k.replace("_", "-"): v for k, v in vars(a).items() if v not in ("", None) and v is not False}
-        quiet = ("command", "task", "planned", "pages")
+        quiet = ("command", "task", "planned", "pages", "lend")
         print(*(f"--{k} {v}" for k, v in shown.items() if k not in quiet), flush=True)
         train(a, s, world)
 

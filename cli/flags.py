@@ -330,9 +330,10 @@ def settle(command: str, given: dict[str, object]) -> argparse.Namespace:
     """Every flag with its value: what was given, else its default. Raises ValueError for nonsense.
 
     Also `command`; `task`, the name of the task ("" for question files and real engines); `planned`, whether
-    the memory plan has settled its flags; and `pages` of the cache, which the plan settles too.
+    the memory plan has settled its flags; and `pages` and `lend`, which it settles too (see `plan.Settings`).
     """
-    a = argparse.Namespace(command=command, task=tasks.named(command, given), planned=False, pages=0)
+    a = argparse.Namespace(command=command, task=tasks.named(command, given), planned=False)
+    a.pages, a.lend = 0, False
     a.device, a.dtype = machine(given.get("device", ""), given.get("dtype", ""))
     usual = tasks.defaults(a.task, command)
     real_on_cpu = not a.task and a.device == "cpu"

@@ -23,6 +23,7 @@ from weights import PRESETS, resolve
 
 SPARE = 0.08  # share of the memory that is left to the driver, fragmentation and libraries
 ENOUGH = 128  # seats: all share each read of the weights, so each further one gains less
+LENT = 0.9  # share of the activations that can lie in the cache; a layer's are held twice then
 LIKELY = 0.25  # share of its longest episode for which a seat has pages, if there are enough of them
 Bodies = Sequence[Config]  # the policy's, and the simulator's if that is another
 
@@ -70,11 +71,12 @@ class Settings:
     critic_rank: int = 0  # of the critic's adapter; 0: there is no critic
     start_rank: int = 0  # of the adapter that is the KL's reference; 0: the body without one is
     pages: int = 0  # of each body's cache, with the kernels; 0: as many as all seats may need
+    lend: bool = False  # the policy's cache holds activations while learning
 
     def __str__(self) -> str:
         flags = f"--seats {self.seats} --seat-tokens {self.seat_tokens} --micro-tokens {self.micro_tokens}"
         flags += f" --rank {self.rank} --dtype {NAMES[self.dtype]}"
-        return flags + " --recompute" * bool(self.recompute)
+        return flags + " --recompute" * bool(self.recompute) + " (activations in the cache)" * self.lend
 
 
 # ----------------------------------------------------------------------------------------- bytes of each part
@@ -162,8 +164,10 @@ def learning(c: Config, s: Settings) -> dict[str, float]:
     gradients = 2 * c.ffn + (5 if s.recompute else 2) * c.d * s.kernels
     back = tokens * (gradients * size + (layer if s.recompute else 0))
     head = 5 * c.d * (2 if size < 4 and not s.kernels else 1)  # the last norm, the head's input, its gradient
+    activations = tokens * c.layers * each
+    lent = min(cache([c], s), LENT * activations) - tokens * layer if s.lend else 0
     return {
-        "activations": tokens * c.layers * each,
+        "activations": activations - lent,
         "log-probs, or gradients within a layer": max(back, tokens * head * size + head_chunk(c, s, tokens)),
         "the adapter's matrices": 4 * blocks(c, s.rank)[1],
     }
@@ -250,8 +254,9 @@ def fit(bodies: Bodies, memory: float, s: Settings, useful: int = 640) -> tuple[
     """Choose what `s` leaves open (0 or None) so that a step fits into `memory` bytes, less SPARE.
 
     useful: the most seats that a step can fill. Tried in this order: large micro-batches with activations
-    kept; smaller ones; activations recomputed. The first whose cache suits ENOUGH seats is taken, else the
-    one with the largest cache. Raises ValueError with the arithmetic if not even 2 seats fit.
+    kept; smaller ones; with activations kept in the cache; recomputed. The first whose cache suits ENOUGH
+    seats is taken, else the one with the largest cache. Raises ValueError with the arithmetic if not even
+    2 seats fit.
 
     With the kernels the cache has pages: all useful seats, and as many pages as fit, so that few seats can be
     full at a time (the engine preempts some if more would be).
@@ -286,8 +291,9 @@ def _trials(s: Settings) -> list[Settings]:
     """Settings for learning, from the fastest to the smallest; those that were given are kept."""
     least = s.seat_tokens
     sizes = [s.micro_tokens] if s.micro_tokens else [n for n in (8192, 4096) if n > least] + [least]
-    ways = [False, True] if s.recompute is None else [s.recompute]
-    return [replace(s, micro_tokens=n, recompute=way) for way in ways for n in sizes]
+    ways = [(False, False), *[(False, True)] * s.kernels, (True, False)]
+    ways = [way for way in ways if s.recompute in (None, way[0])]
+    return [replace(s, micro_tokens=n, recompute=way, lend=lend) for way, lend in ways for n in sizes]
 
 
 def _pages(bodies: Bodies, room: float, s: Settings) -> int:

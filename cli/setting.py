@@ -212,7 +212,7 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
     settings = plan.Settings(
         a.seats, a.seat_tokens, a.micro_tokens, a.recompute or None, rank,
         sim_rank if a.sim_adapter or a.sft_steps else 0, model.DTYPES[a.dtype], a.device != "cpu",
-        a.rank if a.advantage == "gae" else 0, rank if refers_to_start(a) else 0, a.pages,
+        a.rank if a.advantage == "gae" else 0, rank if refers_to_start(a) else 0, a.pages, a.lend,
     )  # fmt: skip
     if a.planned:
         return f"as planned at the start: {settings}"
@@ -220,7 +220,7 @@ def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
     useful = -(-a.questions // ranks.world()) * a.group * (1 + waiting)
     settings, budget = plan.fit(shapes, memory, settings, useful)
     a.seats, a.micro_tokens, a.recompute = settings.seats, settings.micro_tokens, bool(settings.recompute)
-    a.pages, a.planned = settings.pages, True
+    a.pages, a.lend, a.planned = settings.pages, settings.lend, True
     return f"plan for {memory / 2**30:.1f} GiB: {settings}\n{plan.table(budget)}"
 
 

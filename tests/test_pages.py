@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import engine as engine_file
+import grpo
 import kernels
 from bench.counts import launching, on_meta
 from cache import Cache, Pages
@@ -19,7 +20,8 @@ from cli import flags
 from cli.setting import find_bodies, load
 from engine import Engine, Pool
 from model import POLICY, SIMULATOR, Config, Model, Stack
-from rollout import Turn
+from recipes import Objective
+from rollout import Question, Trajectory, Turn
 from tasks import kind
 from train import act, ask
 
@@ -374,3 +376,27 @@ def test_a_step_can_be_captured():
     watch = Captured(pool)
     with pytest.raises(AssertionError, match="does not own"), launching(watch.launch), torch.no_grad(), watch:
         pool.decode(16, pool.capacity, pool.role[:16], stale)
+
+
+@pytest.mark.parametrize("pages, page", [(64, 64), (3, 16), (1, 1)])
+def test_activations_in_the_cache_are_those_that_were_kept(body, pages, page):
+    """Learning where the cache lies, wholly, in part or not at all: the update is the same but for rounding
+    (a copy has other strides), whatever stood there."""
+    ts = []
+    for n in range(4):
+        ts.append(Trajectory(Question("", ())))
+        ts[-1].add(list(range(1, 9 + n)))
+        ts[-1].add(list(range(20, 30)), [-1.0] * 10)
+    cache = Pages(SHAPE, 4, page * pages, torch.float32, "cpu", pages, page)
+    cache.kv.fill_(float("nan"))
+    theta, after = body.adapter(POLICY), []
+    before = theta.detach().clone()
+    for more in ((), (cache.lent,)):
+        batches = grpo.make_batches(ts, [1.0, -1.0, 0.5, 0.1], 40)
+        o, optimizer = Objective(kl=0.1), torch.optim.SGD([theta], lr=0.1)
+        grpo.learn(body, batches, optimizer, o, False, *more)
+        after.append(theta.detach().clone())
+        theta.data.copy_(before)
+    gap = (after[0] - after[1]).abs().max() / (after[0] - before).abs().max()
+    assert gap < 1e-6, gap
+    assert cache.kv.isfinite().any()
