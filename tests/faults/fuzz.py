@@ -230,10 +230,9 @@ def parquet(d: Damage, folder: Path) -> Path:
 
 
 def _corpus(path: Path, folder: Path) -> None:
-    from search import BM25, passage, read_lines
+    from search import open_bm25
 
-    index = BM25(read_lines(path, passage))
-    index.documents("who wrote Emma", 3)
+    open_bm25(path).documents("who wrote Emma", 3)
 
 
 @target(8, _corpus)
@@ -611,7 +610,8 @@ def _said(text: str, folder: Path) -> None:
     from rollout import action, blocks, observation
     from search import split_documents
 
-    action(text), list(blocks(text)), f1(text, (text, "x")), cover_em(text, ("x",)), exact_match(text, ("x",))
+    turn = text[:20_000]  # a turn of the policy has a limit in tokens
+    action(turn), list(blocks(turn)), f1(text, (text, "x")), cover_em(text, ("x",)), exact_match(text, ("x",))
     split_documents(text)
     ids = tokenizer().encode(text)
     if len(observation(tokenizer(), text, 64)) > 64 or any(i in tokenizer().eos for i in ids):
@@ -648,7 +648,7 @@ PIECES = [
 @target(12, _said)
 def said(d: Damage, folder: Path) -> str:
     text = "".join(d.rng.choices(PIECES, k=d.rng.choice((1, 5, 20, 200))))
-    return text * 3000 if d.rng.random() < 0.001 else text
+    return (text * 3000)[: 2**20] if d.rng.random() < 0.001 else text
 
 
 def _command(argv: tuple[str, list[str]], folder: Path) -> None:

@@ -42,7 +42,8 @@ def test_the_guard_sees_what_it_is_there_for(tmp_path):
     assert "pickle" in judged(lambda: pickle.loads(pickle.dumps(Path("x"))), tmp_path)
     old, guard.SECONDS = guard.SECONDS, 0.2
     try:
-        assert "hung" in judged(lambda: time.sleep(5), tmp_path)
+        assert "hung" in judged(lambda: time.sleep(60), tmp_path)
+        assert "hung" in judged(lambda: [None for i in iter(int, 1)], tmp_path)
     finally:
         guard.SECONDS = old
     eat = [*guard.watched(lambda i: judged(lambda: bytearray(2**31 * i), tmp_path), 0, 2)]
