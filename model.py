@@ -17,7 +17,7 @@ implemented here is refused. weights.py reads and writes checkpoints.
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -71,6 +71,7 @@ class Config:
     scaling: dict = field(default_factory=dict)  # of the rotary frequencies
     context: int = 4096  # the longest position
     tied: bool = True
+    bits: int = 0  # of the frozen linears: 8, 4, or 0 for the body's type
     hf: dict = field(default_factory=dict, compare=False)
 
     qkv_bias = property(lambda self: self.family == "qwen2")
@@ -79,6 +80,11 @@ class Config:
     @staticmethod
     def from_hf(c: dict) -> "Config":
         """Read a config.json. Raises ValueError for anything that is not implemented here."""
+        if method := c.get("quantization_config"):
+            kind = method.get("quant_method", "") if isinstance(method, dict) else method
+            raise ValueError(
+                f"this checkpoint is quantised already ({kind}): take the plain one, with --bits"
+            )
         family = c.get("model_type")
         if family not in ("llama", "qwen2", "qwen3"):
             raise ValueError(f"model_type {family!r} is not supported: only llama, qwen2 and qwen3 are")
@@ -169,7 +175,8 @@ def frequencies(c: Config) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A frozen matrix: one of the checkpoint's, or several concatenated (q, k and v; gate and up)."""
+    """A frozen matrix: one of the checkpoint's, or several concatenated (q, k and v; gate and up). In 8 or 4
+    bits its `weight` is no Parameter but a `kernels.Quantised`."""
 
     def __init__(self, d_in: int, parts: dict[str, int], bias: bool = False):
         super().__init__()
@@ -202,13 +209,13 @@ def packs(size: int) -> bool:
     return 2**26 < size < memory() / 8
 
 
-def product(x: Tensor, weight: Tensor, packed: "kernels.Packed | None", bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: kernels.Matrix, packed: kernels.Packed | None, bias: Tensor | None = None):
     """x (..., d_in) -> x W^T + bias. The packed copy, and its type, are for inference mode only: there the
     engine samples. Under no_grad they stay unused, because policy and KL reference must round alike.
     """
     if packed is not None and torch.is_inference_mode_enabled():
         return kernels.packed_linear(x.to(packed.weight.dtype), weight, packed)
-    return F.linear(x, weight, bias)
+    return kernels.linear(x, weight, bias)
 
 
 def adapt(y: Tensor, x: Tensor, lora: "Update") -> None:
@@ -301,6 +308,23 @@ class Model(nn.Module):
         self.packed_head: kernels.Packed | None = None
         self.roles: dict[int, Adapter] = {}
         self.rotary()
+        if c.bits:
+            self.quantise(c.bits)
+
+    @torch.no_grad()
+    def quantise(self, bits: int, device: torch.device | str | None = None) -> "Model":
+        """Hold the linears in 8 or 4 bits from now on, here or on another device. ValueError for 4 bits of a
+        width that does not suit them."""
+        self.config = replace(self.config, bits=bits)
+        for linear in self.linears():
+            old = linear.weight
+            new = kernels.Quantised.empty(*old.shape, bits, device or old.device)
+            del linear.weight  # nn.Module gives a Parameter's name to nothing else
+            linear.weight = new
+            if isinstance(old, Tensor) and not old.is_meta:
+                new.copy_(old)
+                new.pack()
+        return self
 
     def rotary(self) -> None:
         """(Re)compute the cosines and sines, (context, head_dim / 2) in fp32, on the weights' device."""
@@ -384,7 +408,8 @@ class Model(nn.Module):
             return
         if packs(sum(p.numel() for p in self.parameters()) * kind.itemsize):
             for linear in self.linears():
-                linear.packed = kernels.pack(linear.weight.data, linear.bias, kind)
+                if isinstance(linear.weight, Tensor):
+                    linear.packed = kernels.pack(linear.weight.data, linear.bias, kind)
             self.packed_head = kernels.pack(self.head.data, None, kind)
 
     # roles
@@ -420,7 +445,8 @@ class Model(nn.Module):
         mine = {r: self.roles[r] for r in roles if r in self.roles}
         scales = [mine[r].scale if r in mine else 0.0 for r in roles]
         rank = max((a.rank for a in mine.values()), default=1)
-        dtype = self.dtype if self.packed_head is None else self.packed_head.weight.dtype
+        plain = self.packed_head is None or self.config.bits
+        dtype = self.dtype if plain else self.packed_head.weight.dtype
         sizes = [(len(x.parts) * rank, x.d_in, x.weight.size(0)) for x in linears]
         A = None if old is None else old.pairs[0][0]
         if A is None or (old.scales, A.size(1), A.dtype) != (scales, sizes[0][0], dtype):

@@ -27,6 +27,7 @@ from .lora import lora
 from .lora_linear import lora_linear, mm_fp32
 from .packed_linear import MANY, Packed, fast_type, pack, packed_linear
 from .place import Place
+from .quantised import Matrix, Quantised, linear
 from .rms_norm import rms_norm
 from .rope import rope
 from .rope_cache import rope_cache
