@@ -80,11 +80,10 @@ class Config:
     @staticmethod
     def from_hf(c: dict) -> "Config":
         """Read a config.json. Raises ValueError for anything that is not implemented here."""
-        if method := c.get("quantization_config"):
-            kind = method.get("quant_method", "") if isinstance(method, dict) else method
-            raise ValueError(
-                f"this checkpoint is quantised already ({kind}): take the plain one, with --bits"
-            )
+        if how := c.get("quantization_config"):
+            kind = how.get("quant_method", "") if isinstance(how, dict) else how
+            why = "this checkpoint is quantised already: take the plain one, with --bits 8 or 4"
+            raise ValueError(f"config.json has a quantization_config ({kind}): {why}")
         family = c.get("model_type")
         if family not in ("llama", "qwen2", "qwen3"):
             raise ValueError(f"model_type {family!r} is not supported: only llama, qwen2 and qwen3 are")

@@ -21,6 +21,7 @@ if sys.argv[:1] == ["-m"] and sys.stderr.isatty():  # `python -m kernels`, not a
 
 from .attention import attention
 from .cached_attention import cached_attention
+from .digits import can_pack as packs_bits
 from .launch import compiled
 from .linear_logp import linear_logp
 from .lora import lora

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 UNIT = 127 << 16  # the largest X
+NO_ZERO_POINT = torch.zeros(1, dtype=torch.long)
 ROWS = 256  # taken at a time: three digits and three products of each are held
 
 
@@ -53,14 +54,10 @@ def digits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def digit_product(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (N, d_in), M (d_out, d_in) as `pack` makes it, scale and bias (d_out,) -> (x M^T) scale + bias."""
-    y = [_some(rows, packed, scale) for rows in x.float().split(ROWS)]
-    y = y[0] if len(y) == 1 else torch.cat(y)
+    y = x.new_empty(len(x), len(scale), dtype=torch.float32)
+    for rows, out in zip(x.split(ROWS), y.split(ROWS)):
+        d, s = digits(rows.float())
+        given = d.flatten(0, 1), 1.0, 0, packed, scale, NO_ZERO_POINT, None, 1.0, 0, torch.float32
+        c, b, a = torch.ops.onednn.qlinear_pointwise(*given, "none", [], "").chunk(3)
+        torch.mul(c.add_(b, alpha=256).add_(a, alpha=65536), s, out=out)
     return (y if bias is None else y.add_(bias)).to(x.dtype)
-
-
-def _some(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    d, s = digits(x)
-    given = (d.flatten(0, 1), 1.0, 0, packed, scale, torch.zeros(1, dtype=torch.long), None)
-    y = torch.ops.onednn.qlinear_pointwise(*given, 1.0, 0, torch.float32, "none", [], "")
-    c, b, a = y.chunk(3)
-    return c.add_(b, alpha=256).add_(a, alpha=65536).mul_(s)

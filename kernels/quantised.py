@@ -73,7 +73,7 @@ class Quantised:
         self.scale.copy_(top[:, 0] / 120)
         g = (W / (top / 120)).unflatten(1, (-1, GROUP))  # (d_out, groups, GROUP)
         largest = g.gather(2, g.abs().argmax(2, keepdim=True)) / -8
-        up = largest.abs().ceil().clamp(min=1)
+        up = largest.abs().ceil().clamp(1, 15)
         tried = [m.copysign(largest) for m in (up, (up - 1).clamp(min=1))]
         found = [(g / m).round().clamp(-8, 7) for m in tried]
         far, near = ((q * m - g).square().sum(2, keepdim=True) for q, m in zip(found, tried))
@@ -130,7 +130,8 @@ def _product(
 ):  # fmt: skip
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    m_n, m_o, split, dtype = i_n < n_rows, i_o < d_out, tl.program_id(2), p_x.dtype.element_ty
+    m_n, m_o, split = i_n < n_rows, i_o < d_out, tl.program_id(2)
+    dtype: tl.constexpr = p_x.dtype.element_ty
     y = tl.zeros((BLOCK_O, BLOCK_N), tl.float32)
     for start in range(0, span, BLOCK_I):
         first = split * span + start
@@ -147,21 +148,19 @@ def _product(
             x = tl.load(at + width, m_n[None, :] & m_i[:, None], other=0.0)
             high = _whole(q >> 4, p_m, i_o, m_o, (width + first) // GROUP, d_in // GROUP, GROUP, dtype)
             y = tl.dot(high, x, y, input_precision="ieee")
-    if SPLITS == 1:
-        y *= tl.load(p_scale + i_o, m_o, other=0.0)[:, None]
-        if p_bias is not None:
-            y += tl.load(p_bias + i_o, m_o, other=0.0).to(tl.float32)[:, None]
+    y *= tl.load(p_scale + i_o, m_o, other=0.0)[:, None]
+    if SPLITS == 1 and p_bias is not None:
+        y += tl.load(p_bias + i_o, m_o, other=0.0).to(tl.float32)[:, None]
     at = p_y + (split * n_rows + i_n).to(tl.int64)[None, :] * d_out + i_o[:, None]
     tl.store(at, y.to(p_y.dtype.element_ty), m_n[None, :] & m_o[:, None])
 
 
 @triton.jit
-def _sum(p_parts, p_scale, p_bias, p_y, n, d_out, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum(p_parts, p_bias, p_y, n, d_out, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     y = tl.zeros((BLOCK,), tl.float32)
     for split in tl.static_range(SPLITS):
         y += tl.load(p_parts + split * n + i, i < n, other=0.0)
-    y *= tl.load(p_scale + i % d_out)
     if p_bias is not None:
         y += tl.load(p_bias + i % d_out).to(tl.float32)
     tl.store(p_y + i, y.to(p_y.dtype.element_ty), i < n)
@@ -174,7 +173,8 @@ def _gradient(
 ):  # fmt: skip
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    m_n, m_i, half, dtype = i_n < n_rows, i_i < width, tl.program_id(2), p_dy.dtype.element_ty
+    m_n, m_i, half = i_n < n_rows, i_i < width, tl.program_id(2)
+    dtype: tl.constexpr = p_dy.dtype.element_ty
     dx = tl.zeros((BLOCK_N, BLOCK_I), tl.float32)
     for start in range(0, d_out, BLOCK_O):
         i_o = start + tl.arange(0, BLOCK_O)
@@ -205,8 +205,9 @@ def config(n: int, o: int, width: int, size: int, t: Target) -> tuple[int, dict]
     rows = max(16, next_power_of_2(n))
     blocks = cdiv(o, 64)
     splits = next_power_of_2(max(1, min(8, width // 256, 2 * t.processors // blocks)))
-    few = {"BLOCK_N": rows, "BLOCK_O": 64, "BLOCK_I": 256 // size}
-    return splits, few | {"num_warps": 4, "num_stages": 2 if t.hip else 4}
+    deep, warps = (256, 4) if rows == 16 else (128, 8)
+    few = {"BLOCK_N": rows, "BLOCK_O": 64, "BLOCK_I": deep // size, "num_warps": warps}
+    return splits, few | {"num_stages": 2 if t.hip else 4}
 
 
 def _check(x: Tensor, W: Quantised, d: int) -> None:
@@ -227,7 +228,7 @@ def product_triton(x: Tensor, W: Quantised, bias: Tensor | None = None) -> Tenso
     how = {"BITS": 8 * width // i, "GROUP": GROUP, "SPLITS": splits} | blocks
     _product[grid](x.contiguous(), W.q, W.m, W.scale, bias, parts, n, i, o, width, span, **how)
     if splits > 1:
-        _sum[(cdiv(n * o, 1024),)](parts, W.scale, bias, y, n * o, o, SPLITS=splits, BLOCK=1024)
+        _sum[(cdiv(n * o, 1024),)](parts, bias, y, n * o, o, SPLITS=splits, BLOCK=1024)
     return y
 
 
