@@ -172,6 +172,7 @@ def load(
         raise ValueError(f"{path}: {len(missing)} of {len(mine)} tensors are missing, e.g. {min(missing)}")
     for linear in model.linears() if bits else ():
         linear.weight.pack()
+    model.round_head()
     return model.eval()
 
 

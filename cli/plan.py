@@ -106,11 +106,17 @@ def adapter(c: Config, rank: int) -> int:
 
 def weights(c: Config, s: Settings) -> int:
     """Bytes of the frozen body. Of its matrices in 8 or 4 bits each row has a scale in fp32, and 4 bits a
-    number for each group; a CPU with fast products of 8 bits holds 4 as 8."""
+    number for each group; a CPU with fast products of 8 bits holds 4 as 8, and the head in 8 as well."""
     n, rows = matrices(c), c.layers * sum(sum(parts) for _, parts in linears(c))
     held = {0: n * s.dtype.itemsize, 8: n + 4 * rows, 4: n // 2 + n // GROUP + 4 * rows}
-    bits = 8 if c.bits and not s.kernels and kernels.packs_bits() else c.bits
-    return (parameters(c) - n) * s.dtype.itemsize + held[bits]
+    if in_digits(c, s):
+        return (parameters(c) - n) * s.dtype.itemsize + held[8] + c.vocab * (c.d + 4)
+    return (parameters(c) - n) * s.dtype.itemsize + held[c.bits]
+
+
+def in_digits(c: Config, s: Settings) -> bool:
+    """Whether the matrices go through the CPU's products of 8 bits."""
+    return bool(c.bits and not s.kernels and kernels.packs_bits())
 
 
 def in_full(c: Config, s: Settings) -> dict[str, int]:
@@ -121,7 +127,7 @@ def in_full(c: Config, s: Settings) -> dict[str, int]:
 
 def packed_type(c: Config, s: Settings) -> torch.dtype | None:
     """The type of the copies that `Model.pack` makes on a CPU; None if it makes none."""
-    dtype = None if s.kernels else kernels.fast_type(s.dtype, s.seats)
+    dtype = None if s.kernels or in_digits(c, s) else kernels.fast_type(s.dtype, s.seats)
     plain = parameters(c) - (matrices(c) if c.bits else 0)
     return dtype if dtype and packs(plain * dtype.itemsize) else None
 

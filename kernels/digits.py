@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 UNIT = 127 << 16  # the largest X
-NO_ZERO_POINT = torch.zeros(1, dtype=torch.long)
+ZERO = 128  # is added to a digit: CPUs with VNNI alone multiply unsigned rows with signed columns
+ZEROS = torch.tensor(float(ZERO * 0x10101))
+WORTH = torch.tensor([[1.0, 256.0, 65536.0]]) / UNIT  # of c, b and a
+NO_ZERO = torch.zeros(1, dtype=torch.long)
 ROWS = 256  # taken at a time: three digits and three products of each are held
 
 
@@ -41,23 +44,21 @@ def can_pack() -> bool:
 
 
 def digits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, d) in fp32 -> its digits c, b and a, (3, N, d) int8, and s (N, 1). A row of zeros has s = 0."""
-    s = x.abs().amax(1, keepdim=True) * (1 / UNIT)
-    X = (x / s).round_().to(torch.int32)
-    out = torch.empty(3, *x.shape, dtype=torch.int8)
-    for i, digit in enumerate(out.unbind()):
-        digit.copy_(X)  # the lowest byte, with its sign
-        if i < 2:
-            X.add_(128).bitwise_right_shift_(8)
-    return out, s
+    """x (N, d) in fp32 -> its digits c, b and a, each + ZERO, (3, N, d) uint8; and UNIT s (N, 1)."""
+    top = x.abs().amax(1, keepdim=True)  # 0 / 0 is some whole number, and times 0 in the end
+    X = torch.addcdiv(ZEROS, x, top, value=UNIT).round_().to(torch.int32)  # all three + ZERO: below 2^24
+    out = torch.empty(3, *x.shape, dtype=torch.uint8)
+    for i in range(3):
+        out[i] = X if i == 0 else X.bitwise_right_shift_(8)  # the lowest byte
+    return out, top
 
 
 def digit_product(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (N, d_in), M (d_out, d_in) as `pack` makes it, scale and bias (d_out,) -> (x M^T) scale + bias."""
-    y = x.new_empty(len(x), len(scale), dtype=torch.float32)
-    for rows, out in zip(x.split(ROWS), y.split(ROWS)):
-        d, s = digits(rows.float())
-        given = d.flatten(0, 1), 1.0, 0, packed, scale, NO_ZERO_POINT, None, 1.0, 0, torch.float32
-        c, b, a = torch.ops.onednn.qlinear_pointwise(*given, "none", [], "").chunk(3)
-        torch.mul(c.add_(b, alpha=256).add_(a, alpha=65536), s, out=out)
+    if len(x) > ROWS:
+        return torch.cat([digit_product(rows, packed, scale, bias) for rows in x.split(ROWS)])
+    d, top = digits(x.float())
+    given = d.flatten(0, 1), 1.0, ZERO, packed, scale, NO_ZERO, None, 1.0, 0, torch.float32
+    parts = torch.ops.onednn.qlinear_pointwise(*given, "none", [], "")
+    y = torch.mm(WORTH, parts.view(3, -1)).view(len(x), -1).mul_(top)
     return (y if bias is None else y.add_(bias)).to(x.dtype)

@@ -266,7 +266,8 @@ def linear(x: Tensor, W: Matrix, bias: Tensor | None = None) -> Tensor:
     """x (..., d_in) -> x W^T + bias, for any frozen W; of a quantised one x alone gets a gradient."""
     if isinstance(W, Tensor):
         return F.linear(x, W, bias)
-    return _Linear.apply(x.flatten(0, -2), W, bias).unflatten(0, x.shape[:-1])
+    f = _Linear.apply if torch.is_grad_enabled() else product
+    return f(x.flatten(0, -2), W, bias).unflatten(0, x.shape[:-1])
 
 
 def linear_gradient(dy: Tensor, W: Matrix) -> Tensor:

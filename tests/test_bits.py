@@ -12,6 +12,7 @@ from test_model import checkpoint, ids, trained
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import grpo
+import kernels
 import weights
 from bench.timing import Meter
 from bench.work import Silent
@@ -32,6 +33,7 @@ def way(request, monkeypatch):
     """CPUs with fast products of 8 bits, and the others."""
     if request.param == "plain":
         monkeypatch.setattr(quantised, "can_pack", lambda: False)
+        monkeypatch.setattr(kernels, "packs_bits", lambda: False)
 
 
 @pytest.fixture
@@ -58,6 +60,8 @@ def test_it_is_transformers_model_of_the_quantised_numbers(wide, way, monkeypatc
                 name = f"model.layers.{i}.{home}.{part}.weight"
                 assert 1e-4 < (kept[name] - W).norm() / kept[name].norm() < (0.02 if bits == 8 else 0.15)
                 kept[name].copy_(W)
+    assert (kept["lm_head.weight"] - mine.head).norm() < 0.02 * mine.head.norm()  # in 8 bits, or as it was
+    kept["lm_head.weight"].copy_(mine.head)
     theirs.load_state_dict(kept)
     x = ids(3, 37)
     with torch.no_grad():
@@ -125,6 +129,7 @@ def test_a_whole_body_is_never_held(tmp_path, way, bits):
     assert meter.peak < plan.weights(c, s) + body.cos.nbytes * 2 + 14 * largest < plan.parameters(c) * 4
     held = sum(p.nbytes for p in body.parameters()) + sum(x.weight.nbytes for x in body.linears())
     packed = any(x.weight.packed is not None for x in body.linears())
+    held += body.head_bits.nbytes if packed else 0
     expected = plan.weights(c, replace(s, kernels=not packed))
     assert c.bits == bits and held == expected < plan.parameters(c) * 4
 
