@@ -29,6 +29,7 @@ from cli.disk import read_json
 from cli.flags import SIM_BITS
 from cli.parser import Flag, parse, with_defaults
 
+from .bits import bits
 from .counts import counts
 from .decoding import episodes, profile, sampling
 from .gpu import gpu
@@ -43,7 +44,7 @@ SIMULATED = (("3b", 0), ("7b", 8)), (("3b", 0), ("14b", 8)), (("3b", 0), ("14b",
 PAIRS = *((one,) for one in ALONE), *SIMULATED
 
 # Each yields its rows, given a Run; its docstring says what is measured.
-SECTIONS = {f.__name__: f for f in (counts, sampling, episodes, profile, training, growth, memory, gpu)}
+SECTIONS = {f.__name__: f for f in (counts, sampling, bits, episodes, profile, training, growth, memory, gpu)}
 
 
 def about() -> str:
@@ -74,6 +75,7 @@ FLAGS = {
     "what is measured": [
         Flag("only", str, ",".join(SECTIONS), "sections, comma-separated", "A,B"),
         Flag("checkpoint", str, "", "a Hugging Face directory, in addition to the toy body", "DIR"),
+        Flag("corpus", str, "", "passages that `bits` reads (JSON lines; README.md if not given)", "FILE"),
         Flag("threads", int, os.cpu_count(), "threads for the checkpoint; the toy body has 1"),
         Flag("seconds", float, 20.0, "spent on repeating a row (at least 2 runs)"),
         Flag("quick", bool, False, "a smoke run: tiny sizes, meaningless figures"),
@@ -146,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     a = parse_arguments(argv)
     if a.plan:
         return print_cards(a) if a.plan == "cards" else print_plan(a)
-    p = Run(a.checkpoint, a.quick, a.threads, a.seconds)
+    p = Run(a.checkpoint, a.quick, a.threads, a.seconds, a.corpus)
     print(about(), flush=True)
     for name in a.only:
         told, table = " ".join(SECTIONS[name].__doc__.split()), [HEADS, ("---",) * len(HEADS)]
