@@ -95,10 +95,14 @@ def test_other_targets_split_otherwise(device, pretend_to_be, name):
 
 
 @BITS
-def test_the_input_alone_gets_a_gradient(bits):
+@pytest.mark.parametrize("pair", [(product_torch, gradient_torch), (product_triton, gradient_triton)])
+def test_the_input_alone_gets_a_gradient(device, monkeypatch, bits, pair):
     """Triton's product is no operation that autograd knows: without ours the layers below would not train."""
-    Q, W, _ = quantised(40, 64, bits)
-    x = torch.randn(2, 5, 64, requires_grad=True)
+    file = importlib.import_module("kernels.quantised")
+    monkeypatch.setattr(file, "product", pair[0])
+    monkeypatch.setattr(file, "gradient", pair[1])
+    Q, W, _ = quantised(40, 64, bits, device)
+    W, x = W.to(device), torch.randn(2, 5, 64, device=device, requires_grad=True)
     linear(x, Q, None).square().sum().backward()
     y = x.detach().double().requires_grad_()
     (y @ W.T).square().sum().backward()
@@ -121,6 +125,8 @@ def test_wrong_shapes(device):
 @pytest.fixture
 def can():
     if not digits.can_pack():
+        known = getattr(torch.cpu, "get_capabilities", dict)()
+        assert not known.get("avx512_vnni") and not known.get("avx_vnni"), "digits are wrong, or not made"
         pytest.skip("this CPU has no exact products of 8 bits")
 
 
