@@ -126,7 +126,7 @@ def print_plan(a: argparse.Namespace) -> None:
 
 
 def print_cards(a: argparse.Namespace) -> None:
-    """Policy, simulator, bits of either: GiB of the weights, and the seats that each card has for them."""
+    """Policy, simulator, bits of either: GiB of the weights, thousands of tokens that each card caches."""
     s = plan.Settings(seat_tokens=a.seat_tokens, rank=a.rank, sim_rank=a.rank)
     print(f"| policy + simulator | weights, GiB | {' | '.join(f'{n} GiB' for n in CARDS)} |")
     print("|---|" + "---:|" * (1 + len(CARDS)))
@@ -136,7 +136,7 @@ def print_cards(a: argparse.Namespace) -> None:
         for gib in CARDS:
             try:
                 fit, _ = plan.fit(bodies, gib * 2**30, s)
-                cells.append(f"{fit.seats}{' r' * bool(fit.recompute)}")
+                cells.append(f"{plan.cached(fit) / 1000:,.0f}{' r' * bool(fit.recompute)}")
             except ValueError:
                 cells.append("")
         shown = [name + (f" ({bits} bits)" if bits else "") for name, bits in pair]

@@ -1,6 +1,7 @@
 """A real checkpoint in 8 and 4 bits: nats a token, greedy agreement, memory, and speed on this machine."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from model import REFERENCE, Model
 from search import passage, read_lines
 from tokenizer import Tokenizer
 
-from .timing import Row, Run, absent, alternate, progress, versus
+from .timing import Row, Run, absent, progress, versus
 from .work import DEVICE, README, Body, engine, generate_ours, generate_theirs, installed, threads
 
 KINDS = {"fp32": (torch.float32, 0), "bf16": (torch.bfloat16, 0)}
@@ -20,8 +21,8 @@ KINDS |= {f"{n} bits": (torch.float32, n) for n in (8, 4)}
 
 def bits(p: Run) -> Iterator[Row]:
     """A checkpoint in bf16, and with its frozen matrices in 8 and 4 bits of an fp32 body, on the first tokens
-    of every so many passages of --corpus (or this README): ours, in fp32. Then sampling with 8 bits by our
-    engine: against our fp32, and against transformers' fp32. Greedy."""
+    of every so many passages of --corpus (or this README), against fp32. Then greedy sampling with 8 bits by
+    our engine, against our fp32 and transformers' fp32: tokens a second of this process's CPU time."""
     for b in p.bodies(torch.float32)[-1:]:  # the checkpoint, or the toy body without one
         yield from quality(p, b)
         yield from speed(p, b)
@@ -59,21 +60,29 @@ def read(body: Model, rows: list[list[int]]) -> tuple[float, torch.Tensor]:
     return -torch.cat(logps).double().mean().item(), torch.cat(greedy)
 
 
+def cpu_time(call: Callable[[], object]) -> float:
+    """Seconds that this process computed during a call: other programs on the machine do not count."""
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
 def speed(p: Run, b: Body) -> Iterator[Row]:
-    """8 bits against both, alternating."""
+    """8 bits against both, alternating, after prompts of 8 tokens."""
     ours, plain = weights.load(b.home, b.dtype, DEVICE, 8), b.ours()
     theirs = b.theirs() if installed("transformers") else None
-    for batch, n in p.few(((1, 4), (3, 4)), ((1, 48), (8, 32), (32, 16), (256, 6))):
+    for batch, n in p.few(((1, 4), (3, 4)), ((1, 32), (8, 16), (32, 8), (256, 4))):
         progress("bits", "sampling", batch)
-        prompts = b.prompts(batch, 32)
-        sides = [partial(generate_ours, engine(body, batch, 32 + n + 1), prompts) for body in (ours, plain)]
+        prompts = b.prompts(batch, 8)
+        sides = [partial(generate_ours, engine(body, batch, 8 + n + 1), prompts) for body in (ours, plain)]
         names = ["our fp32"]
         if theirs and batch <= 8:
             sides, names = [*sides, partial(generate_theirs, theirs, prompts)], [*names, "transformers' fp32"]
         with threads(b.threads):
             for side in sides:
                 side(2, 0.0)  # to warm up
-            mine, *others = alternate(p, *(partial(side, n, 0.0) for side in sides))
+            spans = [[cpu_time(partial(side, n, 0.0)) for side in sides] for _ in range(p.few(1, 3))]
+        mine, *others = map(list, zip(*spans))
         for name, spans in zip(names, others):
             yield versus(f"{b.name} 8 bits against {name}, batch {batch}", (mine, spans), batch * n)
     if theirs is None:

@@ -194,13 +194,14 @@ def _gradient(
 
 
 @cache
-def config(n: int, o: int, width: int, size: int, t: Target) -> tuple[int, dict]:
+def config(n: int, o: int, width: int, bits: int, size: int, t: Target) -> tuple[int, dict]:
     """Splits of the sum over d_in, and the blocks of the product: W is read once for up to 64 rows.
 
     width: bytes of a row of W; size: of a number of x.
     """
     if n > 64:
-        big = {"BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_I": 128 // size}
+        narrow = bits == 4 and t.arch < 90  # 128 spill registers there
+        big = {"BLOCK_N": 64 if narrow else 128, "BLOCK_O": 128, "BLOCK_I": 128 // size}
         return 1, big | {"num_warps": 8, "num_stages": 2 if t.hip else 3}
     rows = max(16, next_power_of_2(n))
     blocks = cdiv(o, 64)
@@ -220,12 +221,13 @@ def product_triton(x: Tensor, W: Quantised, bias: Tensor | None = None) -> Tenso
     """The same on a GPU. ValueError if shapes disagree, or for fp64."""
     (o, i), n, width = W.shape, len(x), W.q.size(1)
     _check(x, W, i)
-    splits, blocks = config(n, o, width, x.element_size(), target())
+    bits = 8 * width // i
+    splits, blocks = config(n, o, width, bits, x.element_size(), target())
     y = x.new_empty(n, o)
     parts = y if splits == 1 else x.new_empty(splits, n, o, dtype=torch.float32)
     span = cdiv(cdiv(width, splits), blocks["BLOCK_I"]) * blocks["BLOCK_I"]
     grid = cdiv(n, blocks["BLOCK_N"]), cdiv(o, blocks["BLOCK_O"]), splits
-    how = {"BITS": 8 * width // i, "GROUP": GROUP, "SPLITS": splits} | blocks
+    how = {"BITS": bits, "GROUP": GROUP, "SPLITS": splits} | blocks
     _product[grid](x.contiguous(), W.q, W.m, W.scale, bias, parts, n, i, o, width, span, **how)
     if splits > 1:
         _sum[(cdiv(n * o, 1024),)](parts, bias, y, n * o, o, SPLITS=splits, BLOCK=1024)
