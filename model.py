@@ -17,7 +17,7 @@ implemented here is refused. weights.py reads and writes checkpoints.
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -71,6 +71,7 @@ class Config:
     scaling: dict = field(default_factory=dict)  # of the rotary frequencies
     context: int = 4096  # the longest position
     tied: bool = True
+    bits: int = 0  # of the frozen linears: 8, 4, or 0 for the body's type
     hf: dict = field(default_factory=dict, compare=False)
 
     qkv_bias = property(lambda self: self.family == "qwen2")
@@ -79,6 +80,10 @@ class Config:
     @staticmethod
     def from_hf(c: dict) -> "Config":
         """Read a config.json. Raises ValueError for anything that is not implemented here."""
+        if how := c.get("quantization_config"):
+            kind = how.get("quant_method", "") if isinstance(how, dict) else how
+            why = "this checkpoint is quantised already: take the plain one, with --bits 8 or 4"
+            raise ValueError(f"config.json has a quantization_config ({kind}): {why}")
         family = c.get("model_type")
         if family not in ("llama", "qwen2", "qwen3"):
             raise ValueError(f"model_type {family!r} is not supported: only llama, qwen2 and qwen3 are")
@@ -169,7 +174,8 @@ def frequencies(c: Config) -> Tensor:
 
 
 class Linear(nn.Module):
-    """A frozen matrix: one of the checkpoint's, or several concatenated (q, k and v; gate and up)."""
+    """A frozen matrix: one of the checkpoint's, or several concatenated (q, k and v; gate and up). In 8 or 4
+    bits its `weight` is no Parameter but a `kernels.Quantised`."""
 
     def __init__(self, d_in: int, parts: dict[str, int], bias: bool = False):
         super().__init__()
@@ -202,13 +208,13 @@ def packs(size: int) -> bool:
     return 2**26 < size < memory() / 8
 
 
-def product(x: Tensor, weight: Tensor, packed: "kernels.Packed | None", bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: kernels.Matrix, packed: kernels.Packed | None, bias: Tensor | None = None):
     """x (..., d_in) -> x W^T + bias. The packed copy, and its type, are for inference mode only: there the
     engine samples. Under no_grad they stay unused, because policy and KL reference must round alike.
     """
     if packed is not None and torch.is_inference_mode_enabled():
         return kernels.packed_linear(x.to(packed.weight.dtype), weight, packed)
-    return F.linear(x, weight, bias)
+    return kernels.linear(x, weight, bias)
 
 
 def adapt(y: Tensor, x: Tensor, lora: "Update") -> None:
@@ -299,8 +305,28 @@ class Model(nn.Module):
         self.norm = nn.Parameter(torch.ones(c.d), requires_grad=False)
         self.untied = None if c.tied else nn.Parameter(torch.empty(c.vocab, c.d), requires_grad=False)
         self.packed_head: kernels.Packed | None = None
+        self.head_bits: kernels.Quantised | None = None  # see `round_head`
         self.roles: dict[int, Adapter] = {}
         self.rotary()
+        if c.bits:
+            self.quantise(c.bits)
+
+    @torch.no_grad()
+    def quantise(self, bits: int, device: torch.device | str | None = None) -> "Model":
+        """Hold the linears in 8 or 4 bits from now on, here or on another device. ValueError for 4 bits of a
+        width that does not suit them."""
+        self.config = replace(self.config, bits=bits)
+        for linear in self.linears():
+            old = linear.weight
+            new = kernels.Quantised.empty(*old.shape, bits, device or old.device)
+            del linear.weight  # nn.Module gives a Parameter's name to nothing else
+            linear.weight = new
+            if isinstance(old, Tensor) and not old.is_meta:
+                new.copy_(old)
+                new.pack()
+        if device is None and self.device.type != "meta":
+            self.round_head()
+        return self
 
     def rotary(self) -> None:
         """(Re)compute the cosines and sines, (context, head_dim / 2) in fp32, on the weights' device."""
@@ -371,7 +397,19 @@ class Model(nn.Module):
         """h (..., d) -> (..., V); on a GPU in fp32, whatever the body's type."""
         if kernels.compiled(h):
             return kernels.mm_fp32(h.flatten(0, -2), self.head.T).unflatten(0, h.shape[:-1])
+        if self.head_bits is not None and torch.is_inference_mode_enabled():
+            return kernels.linear(h, self.head_bits)
         return product(h, self.head, self.packed_head)
+
+    @torch.no_grad()
+    def round_head(self) -> None:
+        """Round the head of a quantised body (and a tied embedding) to 8 bits, on a CPU with fast products of
+        8 bits: the engine multiplies such a copy, training the same numbers in full."""
+        if self.config.bits and self.device.type == "cpu" and kernels.packs_bits():
+            self.head_bits = kernels.Quantised.empty(*self.head.shape, 8)
+            self.head_bits.copy_(self.head)
+            self.head.copy_(self.head_bits.integers() * self.head_bits.scale[:, None])
+            self.head_bits.pack()
 
     def pack(self, rows: int) -> None:
         """On a CPU, where it pays (`packs`): packed copies of the matrices, for sampling with `rows` rows.
@@ -382,9 +420,10 @@ class Model(nn.Module):
         done = self.packed_head is not None and self.packed_head.weight.dtype == kind
         if self.device.type != "cpu" or kind is None or done:
             return
-        if packs(sum(p.numel() for p in self.parameters()) * kind.itemsize):
+        if self.head_bits is None and packs(sum(p.numel() for p in self.parameters()) * kind.itemsize):
             for linear in self.linears():
-                linear.packed = kernels.pack(linear.weight.data, linear.bias, kind)
+                if isinstance(linear.weight, Tensor):
+                    linear.packed = kernels.pack(linear.weight.data, linear.bias, kind)
             self.packed_head = kernels.pack(self.head.data, None, kind)
 
     # roles
@@ -420,7 +459,8 @@ class Model(nn.Module):
         mine = {r: self.roles[r] for r in roles if r in self.roles}
         scales = [mine[r].scale if r in mine else 0.0 for r in roles]
         rank = max((a.rank for a in mine.values()), default=1)
-        dtype = self.dtype if self.packed_head is None else self.packed_head.weight.dtype
+        plain = self.packed_head is None or self.config.bits
+        dtype = self.dtype if plain else self.packed_head.weight.dtype
         sizes = [(len(x.parts) * rank, x.d_in, x.weight.size(0)) for x in linears]
         A = None if old is None else old.pairs[0][0]
         if A is None or (old.scales, A.size(1), A.dtype) != (scales, sizes[0][0], dtype):

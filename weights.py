@@ -133,10 +133,16 @@ def resolve(name: str | Path) -> Path:
         raise ValueError(f"could not download {where!r}: {why}") from None
 
 
-def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
+def load(
+    name: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    bits: int = 0,
+) -> Model:
     """Load a body, strictly: no tensor may be missing, unexpected or of another shape.
 
-    name: a preset, a directory or a hub id. Raises ValueError that says what is wrong with the checkpoint.
+    name: a preset, a directory or a hub id. bits: 8 or 4 for the linears, which are quantised one tensor at a
+    time as they are read. Raises ValueError that says what is wrong with the checkpoint.
     """
     path = resolve(name)
     config = Config.from_hf(read_json(path / "config.json", "a checkpoint directory"))
@@ -146,8 +152,10 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
         raise ValueError(f"{path}/config.json describes a larger network than the weights there")
     with torch.device("meta"):
         model = Model(config)
+    if bits:
+        model.quantise(bits, device)
     model = model.to(dtype).to_empty(device=device)
-    if model.device.type == "cpu":  # stored transposed, small matmuls are a third faster there
+    if model.device.type == "cpu" and not bits:  # stored transposed, small matmuls are a third faster there
         for linear in model.linears():
             linear.weight.data = linear.weight.data.t().contiguous().t()
     model.rotary()
@@ -162,6 +170,9 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
                 raise ValueError(f"{file}: unexpected tensor {key}: not a plain {config.family} checkpoint")
     if missing:
         raise ValueError(f"{path}: {len(missing)} of {len(mine)} tensors are missing, e.g. {min(missing)}")
+    for linear in model.linears() if bits else ():
+        linear.weight.pack()
+    model.round_head()
     return model.eval()
 
 
@@ -178,8 +189,10 @@ def hf_tensors(model: Model) -> dict[str, Tensor]:
             out[pre + "self_attn.q_norm.weight"] = layer.q_norm.data
             out[pre + "self_attn.k_norm.weight"] = layer.k_norm.data
         for linear in layer.linears():
-            for kind, p in linear.named_parameters():  # weight, and bias if there is one
-                for part, view in zip(linear.parts, p.data.split(list(linear.parts.values()))):
+            matrix = linear.weight.data if isinstance(linear.weight, Tensor) else linear.weight
+            held = {"weight": matrix} | ({} if linear.bias is None else {"bias": linear.bias.data})
+            for kind, x in held.items():
+                for part, view in zip(linear.parts, x.split(list(linear.parts.values()))):
                     out[f"{pre}{_home(part)}.{part}.{kind}"] = view
     return out
 

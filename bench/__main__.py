@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,8 +26,10 @@ import torch
 
 from cli import plan, screen
 from cli.disk import read_json
+from cli.flags import SIM_BITS
 from cli.parser import Flag, parse, with_defaults
 
+from .bits import bits
 from .counts import counts
 from .decoding import episodes, profile, sampling
 from .gpu import gpu
@@ -35,8 +38,13 @@ from .timing import HEADS, Run
 from .training import training
 from .work import installed
 
+CARDS = 12, 16, 24, 48, 80  # GiB
+ALONE = ("3b", 0), ("3b", 8), ("3b", 4), ("7b", 0), ("7b", 8), ("7b", 4), ("14b", 0), ("14b", 8), ("14b", 4)
+SIMULATED = (("3b", 0), ("7b", 8)), (("3b", 0), ("14b", 8)), (("3b", 0), ("14b", 4)), (("7b", 4), ("14b", 4))
+PAIRS = *((one,) for one in ALONE), *SIMULATED
+
 # Each yields its rows, given a Run; its docstring says what is measured.
-SECTIONS = {f.__name__: f for f in (counts, sampling, episodes, profile, training, growth, memory, gpu)}
+SECTIONS = {f.__name__: f for f in (counts, sampling, bits, episodes, profile, training, growth, memory, gpu)}
 
 
 def about() -> str:
@@ -67,6 +75,7 @@ FLAGS = {
     "what is measured": [
         Flag("only", str, ",".join(SECTIONS), "sections, comma-separated", "A,B"),
         Flag("checkpoint", str, "", "a Hugging Face directory, in addition to the toy body", "DIR"),
+        Flag("corpus", str, "", "passages that `bits` reads (JSON lines; README.md if not given)", "FILE"),
         Flag("threads", int, os.cpu_count(), "threads for the checkpoint; the toy body has 1"),
         Flag("seconds", float, 20.0, "spent on repeating a row (at least 2 runs)"),
         Flag("quick", bool, False, "a smoke run: tiny sizes, meaningless figures"),
@@ -74,8 +83,10 @@ FLAGS = {
         Flag("file", str, "BENCH.md", "what --write writes to", "FILE"),
     ],
     "a plan, instead of measuring": [
-        Flag("plan", str, "", "the policy's body: a preset or directory", "BODY"),
+        Flag("plan", str, "", "the policy's body, a preset or directory; cards: a table of pairs", "BODY"),
         Flag("sim", str, "", "the simulator's body, if it is another", "BODY"),
+        Flag("bits", ("8", "4"), "", "of the bodies' frozen matrices (bf16)"),
+        SIM_BITS,
         Flag("memory", float, None, "memory of the GPU; 24 if not given", "GIB"),
         Flag("seat-tokens", int, 4096, "capacity of a seat"),
         Flag("rank", int, 16, "rank of the adapters"),
@@ -89,8 +100,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     a = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
     if a.plan:
         return a
-    if a.sim or a.memory is not None:
-        raise ValueError("--sim and --memory belong to --plan BODY: give that too, or leave them out")
+    if a.sim or a.bits or a.sim_bits or a.memory is not None:
+        raise ValueError("--sim, --bits and --memory belong to --plan BODY: give that too, or leave them out")
     a.only = [n for n in a.only.split(",") if n]
     unknown = [n for n in a.only if n not in SECTIONS]
     if unknown or not a.only:
@@ -105,19 +116,39 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def print_plan(a: argparse.Namespace) -> None:
     """The largest settings that fit, and the bytes of each part."""
-    bodies = [plan.shape(name) for name in dict.fromkeys((a.plan, a.sim)) if name]
+    named = {a.plan: a.bits} | ({a.sim: a.sim_bits or a.bits} if a.sim else {})
+    bodies = [replace(plan.shape(name), bits=int(bits or 0)) for name, bits in named.items()]
     s = plan.Settings(seat_tokens=a.seat_tokens, rank=a.rank, sim_rank=a.rank)
     memory = 24.0 if a.memory is None else a.memory
     s, b = plan.fit(bodies, memory * 2**30, s)
-    print(f"{a.plan}{' with ' + a.sim if a.sim else ''} in {memory:g} GiB: {s}\n{plan.table(b)}")
+    shown = " with ".join(name + (f" in {bits} bits" if bits else "") for name, bits in named.items())
+    print(f"{shown} in {memory:g} GiB: {s}\n{plan.table(b)}")
+
+
+def print_cards(a: argparse.Namespace) -> None:
+    """Policy, simulator, bits of either: GiB of the weights, thousands of tokens that each card caches."""
+    s = plan.Settings(seat_tokens=a.seat_tokens, rank=a.rank, sim_rank=a.rank)
+    print(f"| policy + simulator | weights, GiB | {' | '.join(f'{n} GiB' for n in CARDS)} |")
+    print("|---|" + "---:|" * (1 + len(CARDS)))
+    for pair in PAIRS:
+        bodies = [replace(plan.shape(name), bits=bits) for name, bits in pair]
+        cells = [f"{sum(plan.weights(c, s) for c in bodies) / 2**30:.1f}"]
+        for gib in CARDS:
+            try:
+                fit, _ = plan.fit(bodies, gib * 2**30, s)
+                cells.append(f"{plan.cached(fit) / 1000:,.0f}{' r' * bool(fit.recompute)}")
+            except ValueError:
+                cells.append("")
+        shown = [name + (f" ({bits} bits)" if bits else "") for name, bits in pair]
+        print(f"| {' + '.join(shown)}{' in both roles' * (len(pair) == 1)} | {' | '.join(cells)} |")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, and with --write put each section into the file as soon as it is done."""
     a = parse_arguments(argv)
     if a.plan:
-        return print_plan(a)
-    p = Run(a.checkpoint, a.quick, a.threads, a.seconds)
+        return print_cards(a) if a.plan == "cards" else print_plan(a)
+    p = Run(a.checkpoint, a.quick, a.threads, a.seconds, a.corpus)
     print(about(), flush=True)
     for name in a.only:
         told, table = " ".join(SECTIONS[name].__doc__.split()), [HEADS, ("---",) * len(HEADS)]

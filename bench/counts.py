@@ -224,6 +224,12 @@ def counts(p: Run) -> Iterator[Row]:
     for name, (launches, spent) in found.items():
         shown = f"{1e3 * spent:.1f} ms" if spent else "a CUDA graph"
         yield Row(f"host, {name}", shown, note=f"{launches:,} launches")
+    for name in ("3b", "7b", "14b"):
+        bodies = [replace(plan.shape(name), bits=bits) for bits in (0, 8, 4)]
+        plain, *fewer = (decode_bytes(body, 16, 2048, BF16) / 1e9 for body in bodies)
+        told = ", ".join(f"{bits} bits {gb:.2f} GB" for bits, gb in zip((8, 4), fewer))
+        note = f"bf16 {plain:.2f} GB, {told}: the weights, both adapters, the cache"
+        yield Row(f"{name}, a decode step of 16 seats with 2,048 tokens each", f"{plain:.2f} GB", note=note)
     slowest = max((spent for _, spent in found.values()), default=0)
     for gib in (24, 48, 80):
         progress("counts", gib, "GiB")

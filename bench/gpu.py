@@ -44,8 +44,12 @@ def gpu(p: Run) -> Iterator[Row]:
 def decode_bytes(c: Config, seats: int, context: int, dtype: torch.dtype) -> int:
     """The bytes that one decode step must read: weights (not the embedding), both adapters, the cache."""
     unread = 0 if c.tied else c.vocab * c.d
-    weights = plan.parameters(c) - unread + 2 * sum(plan.blocks(c, 16))
-    return weights * dtype.itemsize + seats * context * plan.cache_token(c, dtype)
+    weights = plan.weights(c, plan.Settings(dtype=dtype))
+    return (
+        weights
+        + (2 * sum(plan.blocks(c, 16)) - unread) * dtype.itemsize
+        + seats * context * plan.cache_token(c, dtype)
+    )
 
 
 def share(name: str, rate: float, of: str) -> Row:

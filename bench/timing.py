@@ -47,6 +47,7 @@ class Run(NamedTuple):
     quick: bool = False
     threads: int = 1
     seconds: float = 20.0  # for repeating one row, at least twice
+    corpus: str = ""  # passages, for `bits`
 
     def few(self, quick, full):
         return quick if self.quick else full

@@ -36,6 +36,7 @@ POLICY = Flag("policy", str, "", "the body that searches: " + BODY, "BODY")
 ADAPTER = Flag("adapter", str, "", "PEFT directory of the policy's adapter (none: the body as it is)", "DIR")
 SIM = Flag("sim", str, "", "the simulator's body (the policy's: one copy), or http://HOST:PORT/v1", "BODY")
 OWN, REAL = "self", "real"  # --sim: the policy writes its own documents; the real engine answers
+SIM_BITS = Flag("sim-bits", ("8", "4"), "", "of a simulator with a body of its own (as --bits)")
 SIM_ADAPTER = Flag("sim-adapter", str, "", "PEFT directory of a fine-tuned simulator (none: prompted)", "DIR")
 POLICY_PROMPT = Flag("policy-prompt", str, "", "short, JSON: prompt, notice, system (the adapter's)", "FILE")
 SIM_PROMPT = Flag("sim-prompt", str, "", "sft, prompted, short, JSON (the adapter's, or prompted)", "FILE")
@@ -61,6 +62,7 @@ SEED = Flag("seed", int, 0, "of everything that is random", least=0, most=2**31)
 MACHINE = [
     Flag("dtype", tuple(DTYPES), "", "of the bodies (bf16 on a GPU, else fp32)"),
     Flag("device", str, "", "cuda where there is one, else cpu", "NAME"),
+    Flag("bits", ("8", "4"), "", "of the bodies' frozen matrices, to save memory (those of --dtype)"),
 ]
 ADAPTED = [
     Flag("rank", int, 16, "of a new LoRA adapter"),
@@ -78,6 +80,7 @@ TRAIN: Groups = {
         SIM_ADAPTER,
         POLICY_PROMPT,
         SIM_PROMPT,
+        SIM_BITS,
         *MACHINE,
     ],
     "questions": [
@@ -176,7 +179,7 @@ EVAL: Groups = {
         SEED,
         Flag("world", int, 1, "toy: the seed of its facts"),
     ],
-    "the simulator (--search sim), and noise": [SIM, SIM_ADAPTER, SIM_PROMPT, NOISE],
+    "the simulator (--search sim), and noise": [SIM, SIM_BITS, SIM_ADAPTER, SIM_PROMPT, NOISE],
     "the machine": [SEATS, *MACHINE],
 }
 
@@ -380,6 +383,8 @@ def check(a: argparse.Namespace) -> None:
     machine(a.device, a.dtype)
     for f in flags_of(a.command):
         f.check(getattr(a, f.key, None))
+    if getattr(a, "sim_bits", "") and (is_address(a.sim) or a.sim in ("", a.policy, OWN, REAL)):
+        raise ValueError("--sim-bits is for a --sim that is a body of its own: leave it out, or give --bits")
     for wrong, message in COMPLAINTS.get(a.command, lambda a: ())(a):
         if wrong:
             raise ValueError(message)

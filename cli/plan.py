@@ -18,6 +18,7 @@ import torch
 import kernels
 from cache import PAGE
 from cli.disk import read_json
+from kernels.quantised import GROUP
 from model import NAMES, ROLES, Config, packs
 from weights import PRESETS, resolve
 
@@ -105,16 +106,43 @@ def adapter(c: Config, rank: int) -> int:
     return c.layers * sum(rank * (len(parts) * d_in + sum(parts)) for d_in, parts in linears(c))
 
 
+def weights(c: Config, s: Settings) -> int:
+    """Bytes of the frozen body. Of its matrices in 8 or 4 bits each row has a scale in fp32, and 4 bits a
+    number for each group; a CPU with fast products of 8 bits holds 4 as 8, and the head in 8 as well."""
+    n, rows = matrices(c), c.layers * sum(sum(parts) for _, parts in linears(c))
+    held = {0: n * s.dtype.itemsize, 8: n + 4 * rows, 4: n // 2 + n // GROUP + 4 * rows}
+    if in_digits(c, s):
+        return (parameters(c) - n) * s.dtype.itemsize + held[8] + c.vocab * (c.d + 4)
+    return (parameters(c) - n) * s.dtype.itemsize + held[c.bits]
+
+
+def in_digits(c: Config, s: Settings) -> bool:
+    """Whether the matrices go through the CPU's products of 8 bits."""
+    return bool(c.bits and not s.kernels and kernels.packs_bits())
+
+
+def in_full(c: Config, s: Settings) -> dict[str, int]:
+    """Bytes of the largest matrix of 8 or 4 bits, which the references spell out in integers and in full."""
+    n = max(d_in * sum(parts) for d_in, parts in linears(c))
+    return {"a matrix in full": n * (1 + s.dtype.itemsize)} if c.bits and not s.kernels else {}
+
+
 def packed_type(c: Config, s: Settings) -> torch.dtype | None:
     """The type of the copies that `Model.pack` makes on a CPU; None if it makes none."""
-    dtype = None if s.kernels else kernels.fast_type(s.dtype, s.seats)
-    return dtype if dtype and packs(parameters(c) * dtype.itemsize) else None
+    dtype = None if s.kernels or in_digits(c, s) else kernels.fast_type(s.dtype, s.seats)
+    plain = parameters(c) - (matrices(c) if c.bits else 0)
+    return dtype if dtype and packs(plain * dtype.itemsize) else None
+
+
+def product_type(c: Config, s: Settings) -> torch.dtype:
+    """The type of the linears' inputs and adapters in decoding."""
+    return (None if c.bits else packed_type(c, s)) or s.dtype
 
 
 def packed(c: Config, s: Settings) -> int:
     """Bytes of those copies."""
     dtype = packed_type(c, s)
-    return (matrices(c) + c.vocab * c.d) * dtype.itemsize if dtype else 0
+    return ((0 if c.bits else matrices(c)) + c.vocab * c.d) * dtype.itemsize if dtype else 0
 
 
 def blocks(c: Config, rank: int) -> tuple[int, int]:
@@ -170,7 +198,7 @@ def learning(c: Config, s: Settings) -> dict[str, float]:
         "activations": activations - lent,
         "log-probs, or gradients within a layer": max(back, tokens * head * size + head_chunk(c, s, tokens)),
         "the adapter's matrices": 4 * blocks(c, s.rank)[1],
-    }
+    } | in_full(c, s)
 
 
 def acting(c: Config, s: Settings) -> dict[str, float]:
@@ -179,10 +207,10 @@ def acting(c: Config, s: Settings) -> dict[str, float]:
     if s.kernels:
         feeding, logits = tokens * (4 * c.d + 3 * c.ffn) * size, s.seats * c.vocab * 4  # fp32 from any type
     else:  # attention's mask; sampling makes four fp32 tables, in addition to logits in bf16 or fp16
-        fed = 4 * (c.d + c.ffn) * (packed_type(c, s) or s.dtype).itemsize
+        fed = 4 * (c.d + c.ffn) * product_type(c, s).itemsize
         feeding = tokens * (fed + s.seat_tokens * size)
         logits = s.seats * c.vocab * (16 + (size if size < 4 else 0))
-    return {"prefill of prompts and documents": feeding, "logits of all seats": logits}
+    return {"prefill of prompts and documents": feeding, "logits of all seats": logits} | in_full(c, s)
 
 
 def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
@@ -193,12 +221,12 @@ def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
     n, n_sim = adapter(bodies[0], s.rank), adapter(bodies[-1], s.sim_rank)
     n += adapter(bodies[0], s.critic_rank) + bodies[0].d if s.critic_rank else 0  # it never decodes
     ranks = [max(s.rank, s.sim_rank)] if len(bodies) == 1 else [s.rank, s.sim_rank]
-    sizes = [(packed_type(c, s) or s.dtype).itemsize for c in bodies]
+    sizes = [product_type(c, s).itemsize for c in bodies]
     stacks = sum(ROLES * sum(blocks(c, k)) * size for c, k, size in zip(bodies, ranks, sizes))
     tables = sum(8 * min(c.context, 32768) * (c.head_dim // 2) for c in bodies)  # cosines and sines
     copies = sum(packed(c, s) for c in bodies)
     held = {
-        "weights": sum(parameters(c) for c in bodies) * s.dtype.itemsize + tables,
+        "weights": sum(weights(c, s) for c in bodies) + tables,
         "adapters": 4 * (n + n_sim + adapter(bodies[0], s.start_rank)),
         "adapters again, for decoding": stacks,
         "gradient": 4 * n,

@@ -9,7 +9,7 @@ Not a place for defaults: flags.py has settled them.
 import argparse
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -94,11 +94,12 @@ def load(
         if questions:
             check_prompts(questions, toks[homes[POLICY]], words, limits.prompt)
     if a.command == "train":
-        print(plan_memory(a, list(dict.fromkeys(homes.values()))), flush=True)
+        print(plan_memory(a, list(dict.fromkeys((homes[r], bits_of(a, r)) for r in homes))), flush=True)
     dtype = model.DTYPES[a.dtype]
     with screen.waiting("reading weights"):
-        loaded = {home: (weights.load(home, dtype, a.device), tok) for home, tok in toks.items()}
-    bodies = {role: loaded[home] for role, home in homes.items()}
+        wanted = {role: (home, bits_of(a, role)) for role, home in homes.items()}
+        loaded = {w: (weights.load(w[0], dtype, a.device, w[1]), toks[w[0]]) for w in set(wanted.values())}
+    bodies = {role: loaded[w] for role, w in wanted.items()}
     if bodies and max(body.config.d for body, _ in bodies.values()) < SMALL:
         torch.set_num_threads(1)
     give_adapters(a, bodies)
@@ -131,6 +132,12 @@ def find_bodies(a: argparse.Namespace) -> dict[int, Path]:
     if simulated(a) and not is_address(a.sim):
         names[SIMULATOR] = a.sim or a.policy
     return {role: weights.resolve(name) for role, name in names.items()}
+
+
+def bits_of(a: argparse.Namespace, role: int) -> int:
+    """The bits of a role's frozen matrices; 0: those of --dtype."""
+    own = getattr(a, "sim_bits", "") if role == SIMULATOR else ""
+    return int(own or a.bits or 0)
 
 
 def policy_words(a: argparse.Namespace, task: Task) -> Words:
@@ -201,12 +208,12 @@ def check_prompts(questions: Iterable[Question], tok: Tokenizer, words: Words, l
 # ------------------------------------------------------------------------------------------------- the memory
 
 
-def plan_memory(a: argparse.Namespace, homes: list[Path]) -> str:
+def plan_memory(a: argparse.Namespace, homes: list[tuple[Path, int]]) -> str:
     """Settle the flags that depend on memory -> the budget as text. Raises ValueError if nothing fits.
 
     A resumed run keeps the plan of its start, whatever memory is free today, unless flags change it.
     """
-    shapes = [plan.shape(str(home)) for home in homes]
+    shapes = [replace(plan.shape(str(home)), bits=bits) for home, bits in homes]
     memory = a.memory * 2**30 or free_memory(a.device)
     rank, sim_rank = (rank_of(a, adapter) for adapter in (a.adapter, a.sim_adapter))
     settings = plan.Settings(

@@ -21,12 +21,14 @@ if sys.argv[:1] == ["-m"] and sys.stderr.isatty():  # `python -m kernels`, not a
 
 from .attention import attention
 from .cached_attention import cached_attention
+from .digits import can_pack as packs_bits
 from .launch import compiled
 from .linear_logp import linear_logp
 from .lora import lora
 from .lora_linear import lora_linear, mm_fp32
 from .packed_linear import MANY, Packed, fast_type, pack, packed_linear
 from .place import Place
+from .quantised import Matrix, Quantised, linear
 from .rms_norm import rms_norm
 from .rope import rope
 from .rope_cache import rope_cache

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .launch import check, check_fit
 from .lora import layers
+from .quantised import Matrix, linear, linear_gradient
 from .tools import measure
 
 
@@ -30,32 +31,35 @@ def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, bias, A, B, scale):
-        y = F.linear(x, W, bias)  # (N, o)
+        y = linear(x, W, bias)  # (N, o)
         y.addmm_(x @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=scale)
-        ctx.save_for_backward(x, W, A, B)
-        ctx.scale = scale
+        ctx.save_for_backward(x, A, B)
+        ctx.W, ctx.scale = W, scale  # frozen
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, W, A, B = ctx.saved_tensors
+        x, A, B = ctx.saved_tensors
         a, b = A.to(x.dtype), B.to(x.dtype)
         dmiddle = dy @ b  # (N, k)
-        dx = (dy @ W).addmm_(dmiddle, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = linear_gradient(dy, ctx.W).addmm_(dmiddle, a, alpha=ctx.scale)
         dA = mm_fp32(dmiddle.T, x).to(A.dtype).mul_(ctx.scale)
         dB = mm_fp32(dy.T, x @ a.T).to(B.dtype).mul_(ctx.scale)
         return dx, None, None, dA, dB, None
 
 
-def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def lora_linear(x: Tensor, W: Matrix, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """x (..., i), W (o, i), bias (o,), A (k, i), B (o, k) -> (..., o): a frozen linear layer and its adapter.
 
     x, W and bias share a type; A and B may be wider (fp32 master copies) and get gradients of their own type.
     Raises ValueError if the shapes disagree or if W or bias require a gradient, which they would not get.
     """
     (o, i), k = W.shape, A.size(0)
-    check_fit(x.size(-1) == i and A.shape == (k, i) and B.shape == (o, k), x=x, W=W, A=A, B=B)
-    trained = torch.is_grad_enabled() and (W.requires_grad or (bias is not None and bias.requires_grad))
+    check_fit(x.size(-1) == i and A.shape == (k, i) and B.shape == (o, k), x=x, A=A, B=B)
+    frozen = (W, bias) if isinstance(W, Tensor) else (bias,)
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen)
     check(not trained, "the base is frozen under an adapter: W and bias must not require gradients")
     y = _LoraLinear.apply(x.flatten(0, -2), W, bias, A, B, float(scale))
     return y.unflatten(0, x.shape[:-1])

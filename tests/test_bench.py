@@ -287,7 +287,7 @@ def test_bad_flags_are_one_line(capsys, tmp_path):
 
 def test_sections_run(capsys):
     """What nobody runs for a week is broken when it is needed."""
-    command.main(["--quick", "--only", "counts,sampling,episodes,profile,memory,gpu"])
+    command.main(["--quick", "--only", "counts,sampling,bits,episodes,profile,memory,gpu"])
     out = capsys.readouterr().out
     assert "80 GiB  8 seats" in out and "4090: floor" in out
     assert out.count("greedy ids equal") == 2 and "toy fp32, batch 3, 8 tokens, temperature 1" in out
@@ -297,6 +297,8 @@ def test_sections_run(capsys):
     assert (kept, again) == ("kept", "computed again") and float(most) > 1.3 * float(less)
     assert 0.8 < float(near) < 1.2, "the planner and the meta device disagree"
     assert "dry run, decode, 320 seats" in out and "a step, small body" in out
+    assert "toy 4 bits" in out and "8 bits against our fp32, batch 3" in out
+    assert "14b, a decode step" in out and "4 bits 15.43 GB" in out
 
 
 def test_the_shares_of_a_profile_add_up(body):

@@ -108,12 +108,13 @@ def trained(mine, role, seed=3, rank=4):
         )
 
 
+@pytest.mark.parametrize("bits", [0, 8])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3-untied"])
-def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family):
+def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family, bits):
     """Ragged rows in the cache, rows of different roles, and stale keys of earlier tenants must change
     nothing."""
     checkpoint(tmp_path, family)
-    mine = weights.load(tmp_path)
+    mine = weights.load(tmp_path, bits=bits)
     trained(mine, POLICY, 3), trained(mine, SIMULATOR, 4, rank=6)
     lengths, roles = [17, 23, 5, 30], torch.tensor([POLICY, SIMULATOR, REFERENCE, POLICY])
     x = ids(4, 30)
@@ -168,12 +169,13 @@ def test_packed_copies_change_nothing_but_rounding(tmp_path, monkeypatch, packab
     assert (out[0] - out[1]).abs().max() > 1e-2 or rows == 1  # the roles differ
 
 
+@pytest.mark.parametrize("bits", [0, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_gradient_is_no_other_arithmetic(tmp_path, monkeypatch, packable, dtype):
+def test_no_gradient_is_no_other_arithmetic(tmp_path, monkeypatch, packable, dtype, bits):
     """The KL reference and a held-out loss are taken without gradients: in another rounding (the packed
     copies') the KL of an untrained policy is not 0; and fp32 adapters meet a body of any type."""
     checkpoint(tmp_path, "qwen2")
-    body = weights.load(tmp_path, dtype)
+    body = weights.load(tmp_path, dtype, bits=bits)
     body.add_role(POLICY, rank=4)
     monkeypatch.setattr(M, "packs", lambda size: True)
     body.pack(20)

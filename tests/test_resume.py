@@ -337,7 +337,7 @@ def test_defaults_of_another_day_change_nothing(cut, whole, monkeypatch):
 
 def test_only_a_short_list_may_change_and_every_change_is_told(cut, capsys):
     """A run resumed with other flags would be two runs of one name; what may differ is told and kept."""
-    for flag in (["--clip-low", "0.5"], ["--steps", "9"], ["--seed", "1"], ["--kl", "0"], ["--turns", "2"]):
+    for flag in (["--clip-low", "0.5"], ["--steps", "9"], ["--seed", "1"], ["--bits", "8"], ["--turns", "2"]):
         assert "other arguments" in fails(capsys, "--out", cut, "--resume", *flag), flag
     run("--out", cut, "--resume", "--lr", "0.5", "--save-every", "1", "--group", "4")
     assert "--lr 0.002 -> 0.5" in (told := capsys.readouterr().out) and "--save-every 9 -> 1" in told

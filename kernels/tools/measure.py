@@ -25,7 +25,7 @@ from torch import Tensor
 from ..launch import target
 
 FILES = ("attention", "cached_attention", "linear_logp", "lora", "lora_linear")
-FILES += ("rms_norm", "rope", "rope_cache", "sample", "swiglu")
+FILES += ("quantised", "rms_norm", "rope", "rope_cache", "sample", "swiglu")
 
 
 class Model(NamedTuple):
