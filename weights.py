@@ -9,7 +9,6 @@ matrices. The network itself is in model.py.
     load_adapter(body, POLICY, "runs/mine/policy")
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +89,7 @@ def load_adapter(model: Model, role: int, path: str | Path) -> None:
         raise ValueError(f"{path}: only plain LoRA adapters without trained biases are supported")
     file = path / "adapter_model.safetensors"
     ranks = {shape[0] for name, shape in _shapes(file).items() if ".lora_A." in name and shape}
-    if ranks != {c["r"]} or not 0 <= c["lora_alpha"] < math.inf:
+    if ranks != {c["r"]} or not 0 <= c["lora_alpha"] < 1e30:
         told = f"r {c['r']} and lora_alpha {c['lora_alpha']}, its matrices have the ranks {sorted(ranks)}"
         raise ValueError(f"{path}: adapter_config.json says {told}")
     model.add_role(role, c["r"], c["lora_alpha"])

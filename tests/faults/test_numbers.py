@@ -128,6 +128,18 @@ def test_an_adapter_with_nan_on_disk_is_refused(body, tmp_path, bad):
         weights.load_adapter(model, POLICY, tmp_path)
 
 
+@pytest.mark.parametrize("config", [{"lora_alpha": 1e308}, {"r": 10**9}, {"r": 3}, {"lora_alpha": NAN}])
+def test_an_adapters_config_is_held_against_its_matrices(body, tmp_path, config):
+    """A scale that torch cannot hold was a traceback in the first episode; a huge rank, a full memory."""
+    model = weights.load(body)
+    model.add_role(POLICY, 2)
+    weights.save_adapter(model, POLICY, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(ValueError, match=r"adapter_config.json says"):
+        weights.load_adapter(model, POLICY, tmp_path)
+
+
 @pytest.mark.parametrize("bad, ends", [((2, 3, 5), False), ((3, 4, 5), True)])
 def test_fine_tuning_skips_bad_steps_too(tmp_path, monkeypatch, bad, ends):
     """Its gradient was clipped and applied without a look: one NaN, and a NaN adapter was saved."""
