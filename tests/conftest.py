@@ -6,12 +6,19 @@ One process cannot both interpret and compile: test_compile_check.py compiles in
 import importlib
 import json
 import os
+import signal
 
 import pytest
 import torch
 
+from cli.screen import STOPS
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+for (
+    sig
+) in STOPS:  # in the background, or under nohup, some are ignored, and so by the runs of the tests
+    signal.signal(sig, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
