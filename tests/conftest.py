@@ -15,9 +15,7 @@ from cli.screen import STOPS
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-for (
-    sig
-) in STOPS:  # in the background, or under nohup, some are ignored, and so by the runs of the tests
+for sig in STOPS:  # in the background, or under nohup, some are ignored, and so by the runs of the tests
     signal.signal(sig, signal.default_int_handler)
 
 
