@@ -60,11 +60,15 @@ GRIDS: dict[str, dict[str, str]] = {  # grid -> variant -> flags of train.py; th
     "coins": {"of each sibling": "", "shared": "--shared-coins"},
     "kl": {".001": "", "0": "--kl 0", ".01": "--kl .01"},
     "rank": {"16": ""} | {str(n): f"--rank {n}" for n in (1, 4, 64)},
+    "updates": {"1": ""} | {n: f"--updates {n}" for n in ("2", "4")},
     "collapse": {"2 updates": "--updates 2", "guard": "--updates 2 --guard .1",
                  "strata": "--updates 2 --strata .5"},
     "clips": {"grpo": "--updates 4"}  # with one update a rollout, every ratio is 1, and no clip acts
         | {name: f"--updates 4 --algorithm {name}" for name in ("dapo", "gspo", "gmpo", "sapo", "cispo")},
 }
+# With a body that seldom searches again, noise has more to teach. First:
+#     python -m toy.make --again 300 --retries .02 --out runs/hasty
+GRIDS["hasty"] = {k: f"{v} --data toy --policy runs/hasty" for k, v in GRIDS["curriculum"].items()}
 FLAGS = {
     "what is run": [
         Flag("grid", str, NEEDED, f"one of {', '.join(GRIDS)}", "GRID", bare=True),
@@ -223,7 +227,7 @@ def table(a: argparse.Namespace, results: dict[str, dict[int, dict]]) -> str:
     lines = [heads, ["---"] * len(heads)]
     for variant, mine in results.items():
         flags = GRIDS[a.grid][variant]
-        cells = [variant, f"`{flags}`" if flags else "", str(len(mine))]
+        cells = [variant, f"`{flags.strip()}`" if flags else "", str(len(mine))]
         cells += [shown([figure(row, path) for row in mine.values()], ".3f") for path in COLUMNS.values()]
         for path in (COLUMNS[name] for name in PAIRED if mine is not base):
             pairs = [(figure(row, path), figure(base.get(seed), path)) for seed, row in mine.items()]
