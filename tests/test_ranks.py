@@ -6,6 +6,7 @@ tests/tools/together.py is what each of them runs.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from test_eval import lines_file
 import train
 import weights
 from cli import disk, ranks
+from cli.pause import Pause, saving_on_failure
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = [
@@ -126,7 +128,7 @@ END = [
     ([1, 2, "SIGKILL"], True, 3, 2),
     ([0, 2, "SIGKILL"], False, 0, 0),
     ([1, 2, "SIGINT"], False, 0, 3),
-    ([1, 2, "no search engine"], False, 0, 2),
+    ([1, 2, "no search engine"], False, 2, 2),
 ]
 
 
@@ -162,6 +164,21 @@ def test_whoever_ends_ends_all_and_the_run_goes_on(alone, body, tmp_path, monkey
         monkeypatch.setattr(train, "judge", judge)
         train.main(go_on[1:])
     equal_states(alone / "ppo", out)
+
+
+def test_the_signal_that_follows_a_loss_waits_until_all_is_saved(monkeypatch):
+    """torchrun sends SIGTERM a tenth of a second after the loss: with a large body, during the forward pass
+    before the saving, and every step since the last save would be lost."""
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    saved = []
+    pause = Pause(lambda: saved.append("state"), lambda: not os.kill(os.getpid(), signal.SIGTERM))
+    with (
+        pytest.raises(OSError, match="Step 4 is lost, no more"),
+        pause.on_signals(),
+        saving_on_failure("out", {"step": 3}, pause),
+    ):
+        raise OSError(ranks.LOST)
+    assert saved == ["state"]
 
 
 def test_what_is_divided_comes_back_in_order(monkeypatch):
