@@ -144,11 +144,11 @@ def test_whoever_ends_ends_all_and_the_run_goes_on(alone, body, tmp_path, monkey
     to the same result."""
     out = tmp_path / "ppo"
     run = ["train", "--out", str(out), *SHORT, *TRAIN["ppo"]]
-    began, process = time.monotonic(), start(2, body=str(body), die=die, wait=wait, runs=[run])
-    printed, errors = process.communicate(timeout=120)
-    took = time.monotonic() - began
+    process = start(2, body=str(body), die=die, wait=wait, runs=[run])
+    printed, errors = process.communicate(timeout=300)
+    took = time.time() - out.with_name("ppo.died").stat().st_mtime
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert process.returncode and took < 55, (took, errors)  # 25 of them to start, at most
+    assert process.returncode and took < 30, (took, errors)
     if die[2] == "SIGINT":
         assert not ours and f"go on with: python train.py --out {out}" in printed
     else:
@@ -179,6 +179,17 @@ def test_the_signal_that_follows_a_loss_waits_until_all_is_saved(monkeypatch):
     ):
         raise OSError(ranks.LOST)
     assert saved == ["state"]
+
+
+def test_an_error_is_told_where_nobody_counts_any_more(monkeypatch):
+    """The store is on the first machine: when that is lost, the others say so, without a traceback."""
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    server = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", server.port, 2, wait_for_workers=False)
+    monkeypatch.setattr(ranks, "stores", [store])
+    assert ranks.first("end") and not ranks.first("end")
+    del server
+    assert ranks.first("end")
 
 
 def test_what_is_divided_comes_back_in_order(monkeypatch):
