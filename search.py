@@ -173,7 +173,7 @@ def index(
     passages: Iterable[tuple[str, str]], folder: Path | None = None, k1: float = 1.2, b: float = 0.75
 ) -> BM25:
     """Index passages in memory, or into an empty folder: memory then holds the vocabulary and four bytes a
-    word. Raises ValueError for a corpus without passages."""
+    word. Raises ValueError for a corpus without a word."""
     files = {name: open(folder / name, "wb") if folder else BytesIO() for name in COLUMNS}  # noqa: SIM115
     vocabulary: dict[str, int] = {}
     terms, lengths, ends = array("i"), array("q"), array("q", [0])  # word ids of all passages end to end
@@ -183,7 +183,7 @@ def index(
         lengths.append(len(words))
         ends.append(ends[-1] + files["lines"].write(json.dumps(one).encode()))
     if not vocabulary:
-        raise ValueError("the corpus holds no passages")
+        raise ValueError(f"the corpus holds no {'words' if lengths else 'passages'}")
     n, terms, lengths = len(lengths), np.frombuffer(terms, np.int32), np.array(lengths)  # (T,), (N,)
     until, norm = np.cumsum(lengths), 1 - b + b * lengths / lengths.mean()  # (N,)
     blocks = [(first, terms[first : first + BLOCK]) for first in range(0, len(terms), BLOCK)]
@@ -213,7 +213,15 @@ def index(
 def load(folder: Path) -> BM25:
     """An index on disk, mapped into memory but for its vocabulary. ValueError for any other folder."""
     vocabulary = disk.read_json(folder / VOCABULARY, "an index: python search.py index CORPUS --out DIR")
-    return BM25(vocabulary, {name: np.memmap(folder / name, kind, "r") for name, kind in COLUMNS.items()})
+    try:
+        columns = {name: np.memmap(folder / name, kind, "r") for name, kind in COLUMNS.items()}
+    except ValueError as e:  # its size is not that of whole numbers, or 0
+        raise ValueError(f"{folder} is damaged ({e}): copy or make it again") from None
+    lines, ends, start, holder, weight = columns.values()
+    sizes = [len(start), len(lines), len(holder), len(weight)]
+    if sizes != [len(vocabulary) + 1, ends[-1], start[-1], start[-1]]:  # a copy that was cut
+        raise ValueError(f"{folder} is damaged (its files do not fit together): copy or make it again")
+    return BM25(vocabulary, columns)
 
 
 def render(passages: Iterable[tuple[str, str]]) -> str:
@@ -339,8 +347,12 @@ def open_bm25(path: str | Path, folder: Path | None = None) -> BM25:
 
 def index_file(path: str, out: Path) -> None:
     """The index of a corpus file on disk, whole or not at all."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a directory: index takes a corpus file")
     if out.exists():
         raise ValueError(f"--out {out} is there already: choose another")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no {out.parent}")
     with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as home:
         (folder := Path(home, "index")).mkdir()
         made = open_bm25(path, folder)

@@ -55,7 +55,7 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
     began = time.monotonic() - facts.get("seconds", 0.0)
     log = Rows(Path(a.out) / "log.jsonl", resume=True)
     kept = Kept(a.out, a.steps, s.tok)
-    track = tracker(a.track, a.out, vars(a), facts.get("step", 0))
+    track = tracker("" if ranks.rank() else a.track, a.out, vars(a), facts.get("step", 0))
 
     if not facts:
         facts = prepare(a, s, world, kept) | {"step": 0, "updates": 0, "seconds": time.monotonic() - began}
@@ -94,8 +94,8 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
             if pause.asked or (step + 1) % a.save_every == 0 or step + 1 == a.steps:
                 pause.save()
             if pause.asked:
-                ranks.everyone(None)  # the first process has saved
                 screen.say(f"saved; go on with: python train.py --out {a.out} --resume")
+                ranks.everyone(None)  # when one ends, torchrun ends all: not before the first has saved
                 sys.exit(130)
     finish(a, s, world, facts, began, kept)
 
@@ -544,6 +544,7 @@ def main(argv: list[str] | None = None) -> None:
     resume = "resume" in given
     if resume:
         a, kept = ranks.told(lambda: resumed(given))
+        flags.machine(a.device, a.dtype)  # has each process a GPU?
         a.out = given["out"]
     else:
         a, kept = flags.settle("train", given), {}

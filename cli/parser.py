@@ -9,6 +9,8 @@ import math
 import sys
 from dataclasses import dataclass
 
+from cli import screen
+
 NEEDED = object()  # as a default: the flag must be given
 
 
@@ -67,7 +69,7 @@ class OneLine(argparse.ArgumentParser):
         super().__init__(*args, **more, allow_abbrev=False, formatter_class=raw)
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (python {self.prog} --help lists the flags)\n")
+        screen.fail(f"{message} (python {self.prog} --help lists the flags)")
 
 
 def declare(parser: argparse.ArgumentParser, groups: Groups, task: dict[str, object]) -> None:

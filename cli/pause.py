@@ -24,14 +24,13 @@ class Pause:
     def save(self) -> bool:
         """Save, unless the adapter has moved since the last whole step: a state in the middle of a step
         cannot be resumed. Returns whether it saved."""
-        if not self._whole():
-            return False
-        self.saving = True  # a signal meanwhile must not write the same files
+        self.saving = True  # a signal meanwhile must neither write the same files nor end this
         try:
-            self._save()
+            if whole := self._whole():
+                self._save()
         finally:
             self.saving = False
-        return True
+        return whole
 
     def __call__(self, number: int, _) -> None:
         if number == signal.SIGTERM and ranks.world() > 1:
@@ -62,6 +61,7 @@ def saving_on_failure(out: str, facts: dict, pause: Pause) -> Iterator[None]:
     try:
         yield
     except Exception as e:
+        pause.saving = True  # torchrun's SIGTERM is on its way
         advice = f"Step {facts['step'] + 1} is lost"
         try:
             advice += ", no more" if pause.save() else ", and those since the last save"

@@ -21,7 +21,7 @@ import torch.distributed as dist
 Made = TypeVar("Made")
 LOST = "another process of this run has ended, or torchrun was told to stop"
 LOCAL = int(os.environ.get("LOCAL_RANK", 0))  # this process's number, and its GPU's, on its machine
-stores: list[dist.Store] = []  # torchrun's own, which outlives each of us
+stores: list[dist.Store] = []  # torchrun's own, which outlives each of us, unless its machine is lost
 
 
 def start() -> None:
@@ -49,8 +49,12 @@ def world() -> int:
 
 
 def first(what: str) -> bool:
-    """Whether no process has asked this before: an error that all meet is told once, by whoever is alive."""
-    return world() == 1 or stores[0].add(what, 1) == 1
+    """Whether no process has asked this before: an error that all meet is told once, by whoever is alive (by
+    each, where the machine that counts is lost)."""
+    try:
+        return world() == 1 or stores[0].add(what, 1) == 1
+    except RuntimeError:
+        return True
 
 
 def part() -> slice:

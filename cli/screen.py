@@ -116,6 +116,9 @@ def run(main: Callable[[], None]) -> None:
     except Exception:
         sys.stderr = sys.__stderr__
         raise
+    finally:
+        if ranks.world() > 1:  # torchrun's SIGTERM is late: do not end twice
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 LONGEST = 1_000  # characters of an error: some repeat a file's own text

@@ -6,6 +6,7 @@ tests/tools/together.py is what each of them runs.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,14 +19,20 @@ from test_eval import lines_file
 import train
 import weights
 from cli import disk, ranks
+from cli.pause import Pause, saving_on_failure
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = [
     *("--steps", "4", "--group", "4", "--eval-questions", "5", "--sft-steps", "2", "--save-every", "9"),
     *("--show-every", "9", "--turn-tokens", "6", "--turns", "1", "--seats", "24"),
 ]
+TOY = ["--policy", str(ROOT / "toy/body"), "--data", "toy"]  # it searches: a random body never does
 TRAIN = {  # five questions: the shares are unequal; one: a process has nothing to do
     "grpo": ["--questions", "5", "--micro-tokens", "300", "--eval-every", "2", "--updates", "2"],
+    "two bodies": [  # AdamW makes rounding as large as the rate
+        *(*TOY, "--sim", "tiny", "--questions", "5", "--no-audit"),
+        *("--turns", "2", "--turn-tokens", "20", "--lr", "1e-4"),
+    ],
     "ppo": ["--questions", "5", "--algorithm", "ppo", "--no-audit"],
     "dapo": ["--questions", "1", "--algorithm", "dapo", "--normaliser", "prompt", "--no-audit"],
 }
@@ -44,7 +51,7 @@ def everything(body: Path, out: Path, n: int) -> Path:
     """Train, evaluate, collect and audit with n processes -> the directory of all results."""
     data = lines_file(out / "q.jsonl", *({"question": f"home {i}", "answer": "Lima"} for i in range(7)))
     common = ["--device", "cpu", "--policy", "tiny", "--turns", "1", "--turn-tokens", "6"]
-    asked = [*common, "--data", str(data), "--temperature", "1", "--search", "toy", "--seats", "1"]
+    asked = ["--device", "cpu", *TOY, "--limit", "7", "--temperature", "1", "--search", "toy", "--seats", "1"]
     rows = ["--force-search", "--rows", "4", "--judge", "answer", "--limit", "60", "--seats", "4"]
     runs = [["train", "--out", str(out / name), *SHORT, *more] for name, more in TRAIN.items()]
     runs += [["eval", *asked, "--json", str(out / "eval.json")]]
@@ -65,11 +72,11 @@ def alone(body, tmp_path_factory) -> Path:
 
 
 def nearly(a, b, of: str = "") -> None:
-    """Equal but for rounding and what a clock or a path says."""
+    """Equal but for rounding, padding, and what a clock or a path says."""
     if isinstance(a, dict):
         assert a.keys() == b.keys(), of
         for key in a:
-            if not re.search("second|^out$|^json$|^data$|seats", key):
+            if not re.search("second|padding|^out$|^json$|^data$|seats", key):
                 nearly(a[key], b[key], f"{of}.{key}")
     elif isinstance(a, list):
         assert len(a) == len(b), of
@@ -100,7 +107,8 @@ def test_several_processes_do_what_one_does(alone, body, tmp_path, n):
     twice, or both write, would show too."""
     together = everything(body, tmp_path, n)
     sampled = [(out / "ids").read_text().splitlines() for out in (alone, together)]
-    assert sampled[0] == sampled[1] and len(sampled[0]) >= 12
+    assert sampled[0] == sampled[1] and len(sampled[0]) >= 16
+    assert all(row["searches"] for row in rows(alone / "two bodies/log.jsonl"))
     for name in TRAIN:
         equal_states(alone / name, together / name)
         for file in ("log.jsonl", "episodes.jsonl"):
@@ -126,7 +134,7 @@ END = [
     ([1, 2, "SIGKILL"], True, 3, 2),
     ([0, 2, "SIGKILL"], False, 0, 0),
     ([1, 2, "SIGINT"], False, 0, 3),
-    ([1, 2, "no search engine"], False, 0, 2),
+    ([1, 2, "no search engine"], False, 2, 2),
 ]
 
 
@@ -142,11 +150,11 @@ def test_whoever_ends_ends_all_and_the_run_goes_on(alone, body, tmp_path, monkey
     to the same result."""
     out = tmp_path / "ppo"
     run = ["train", "--out", str(out), *SHORT, *TRAIN["ppo"]]
-    began, process = time.monotonic(), start(2, body=str(body), die=die, wait=wait, runs=[run])
-    printed, errors = process.communicate(timeout=120)
-    took = time.monotonic() - began
+    process = start(2, body=str(body), die=die, wait=wait, runs=[run])
+    printed, errors = process.communicate(timeout=300)
+    took = time.time() - out.with_name("ppo.died").stat().st_mtime
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert process.returncode and took < 55, (took, errors)  # 25 of them to start, at most
+    assert process.returncode and took < 30, (took, errors)
     if die[2] == "SIGINT":
         assert not ours and f"go on with: python train.py --out {out}" in printed
     else:
@@ -162,6 +170,32 @@ def test_whoever_ends_ends_all_and_the_run_goes_on(alone, body, tmp_path, monkey
         monkeypatch.setattr(train, "judge", judge)
         train.main(go_on[1:])
     equal_states(alone / "ppo", out)
+
+
+def test_the_signal_that_follows_a_loss_waits_until_all_is_saved(monkeypatch):
+    """torchrun sends SIGTERM a tenth of a second after the loss: with a large body, during the forward pass
+    before the saving, and every step since the last save would be lost."""
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    saved = []
+    pause = Pause(lambda: saved.append("state"), lambda: not os.kill(os.getpid(), signal.SIGTERM))
+    with (
+        pytest.raises(OSError, match="Step 4 is lost, no more"),
+        pause.on_signals(),
+        saving_on_failure("out", {"step": 3}, pause),
+    ):
+        raise OSError(ranks.LOST)
+    assert saved == ["state"]
+
+
+def test_an_error_is_told_where_nobody_counts_any_more(monkeypatch):
+    """The store is on the first machine: when that is lost, the others say so, without a traceback."""
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    server = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", server.port, 2, wait_for_workers=False)
+    monkeypatch.setattr(ranks, "stores", [store])
+    assert ranks.first("end") and not ranks.first("end")
+    del server
+    assert ranks.first("end")
 
 
 def test_what_is_divided_comes_back_in_order(monkeypatch):

@@ -3,8 +3,10 @@
 import gzip
 import json
 import math
+import os
 import random
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -92,12 +94,28 @@ def test_an_index_is_whole_or_not_there(tmp_path):
         ([str(corpus), "--out", str(tmp_path)], "is there already"),
         ([str(corpus)], "index CORPUS --out DIR"),
         ([str(corpus), "more", "--out", str(out)], "index CORPUS --out DIR"),
+        ([str(tmp_path), "--out", str(out)], "is a directory"),
+        ([str(corpus), "--out", str(out / "in")], "there is no"),
     ]:
         with pytest.raises(ValueError, match=words):
             search.main(["index", *argv])
         assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
     with pytest.raises(ValueError, match="is not an index"):
         open_search(f"bm25:{tmp_path}")
+
+
+def test_a_damaged_index_is_not_searched(tmp_path):
+    """Postings that a copy cut off would be missed for ever, without a word."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    search.main(["index", str(corpus_file(tmp_path / "c.jsonl", *ROWS)), "--out", str(whole)])
+    for name in search.COLUMNS:
+        size = (whole / name).stat().st_size
+        for left in (0, size - 1, size - 8, size + 8):
+            shutil.copytree(whole, cut)
+            os.truncate(cut / name, left)
+            with pytest.raises(ValueError, match="cut is damaged"):
+                open_search(f"bm25:{cut}")
+            shutil.rmtree(cut)
 
 
 def test_ties_are_broken_by_the_order_of_the_corpus():
@@ -200,6 +218,8 @@ def test_other_bad_engines(tmp_path):
             open_search(spec)
     with pytest.raises(ValueError, match="no passages"):
         open_search(f"bm25:{corpus_file(tmp_path / 'empty.jsonl', '')}")
+    with pytest.raises(ValueError, match="no words"):
+        open_search(f"bm25:{corpus_file(tmp_path / 'mute.jsonl', {'title': '?', 'contents': '!'})}")
     with pytest.raises(OSError, match=r"absent\.jsonl"):
         open_search(f"bm25:{tmp_path / 'absent.jsonl'}")
     with pytest.raises(ValueError, match="at least one document"):
