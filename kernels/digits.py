@@ -4,9 +4,10 @@ A row x = s X with whole numbers |X| <= 127 * 2^16, and X = 65536 a + 256 b + c 
 
     x M^T = s (65536 a M^T + 256 b M^T + c M^T)
 
-The three products are sums of whole numbers, so they are exact, and x loses 2^-24 of the row's largest
-number, about what fp32 loses. However a batch is cut into rows, sampling and training round alike. CPUs with
-VNNI or AMX multiply 8 bits 4 to 16 times as fast as fp32, and M takes a quarter of the bytes.
+The three products are sums of whole numbers, exact but for sums over 2^24, which are rounded to fp32; x loses
+2^-24 of the row's largest number, about what fp32 loses. However a batch is cut into rows, sampling and
+training round alike. CPUs with VNNI or AMX multiply 8 bits 4 to 16 times as fast as fp32, and M takes a
+quarter of the bytes.
 
 torch's own products of 8-bit weights (_weight_int8pack_mm) round x to bf16, and are slower from 32 rows on.
 """

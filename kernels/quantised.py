@@ -47,9 +47,6 @@ class Quantised:
         m = room(d_out, d_in // GROUP, dtype=torch.int8) if bits == 4 else None
         return Quantised(q, m, room(d_out, dtype=torch.float32), d_in)
 
-    def size(self, dim: int) -> int:
-        return self.shape[dim]
-
     @property
     def nbytes(self) -> int:
         held = self.q, self.m, self.scale
