@@ -308,25 +308,15 @@ class Model(nn.Module):
         self.head_bits: kernels.Quantised | None = None  # see `round_head`
         self.roles: dict[int, Adapter] = {}
         self.rotary()
-        if c.bits:
-            self.quantise(c.bits)
 
-    @torch.no_grad()
-    def quantise(self, bits: int, device: torch.device | str | None = None) -> "Model":
-        """Hold the linears in 8 or 4 bits from now on, here or on another device. ValueError for 4 bits of a
+    def quantise(self, bits: int, device: torch.device | str) -> None:
+        """Give a body on meta room on a device for its linears in 8 or 4 bits. ValueError for 4 bits of a
         width that does not suit them."""
         self.config = replace(self.config, bits=bits)
         for linear in self.linears():
-            old = linear.weight
-            new = kernels.Quantised.empty(*old.shape, bits, device or old.device)
+            shape = linear.weight.shape
             del linear.weight  # nn.Module gives a Parameter's name to nothing else
-            linear.weight = new
-            if isinstance(old, Tensor) and not old.is_meta:
-                new.copy_(old)
-                new.pack()
-        if device is None and self.device.type != "meta":
-            self.round_head()
-        return self
+            linear.weight = kernels.Quantised.empty(*shape, bits, device)
 
     def rotary(self) -> None:
         """(Re)compute the cosines and sines, (context, head_dim / 2) in fp32, on the weights' device."""
@@ -461,7 +451,7 @@ class Model(nn.Module):
         rank = max((a.rank for a in mine.values()), default=1)
         plain = self.packed_head is None or self.config.bits
         dtype = self.dtype if plain else self.packed_head.weight.dtype
-        sizes = [(len(x.parts) * rank, x.d_in, x.weight.size(0)) for x in linears]
+        sizes = [(len(x.parts) * rank, x.d_in, x.weight.shape[0]) for x in linears]
         A = None if old is None else old.pairs[0][0]
         if A is None or (old.scales, A.size(1), A.dtype) != (scales, sizes[0][0], dtype):
             zeros = partial(torch.zeros, dtype=dtype, device=self.device)
@@ -530,7 +520,7 @@ class Adapter:
 
     @staticmethod
     def fresh(linears: list[Linear], rank: int, alpha: float, seed: int, device: torch.device) -> "Adapter":
-        size = sum(len(x.parts) * rank * x.d_in + rank * x.weight.size(0) for x in linears)
+        size = sum(len(x.parts) * rank * x.d_in + rank * x.weight.shape[0] for x in linears)
         adapter, g = (
             Adapter(nn.Parameter(torch.zeros(size)), rank, alpha),
             torch.Generator().manual_seed(seed),

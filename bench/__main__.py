@@ -99,6 +99,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, checked."""
     a = with_defaults(FLAGS, parse(__doc__, FLAGS, argv))
     if a.plan:
+        if a.sim_bits and a.sim in ("", a.plan):
+            raise ValueError("--sim-bits is for a --sim that is another body: leave it out, or give --bits")
         return a
     if a.sim or a.bits or a.sim_bits or a.memory is not None:
         raise ValueError("--sim, --bits and --memory belong to --plan BODY: give that too, or leave them out")
@@ -136,7 +138,7 @@ def print_cards(a: argparse.Namespace) -> None:
         for gib in CARDS:
             try:
                 fit, _ = plan.fit(bodies, gib * 2**30, s)
-                cells.append(f"{plan.cached(fit) / 1000:,.0f}{' r' * bool(fit.recompute)}")
+                cells.append(f"{plan.cached(fit) / 1000:,.0f}{' r' * bool(fit.recompute)}{' c' * fit.lend}")
             except ValueError:
                 cells.append("")
         shown = [name + (f" ({bits} bits)" if bits else "") for name, bits in pair]

@@ -68,13 +68,13 @@ def cpu_time(call: Callable[[], object]) -> float:
 
 
 def speed(p: Run, b: Body) -> Iterator[Row]:
-    """8 bits against both, alternating, after prompts of 8 tokens."""
+    """8 bits against both, alternating, after prompts of one token: n steps of `batch` rows."""
     ours, plain = weights.load(b.home, b.dtype, DEVICE, 8), b.ours()
     theirs = b.theirs() if installed("transformers") else None
-    for batch, n in p.few(((1, 4), (3, 4)), ((1, 32), (8, 16), (32, 8), (256, 4))):
+    for batch, n in p.few(((1, 4), (3, 4)), ((1, 32), (8, 8), (32, 6), (256, 3))):
         progress("bits", "sampling", batch)
-        prompts = b.prompts(batch, 8)
-        sides = [partial(generate_ours, engine(body, batch, 8 + n + 1), prompts) for body in (ours, plain)]
+        prompts = b.prompts(batch, 1)
+        sides = [partial(generate_ours, engine(body, batch, n + 2), prompts) for body in (ours, plain)]
         names = ["our fp32"]
         if theirs and batch <= 8:
             sides, names = [*sides, partial(generate_theirs, theirs, prompts)], [*names, "transformers' fp32"]

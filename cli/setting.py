@@ -93,12 +93,13 @@ def load(
         toks = {home: Tokenizer.load(home) for home in dict.fromkeys(homes.values())}
         if questions:
             check_prompts(questions, toks[homes[POLICY]], words, limits.prompt)
+    wanted = {role: (home, bits_of(a, role)) for role, home in homes.items()}
+    kinds = list(dict.fromkeys(wanted.values()))  # the policy's first, as plans want it
     if a.command == "train":
-        print(plan_memory(a, list(dict.fromkeys((homes[r], bits_of(a, r)) for r in homes))), flush=True)
+        print(plan_memory(a, kinds), flush=True)
     dtype = model.DTYPES[a.dtype]
     with screen.waiting("reading weights"):
-        wanted = {role: (home, bits_of(a, role)) for role, home in homes.items()}
-        loaded = {w: (weights.load(w[0], dtype, a.device, w[1]), toks[w[0]]) for w in set(wanted.values())}
+        loaded = {w: (weights.load(w[0], dtype, a.device, w[1]), toks[w[0]]) for w in kinds}
     bodies = {role: loaded[w] for role, w in wanted.items()}
     if bodies and max(body.config.d for body, _ in bodies.values()) < SMALL:
         torch.set_num_threads(1)

@@ -4,9 +4,10 @@ A row x = s X with whole numbers |X| <= 127 * 2^16, and X = 65536 a + 256 b + c 
 
     x M^T = s (65536 a M^T + 256 b M^T + c M^T)
 
-The three products are sums of whole numbers, so they are exact, and x loses 2^-24 of the row's largest
-number, about what fp32 loses. However a batch is cut into rows, sampling and training round alike. CPUs with
-VNNI or AMX multiply 8 bits 4 to 16 times as fast as fp32, and M takes a quarter of the bytes.
+The three products are sums of whole numbers, exact but for sums over 2^24, which are rounded to fp32; x loses
+2^-24 of the row's largest number, about what fp32 loses. However a batch is cut into rows, sampling and
+training round alike. CPUs with VNNI or AMX multiply 8 bits 4 to 16 times as fast as fp32, and M takes a
+quarter of the bytes.
 
 torch's own products of 8-bit weights (_weight_int8pack_mm) round x to bf16, and are slower from 32 rows on.
 """
@@ -21,7 +22,7 @@ ZERO = 128  # is added to a digit: CPUs with VNNI alone multiply unsigned rows w
 ZEROS = torch.tensor(float(ZERO * 0x10101))
 WORTH = torch.tensor([[1.0, 256.0, 65536.0]]) / UNIT  # of c, b and a
 NO_ZERO = torch.zeros(1, dtype=torch.long)
-ROWS = 256  # taken at a time: three digits and three products of each are held
+PARTS = 2**19  # numbers of each of the three products at a time, which are added before they leave the caches
 
 
 def pack(M: Tensor) -> Tensor:
@@ -55,10 +56,12 @@ def digits(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def digit_product(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (N, d_in), M (d_out, d_in) as `pack` makes it, scale and bias (d_out,) -> (x M^T) scale + bias."""
-    if len(x) > ROWS:
-        return torch.cat([digit_product(rows, packed, scale, bias) for rows in x.split(ROWS)])
-    d, top = digits(x.float())
-    given = d.flatten(0, 1), 1.0, ZERO, packed, scale, NO_ZERO, None, 1.0, 0, torch.float32
-    parts = torch.ops.onednn.qlinear_pointwise(*given, "none", [], "")
-    y = torch.mm(WORTH, parts.view(3, -1)).view(len(x), -1).mul_(top)
+    y = torch.empty(len(x), len(scale))
+    rows = min(256, max(16, PARTS // len(scale)))
+    for part, out in zip(x.split(rows), y.split(rows)):
+        d, top = digits(part.float())
+        given = d.flatten(0, 1), 1.0, ZERO, packed, scale, NO_ZERO, None, 1.0, 0, torch.float32
+        parts = torch.ops.onednn.qlinear_pointwise(*given, "none", [], "")
+        torch.mm(WORTH, parts.view(3, -1), out=out.view(1, -1))
+        out.mul_(top)
     return (y if bias is None else y.add_(bias)).to(x.dtype)

@@ -47,9 +47,6 @@ class Quantised:
         m = room(d_out, d_in // GROUP, dtype=torch.int8) if bits == 4 else None
         return Quantised(q, m, room(d_out, dtype=torch.float32), d_in)
 
-    def size(self, dim: int) -> int:
-        return self.shape[dim]
-
     @property
     def nbytes(self) -> int:
         held = self.q, self.m, self.scale
@@ -108,7 +105,8 @@ def product_torch(x: Tensor, W: Quantised, bias: Tensor | None = None) -> Tensor
 
 def gradient_torch(dy: Tensor, W: Quantised) -> Tensor:
     """The reference: dy (N, d_out) -> dx (N, d_in)."""
-    return (dy * W.scale).to(dy.dtype) @ W.integers().to(dy.dtype)
+    wide = torch.float32 if dy.dtype == torch.float16 else dy.dtype  # dy scale is small
+    return ((dy * W.scale).to(wide) @ W.integers().to(wide)).to(dy.dtype)
 
 
 @triton.jit
@@ -181,7 +179,7 @@ def _gradient(
         m_o = i_o < d_out
         at = p_dy + i_n.to(tl.int64)[:, None] * d_out + i_o[None, :]
         dy = tl.load(at, m_n[:, None] & m_o[None, :], other=0.0)
-        dy = (dy * tl.load(p_scale + i_o, m_o, other=0.0)[None, :]).to(dtype)
+        dy = (dy * (128 * tl.load(p_scale + i_o, m_o, other=0.0))[None, :]).to(dtype)  # else 0 in fp16
         q = tl.load(p_q + i_o[:, None] * width + i_i[None, :], m_o[:, None] & m_i[None, :], other=0)
         if BITS == 8:
             w = q.to(dtype)
@@ -190,7 +188,7 @@ def _gradient(
             w = _whole((q >> 4 * half) & 15, p_m, i_o, m_o, first, d_in // GROUP, GROUP, dtype)
         dx = tl.dot(dy, w, dx, input_precision="ieee")
     at = p_dx + i_n.to(tl.int64)[:, None] * d_in + (half * width + i_i)[None, :]
-    tl.store(at, dx.to(dtype), m_n[:, None] & m_i[None, :])
+    tl.store(at, (dx / 128).to(dtype), m_n[:, None] & m_i[None, :])
 
 
 @cache

@@ -285,6 +285,14 @@ def test_bad_flags_are_one_line(capsys, tmp_path):
     assert "--seat-tokens must be at least 1, not -5" in fails(capsys, "--plan", "3b", "--seat-tokens", "-5")
     assert "names no section" in fails(capsys, "--only", ",")
     assert "belong to --plan" in fails(capsys, "--memory", "24")
+    for sim in ((), ("--sim", "3b")):
+        assert "is for a --sim that is another body" in fails(capsys, "--plan", "3b", *sim, "--sim-bits", "4")
+
+
+def test_readme_has_the_planners_cards(capsys):
+    """A change of the planner leaves the table behind, with pairs that no longer fit."""
+    command.main(["--plan", "cards"])
+    assert capsys.readouterr().out in work.README.read_text()
 
 
 # ------------------------------------------------------------------------------------------------- smoke runs

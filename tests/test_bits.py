@@ -19,7 +19,7 @@ from bench.work import Silent
 from cli import flags, plan, setting
 from engine import Engine
 from kernels import quantised
-from model import POLICY, REFERENCE, SIMULATOR, Config, Model
+from model import POLICY, REFERENCE, SIMULATOR
 from rollout import Question, Trajectory, Turn
 
 WIDE = dict(vocab_size=211, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
@@ -161,12 +161,3 @@ def test_one_body_or_two(wide):
     for sim in ({}, {"sim": "self"}, {"sim": "http://127.0.0.1:1/v1"}):
         with pytest.raises(ValueError, match="--sim-bits is for a --sim that is a body of its own"):
             flags.settle("train", given | sim)
-
-
-def test_random_bodies_may_be_quantised_too():
-    """The bench and the tests make bodies in memory."""
-    c = Config("qwen2", vocab=50, d=64, layers=1, heads=2, kv_heads=1, head_dim=32, ffn=64)
-    body = Model(c).init(0, 0.2)
-    before = body(ids(1, 5) % 50, REFERENCE)
-    after = body.quantise(4)(ids(1, 5) % 50, REFERENCE)
-    assert 1e-3 < (before - after).norm() / before.norm() < 0.4 and body.config.bits == 4
