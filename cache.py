@@ -27,6 +27,7 @@ class Cache:
     """Whole seats: seat r is row r of `kv`."""
 
     free: Sequence[int] = range(2**31)  # pages that nobody has: never too few
+    borrowed = 0  # bytes that learning has kept here, at most
 
     def __init__(self, c: Config, seats: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
         self.capacity = self.page = capacity
@@ -81,6 +82,7 @@ class Cache:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             yield
+        self.borrowed = max(self.borrowed, min(taken, len(memory)) * memory.itemsize)
 
 
 class Pages(Cache):

@@ -216,8 +216,10 @@ def learn(
             ranks.part(),
         )  # fmt: skip
         if any(1 in t.mask for t in taught):  # in all processes alike
-            lent = s.engine.pools[POLICY].cache.lent if a.lend else nullcontext
-            updates.append(grpo.learn(s.body, batches, optimizer, objective, a.recompute, lent))
+            cache = s.engine.pools[POLICY].cache
+            lent = cache.lent if a.lend else nullcontext
+            figures = grpo.learn(s.body, batches, optimizer, objective, a.recompute, lent)
+            updates.append(figures | ({"lent_mib": cache.borrowed / 2**20} if a.lend else {}))
     means = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]} if updates else {}
     return means | {"skipped_groups": len(rewards) - len(kept)}
 

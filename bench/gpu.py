@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -119,10 +120,11 @@ def step_row(name: str, c: Config, w: Workload, s: plan.Settings) -> Row:
     progress("gpu", name, s)
     forget_peak()
     body = random_body(c, s.dtype, DEVICE)
-    e = engine(body, s.seats, s.seat_tokens, (POLICY, SIMULATOR), prefill=s.micro_tokens)
+    e = engine(body, s.seats, s.seat_tokens, (POLICY, SIMULATOR), prefill=s.micro_tokens, pages=s.pages)
+    lent = e.pools[POLICY].cache.lent if s.lend else nullcontext
     ts = []
     acting = timed(lambda: ts.extend(w.act(e)))
-    learning = timed(learner(body, ts, w.group, s.micro_tokens, recompute=bool(s.recompute)))
+    learning = timed(learner(body, ts, w.group, s.micro_tokens, recompute=bool(s.recompute), lent=lent))
     planned, real = plan.budget([c], s)["total"], peak()
     ours = f"act {acting:.3g} s ({w.decoded() / acting:,.0f} tok/s), learn {learning:.3g} s"
     note = f"peak {real / 2**30:.2f} GiB, planned {planned / 2**30:.2f}" if DEVICE == "cuda" else ""

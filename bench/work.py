@@ -6,7 +6,7 @@ Not real text: except in prompts, ids are random, which does not change the cost
 import math
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -236,14 +236,15 @@ def rewards(n: int) -> list[float]:
 
 
 def learner(
-    body: Model, ts: list[Trajectory], group: int, tokens: int, kl: float = 1e-3, recompute: bool = False
-) -> Callable[[], dict]:
+    body: Model, ts: list[Trajectory], group: int, tokens: int, kl: float = 1e-3, recompute: bool = False,
+    lent: Callable = nullcontext,
+) -> Callable[[], dict]:  # fmt: skip
     """An update of the policy's adapter, in micro-batches of `tokens`; it returns its health figures."""
     optimizer = torch.optim.AdamW([body.adapter(POLICY)], lr=1e-5)
 
     def update() -> dict:
         adv = recipes.advantages(torch.tensor(rewards(len(ts))).view(-1, group)).flatten().tolist()
         batches = grpo.make_batches(ts, adv, tokens, body.device)
-        return grpo.learn(body, batches, optimizer, recipes.Objective(kl=kl), recompute)
+        return grpo.learn(body, batches, optimizer, recipes.Objective(kl=kl), recompute, lent)
 
     return update

@@ -286,21 +286,21 @@ def fit(bodies: Bodies, memory: float, s: Settings, useful: int = 640) -> tuple[
     seats is taken, else the one with the largest cache. Raises ValueError with the arithmetic if not even
     2 seats fit.
 
-    With the kernels the cache has pages: all useful seats, and as many pages as fit, so that few seats can be
-    full at a time (the engine preempts some if more would be).
+    With the kernels the cache has pages: all useful seats (fewer where not each would have a page), and as
+    many pages as fit, so that few seats can be full at a time (the engine preempts some if more would be).
     """
     room, found = memory * (1 - SPARE), []
     enough = min(useful, ENOUGH) * s.seat_tokens * (LIKELY if s.kernels else 1)
+    enough = min(enough, s.seats * s.seat_tokens) if s.seats else enough
     for trial in _trials(s):
-        trial = replace(
-            trial, seats=s.seats or (useful if s.kernels else _seats(bodies, room, trial, useful))
-        )
         if s.kernels:
-            trial = replace(trial, pages=s.pages or _pages(bodies, room, trial))
+            trial = _paged(bodies, room, trial, useful)
+        elif not s.seats:
+            trial = replace(trial, seats=_seats(bodies, room, trial, useful))
         b = budget(bodies, trial)
         if trial.seats >= 2 and b["total"] <= room:
             found.append((trial, b))
-            if cached(trial) >= min(enough, trial.seats * s.seat_tokens):
+            if cached(trial) >= enough:
                 return trial, b
     if not found:
         raise ValueError(_refusal(bodies, room, s))
@@ -322,6 +322,16 @@ def _trials(s: Settings) -> list[Settings]:
     ways = [(False, False), *[(False, True)] * s.kernels, (True, False)]
     ways = [way for way in ways if s.recompute in (None, way[0])]
     return [replace(s, micro_tokens=n, recompute=way, lend=lend) for way, lend in ways for n in sizes]
+
+
+def _paged(bodies: Bodies, room: float, s: Settings, useful: int) -> Settings:
+    """Settings with seats and pages: seats that are not given are halved until each has a page at least."""
+    for seats in [s.seats] if s.seats else [max(2, useful >> n) for n in range(useful.bit_length())]:
+        found = replace(s, seats=seats)
+        found = replace(found, pages=s.pages or _pages(bodies, room, found))
+        if found.pages >= seats and budget(bodies, found)["total"] <= room:
+            break
+    return found
 
 
 def _pages(bodies: Bodies, room: float, s: Settings) -> int:

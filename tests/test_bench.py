@@ -198,6 +198,17 @@ def test_nothing_ends_a_silent_turn(body):
     assert [len(s) for s in said] == [40] * 3
 
 
+def test_a_planned_step_acts_and_learns_as_planned(monkeypatch):
+    """With the planner's seats but pages for all of them to be full, the step of 24 GiB would allocate 90."""
+    made, plain = [], gpu.engine
+    monkeypatch.setattr(gpu, "engine", lambda *a, **more: made.append(plain(*a, **more)) or made[-1])
+    w = replace(work.SMALL, vocab=SHAPE.vocab, prompt=80)
+    s = plan.Settings(6, w.context + 1, 64, False, dtype=torch.float32, pages=5, lend=True)
+    gpu.step_row("a step", replace(SHAPE, layers=3), w, s)
+    cache = made[0].pools[POLICY].cache
+    assert len(cache.owners) == 5 and cache.borrowed > 0.5 * cache.kv.nbytes
+
+
 def test_the_counted_work_is_the_workload():
     """Counts of other episodes than those of the table's heading would be compared with other machines'."""
     w = Searching()

@@ -305,24 +305,25 @@ def capturing(graph, pool=None):
 
 def test_a_graph_that_is_replayed_is_the_eager_step(body, monkeypatch, watched):
     """What the host decides at capture (rows of the table, roles, stops, adapters) stays as it was then: a
-    run from graphs must be the run without, when pages move, and when the adapters have changed since."""
+    run from graphs must be the run without, when pages move, when seats are preempted, and when the adapters
+    have changed since."""
 
     def twice(seats, **more):
-        engine, out = Engine({POLICY: (body, TOK), SIMULATOR: (body, TOK)}, seats, 400, **more), []
+        engine, out = Engine({POLICY: (body, TOK), SIMULATOR: (body, TOK)}, seats, 200, **more), []
         for factor in (4, 1 / 4):
             out.append([ids for ids, _ in engine.run([wanderer(i, i) for i in range(12)])])
             with torch.no_grad():
                 body.adapter(POLICY).mul_(factor)
-        return engine.pools[POLICY].cache, out
+        return engine, out
 
     _, want = twice(64)
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "compiled", lambda x: True)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", capturing)
-        cache, got = twice(9, pages=20)
+        engine, got = twice(9, pages=25, page=8)
     assert got == want and want[0] != want[1]
-    assert isinstance(cache, Pages) and 3 < Graph.captured < 12
+    assert engine.stats.preempted and 3 < Graph.captured < 12
 
 
 class Captured(TorchDispatchMode):

@@ -226,6 +226,25 @@ def test_few_seats_can_be_full_at_a_time():
         plan.fit([plan.shape("3b")], 7.8 * 2**30, Settings())
 
 
+def test_seats_are_no_more_than_have_a_page_each():
+    """All 16,384 that such a step can fill would take 10 GB of logits: it was refused at 12 GiB as too large
+    "even with --seats 2", of which the arithmetic said that they fit."""
+    s, b = plan.fit([plan.shape("3b")], 12 * 2**30, Settings(), useful=16384)
+    assert 640 <= s.seats <= s.pages and b["total"] <= 12 * 2**30 * (1 - plan.SPARE)
+    s, _ = plan.fit([plan.shape("3b")], 24 * 2**30, Settings(), useful=1)
+    assert s.seats == 2 and s.pages == 128 and not s.lend
+
+
+def test_a_cpu_gets_the_seats_before_the_fastest_learning():
+    """The first settings with 2 seats were taken there: 8 for a 3B body in 24 GiB."""
+    c = plan.shape("3b")
+    s, _ = plan.fit([c], 24 * 2**30, Settings(kernels=False, dtype=torch.float32))
+    smallest = Settings(0, 4096, 4096, True, kernels=False, dtype=torch.float32)
+    assert s.seats == plan.fit([c], 24 * 2**30, smallest)[0].seats > 8
+    s, _ = plan.fit([plan.shape("0.5b")], 48 * 2**30, Settings(kernels=False))
+    assert s.seats >= plan.ENOUGH and s.micro_tokens == 8192
+
+
 def test_commands_that_only_act_take_as_many_pages_as_fit(monkeypatch):
     """A decode step of 16 rows costs a GPU nearly as much as one of 128; two bodies leave room for fewer
     pages, and two full seats must have room."""

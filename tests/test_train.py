@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +15,7 @@ import recipes
 import servers
 import train
 import weights
-from cli import flags, screen
+from cli import flags, plan, screen
 from model import SIMULATOR
 from recipes import Objective
 from rollout import Question, Trajectory
@@ -292,6 +292,28 @@ def test_a_simulator_on_a_server_may_fail_and_the_run_goes_on(tmp_path, capsys, 
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
     place.close()
+
+
+def test_a_run_that_learns_in_the_caches_memory_learns_the_same(tiny, tmp_path, monkeypatch):
+    """Policy and critic, with what the planner chooses for a GPU with little memory: pages, and activations
+    among them. The second step acts in pages that held activations."""
+    argv = [*SHORT, "--steps", "2", "--sft-steps", "0", "--eval-questions", "0", "--no-audit"]
+    argv += ["--algorithm", "ppo", "--entropy", "0.1"]  # a gradient although rewards are equal
+    fit, after = plan.fit, {}
+    for lend in (False, True):
+
+        def on_a_gpu(*args, lend=lend):
+            s, b = fit(*args)
+            return replace(s, lend=lend, pages=plan.most_pages(replace(s, seats=3))), b
+
+        monkeypatch.setattr(plan, "fit", on_a_gpu)
+        run("--out", tmp_path / f"{lend}", *argv)
+        after[lend] = load_file(tmp_path / f"{lend}" / "state.safetensors")
+    rows, lent = log_of(tmp_path / "False"), log_of(tmp_path / "True")
+    assert all(row.pop("lent_mib") > 0.05 for row in lent) and "lent_mib" not in rows[0]
+    assert [row["length"] for row in lent] == [row["length"] for row in rows]
+    assert all(row["grad_norm"] > 0 and row["critic_norm"] > 0 for row in rows)
+    assert all(torch.allclose(after[True][k].float(), x.float(), atol=1e-6) for k, x in after[False].items())
 
 
 def test_audits_of_steps_are_weighed_by_their_searches():
