@@ -193,7 +193,8 @@ def test_the_learning_rate_is_whole_at_once_and_falls_to_the_end(tiny, monkeypat
     )
     a = settle(steps=10, questions=1, group=2)
     t = Trajectory(Question("q", ("a",)), ids=[1, 2], mask=[0, 1], logps=[0.0, -1.0])
-    s = type("S", (), {"body": None})
+    pool = SimpleNamespace(cache=None)
+    s = SimpleNamespace(body=None, engine=SimpleNamespace(pools={train.POLICY: pool}))
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     for step in range(10):
         train.learn(a, s, step, [t, t], torch.tensor([[0.0, 1.0]]), torch.tensor([[-1.0, 1.0]]), optimizer)
