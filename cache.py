@@ -17,9 +17,7 @@ from torch import Tensor
 
 from model import Config, Window
 
-PAGE = (
-    64  # tokens of a page; prompts that begin alike share whole pages, on a CPU as copies of so many tokens
-)
+PAGE = 64  # tokens; prompts that begin alike share whole pages, on a CPU as copies of so many tokens
 ALIGNED = 128  # numbers: where a lent tensor may begin
 
 

@@ -240,9 +240,7 @@ class Update:
 class Window:
     """Adjacent rows of the cache (cache.py), with their cached lengths and their numbers of new tokens."""
 
-    layers: tuple[
-        Tensor, ...
-    ]  # per layer (pages, 2 KV, tokens of a page, D): the heads of k, then those of v
+    layers: tuple[Tensor, ...]  # each (pages, 2 KV, tokens of a page, D): the heads of k, then those of v
     upto: int  # positions of a row that attention covers
     start: Tensor  # (B,) tokens that each row already holds
     lens: Tensor | None = None  # (B,) new tokens of each row; None: all are real

@@ -68,7 +68,7 @@ GRIDS: dict[str, dict[str, str]] = {  # grid -> variant -> flags of train.py; th
 }
 # With a body that seldom searches again, noise has more to teach. First:
 #     python -m toy.make --again 300 --retries .02 --out runs/hasty
-GRIDS["hasty"] = {k: f"{v} --data toy --policy runs/hasty" for k, v in GRIDS["curriculum"].items()}
+GRIDS["hasty"] = {k: f"{v} --data toy --policy runs/hasty".strip() for k, v in GRIDS["curriculum"].items()}
 FLAGS = {
     "what is run": [
         Flag("grid", str, NEEDED, f"one of {', '.join(GRIDS)}", "GRID", bare=True),
@@ -227,7 +227,7 @@ def table(a: argparse.Namespace, results: dict[str, dict[int, dict]]) -> str:
     lines = [heads, ["---"] * len(heads)]
     for variant, mine in results.items():
         flags = GRIDS[a.grid][variant]
-        cells = [variant, f"`{flags.strip()}`" if flags else "", str(len(mine))]
+        cells = [variant, f"`{flags}`" if flags else "", str(len(mine))]
         cells += [shown([figure(row, path) for row in mine.values()], ".3f") for path in COLUMNS.values()]
         for path in (COLUMNS[name] for name in PAIRED if mine is not base):
             pairs = [(figure(row, path), figure(base.get(seed), path)) for seed, row in mine.items()]

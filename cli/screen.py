@@ -104,17 +104,15 @@ def run(main: Callable[[], None]) -> None:
         main()
     except torch.OutOfMemoryError as e:
         fail(f"out of memory ({str(e).splitlines()[0]}): give --memory, or fewer --seats")
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "can't allocate memory" not in str(e):  # torch's, on a CPU
-            sys.stderr = sys.__stderr__  # a bug shows in any process
-            raise
-        fail("out of memory: see --memory, --seats and --micro-tokens, or stop other programs")
     except (ValueError, OSError, SafetensorError) as e:
         fail(str(e))
     except KeyboardInterrupt:
         end("interrupted", 130)
-    except Exception:
-        sys.stderr = sys.__stderr__
+    except Exception as e:
+        torchs = isinstance(e, RuntimeError) and "can't allocate memory" in str(e)  # on a CPU
+        if torchs or isinstance(e, MemoryError):
+            fail("out of memory: see --memory, --seats and --micro-tokens, or stop other programs")
+        sys.stderr = sys.__stderr__  # a bug shows in any process
         raise
     finally:
         if ranks.world() > 1:  # torchrun's SIGTERM is late: do not end twice

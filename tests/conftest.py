@@ -47,6 +47,18 @@ def random_body(path, config, *init):
     return path
 
 
+def two_roles(config):
+    """A random body whose policy and simulator differ."""
+    from model import POLICY, SIMULATOR, Model
+
+    model = Model(config).init(0, std=0.3)
+    for role in (POLICY, SIMULATOR):
+        model.add_role(role, rank=4, alpha=8)
+        g = torch.Generator().manual_seed(role)
+        model.adapter(role).data += torch.randn(model.adapter(role).shape, generator=g) * 0.05
+    return model
+
+
 @pytest.fixture(scope="module")
 def body(tmp_path_factory):
     """A random body of the toy's family: the folder of its checkpoint."""

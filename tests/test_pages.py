@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import two_roles
 from test_rollout import SHAPE, TOK, roam, wanderer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +20,7 @@ from cache import Cache, Pages
 from cli import flags
 from cli.setting import find_bodies, load
 from engine import Engine, Pool
-from model import POLICY, SIMULATOR, Config, Model, Stack
+from model import POLICY, SIMULATOR, Config, Stack
 from recipes import Objective
 from rollout import Question, Trajectory, Turn
 from tasks import kind
@@ -159,12 +160,7 @@ def test_any_schedule_comes_to_its_end_and_says_what_it_should(monkeypatch, watc
 @pytest.fixture(scope="module")
 def body():
     """A random body whose two roles differ."""
-    model = Model(SHAPE).init(0, std=0.3)
-    for role in (POLICY, SIMULATOR):
-        model.add_role(role, rank=4, alpha=8)
-        g = torch.Generator().manual_seed(role)
-        model.adapter(role).data += torch.randn(model.adapter(role).shape, generator=g) * 0.05
-    return model
+    return two_roles(SHAPE)
 
 
 @pytest.mark.parametrize("seats", [3, 64])

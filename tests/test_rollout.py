@@ -11,6 +11,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+from conftest import two_roles
 
 import engine as engine_file
 import kernels
@@ -19,7 +20,7 @@ from engine import Engine, Pool, bucket
 from eval import live
 from evaluation.live import shown
 from kernels import linear_logp
-from model import POLICY, SIMULATOR, Config, Model, Stack
+from model import POLICY, SIMULATOR, Config, Stack
 from rollout import (
     DOCUMENTS,
     TOKENS,
@@ -224,12 +225,7 @@ SHAPE = Config("qwen2", vocab=128, d=32, layers=2, heads=4, kv_heads=2, head_dim
 @pytest.fixture(scope="module")
 def body():
     """A random body whose two roles differ."""
-    model = Model(SHAPE).init(0, std=0.3)
-    for role in (POLICY, SIMULATOR):
-        model.add_role(role, rank=4, alpha=8)
-        g = torch.Generator().manual_seed(role)
-        model.adapter(role).data += torch.randn(model.adapter(role).shape, generator=g) * 0.05
-    return model
+    return two_roles(SHAPE)
 
 
 def writer(query):
