@@ -122,11 +122,11 @@ class Pool:
         self.model, self.tok, self.tensor = model, tok, partial(torch.tensor, device=model.device)
         self.capacity, self.budget, self.reserve = capacity, prefill, reserve
         self.patience = PATIENCE if gpu else 0
+        self.stack: Stack = model.stacked(None)  # before the cache takes the memory: matrices may move
         sizes = model.config, seats, capacity, model.dtype, model.device
         self.cache = Pages(*sizes, pages, page) if page < capacity else Cache(*sizes)
         self.stops: dict[tuple[str, ...], int] = {}
         self.closers = torch.zeros(0, model.config.vocab, dtype=torch.bool, device=model.device)
-        self.stack: Stack | None = None
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by rows
         self.warp: Warp | None = None
 

@@ -183,11 +183,26 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(parts.values()), d_in), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(sum(parts.values())), requires_grad=False) if bias else None
         self.packed: kernels.Packed | None = None  # see Model.pack
+        self.joined: list[Tensor] = []  # see `join`
+
+    def join(self, rows: int) -> Tensor:
+        """Room for so many rows of A below the matrix -> that room (rows, d_in). `weight` and `bias` become
+        views of the beginning of `joined`: nothing but decoding sees the rest."""
+        n, size = len(self.weight), len(self.weight) + kernels.below(rows)
+        held = [p for p in (self.weight, self.bias) if p is not None]
+        if [(len(x), x.data_ptr()) for x in self.joined] != [(size, p.data_ptr()) for p in held]:
+            with torch.inference_mode(False):  # autograd refuses tensors of that mode
+                self.joined = [torch.cat((p, p.new_zeros(size - n, *p.shape[1:]))) for p in held]
+                for p, x in zip(held, self.joined):
+                    p.data = x[:n]
+        return self.joined[0][n : n + rows]
 
     def forward(self, x: Tensor, lora: "Update | None") -> Tensor:
         """x (B, T, d_in) -> (B, T, sum of the parts), with the role's LoRA update added."""
         if lora is not None and lora.weight is None and torch.is_grad_enabled():
             return kernels.lora_linear(x, self.weight, self.bias, lora.A, lora.B, lora.scale)
+        if lora is not None and lora.weight is not None and self.joined:
+            return kernels.expand(F.linear(x, *self.joined), lora.B, lora.weight)
         y = product(x, self.weight, self.packed, self.bias)
         if lora is not None:
             adapt(y, x.to(y.dtype), lora)
@@ -440,8 +455,8 @@ class Model(nn.Module):
     def stacked(self, old: "Stack | None" = None) -> "Stack":
         """A copy of all roles' adapters in the type of the matmuls, for decoding with one role per row.
 
-        `old`, if its scales, rank and type still hold, is overwritten in place, for the CUDA graphs that read
-        it. Lower ranks are padded with zeros.
+        `old`, if its scales, rank, type and place still hold, is overwritten in place, for the CUDA graphs
+        that read it. Lower ranks are padded with zeros. On a GPU A lies below the matrices (kernels/lora.py).
         """
         linears, roles = list(self.linears()), range(1, ROLES + 1)
         mine = {r: self.roles[r] for r in roles if r in self.roles}
@@ -451,9 +466,13 @@ class Model(nn.Module):
         dtype = self.dtype if plain else self.packed_head.weight.dtype
         sizes = [(len(x.parts) * rank, x.d_in, x.weight.shape[0]) for x in linears]
         A = None if old is None else old.pairs[0][0]
-        if A is None or (old.scales, A.size(1), A.dtype) != (scales, sizes[0][0], dtype):
+        join = kernels.joins(self.embed) and any(scales) and self.packed_head is None and not self.config.bits
+        room = [x.join(ROLES * k).view(ROLES, k, i) for x, (k, i, _) in zip(linears, sizes) if join]
+        moved = any(x.data_ptr() != pair[0].data_ptr() for x, pair in zip(room, old.pairs if old else ()))
+        if A is None or moved or (old.scales, A.size(1), A.dtype) != (scales, sizes[0][0], dtype):
             zeros = partial(torch.zeros, dtype=dtype, device=self.device)
-            pairs = [(zeros(ROLES, k, i), zeros(ROLES, k, o)) for k, i, o in sizes]
+            room = room or [zeros(ROLES, k, i) for k, i, _ in sizes]
+            pairs = [(A, zeros(ROLES, k, o)) for A, (k, _, o) in zip(room, sizes)]
             scale, index = (torch.tensor(x, device=self.device) for x in (scales, roles))
             old = Stack(pairs, scales, scale, index)
         for role, adapter in mine.items():

@@ -152,6 +152,16 @@ def blocks(c: Config, rank: int) -> tuple[int, int]:
     return c.layers * A, c.layers * B
 
 
+def stack(c: Config, rank: int, s: Settings) -> int:
+    """Bytes of the adapters as decoding reads them; with the kernels A lies below W, padded, and a bias is as
+    long as both."""
+    joined = s.kernels and not c.bits
+    rows = [(d_in, ROLES * rank * len(parts)) for d_in, parts in linears(c)]
+    rows = [(d_in, kernels.below(k)) for d_in, k in rows] if joined else rows
+    A = c.layers * (sum(d_in * k for d_in, k in rows) + rows[0][1] * c.qkv_bias * joined)
+    return (A + ROLES * blocks(c, rank)[1]) * product_type(c, s).itemsize
+
+
 def cache_token(c: Config, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values."""
     return 2 * c.layers * c.kv_heads * c.head_dim * dtype.itemsize
@@ -205,7 +215,8 @@ def acting(c: Config, s: Settings) -> dict[str, float]:
     """Peak bytes of one body: in prefill of prompts and documents, and in a decode step."""
     size, tokens = s.dtype.itemsize, max(s.micro_tokens, s.seat_tokens)
     if s.kernels:
-        feeding, logits = tokens * (4 * c.d + 3 * c.ffn) * size, s.seats * c.vocab * 4  # fp32 from any type
+        wide = 4 * c.d + 3 * c.ffn if c.bits else 3 * c.d + 4 * c.ffn  # `expand` writes a tensor of its own
+        feeding, logits = tokens * wide * size, s.seats * c.vocab * 4  # fp32 from any type
     else:  # attention's mask; sampling makes four fp32 tables, in addition to logits in bf16 or fp16
         fed = 4 * (c.d + c.ffn) * product_type(c, s).itemsize
         feeding = tokens * (fed + s.seat_tokens * size)
@@ -221,8 +232,7 @@ def budget(bodies: Bodies, s: Settings) -> dict[str, int]:
     n, n_sim = adapter(bodies[0], s.rank), adapter(bodies[-1], s.sim_rank)
     n += adapter(bodies[0], s.critic_rank) + bodies[0].d if s.critic_rank else 0  # it never decodes
     ranks = [max(s.rank, s.sim_rank)] if len(bodies) == 1 else [s.rank, s.sim_rank]
-    sizes = [product_type(c, s).itemsize for c in bodies]
-    stacks = sum(ROLES * sum(blocks(c, k)) * size for c, k, size in zip(bodies, ranks, sizes))
+    stacks = sum(stack(c, k, s) for c, k in zip(bodies, ranks))
     tables = sum(8 * min(c.context, 32768) * (c.head_dim // 2) for c in bodies)  # cosines and sines
     copies = sum(packed(c, s) for c in bodies)
     held = {

@@ -24,7 +24,7 @@ from .cached_attention import cached_attention
 from .digits import can_pack as packs_bits
 from .launch import compiled
 from .linear_logp import linear_logp
-from .lora import lora
+from .lora import below, expand, joins, lora
 from .lora_linear import lora_linear, mm_fp32
 from .packed_linear import MANY, Packed, fast_type, pack, packed_linear
 from .place import Place

@@ -4,10 +4,13 @@
 
 weight[b, r] is the adapter's scale where row b has role r + 1, else 0: policy and simulator share a batch.
 Every row is multiplied with the A of all adapters and the thin result is masked: that costs little, no shape
-depends on data, and rows need no sorting. On a GPU there are two small launches: shrink (x A^T for all roles,
-its long sum split over processors) and expand (sum the splits, weight them, multiply by B, add to y). In one
-launch every program would read all of x and A: 2.1 MB for 64 rows of a 3B model's down projection. Training
-is in lora_linear.py.
+depends on data, and rows need no sorting. In one launch every program would read all of x and A: 2.1 MB for
+64 rows of a 3B model's down projection. So on a GPU there are two:
+- A of all roles lies below W, as further rows of one matrix, so that the base's own product gives x A^T too;
+  `expand` weights that, multiplies it by B and adds it to y. One small launch beside the product.
+- Below a quantised W there is no room for A. `lora`: shrink (x A^T, its long sum split over processors), then
+  expand, which also sums the splits.
+Training is in lora_linear.py.
 """
 
 from collections.abc import Iterator
@@ -18,8 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import Target, cdiv, check, check_fit, choose, next_power_of_2, target, tl, triton
+from .launch import FORCED, Target, cdiv, check, check_fit, choose, next_power_of_2, target, tl, triton
 from .tools import measure
+
+
+def joins(x: Tensor) -> bool:
+    """Whether A lies below W on x's device: where kernels are used. A CPU has layouts of its own for W."""
+    return x.device.type != "cpu" or FORCED == "triton"
+
+
+def below(rows: int) -> int:
+    """Rows below W for so many of A: a multiple of 16, else the product is not stored in whole vectors."""
+    return cdiv(rows, 16) * 16
 
 
 def lora_torch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
@@ -31,6 +44,13 @@ def lora_torch(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> Te
     middle.view(len(x), -1, *A.shape[:2]).mul_(weight[:, None, :, None])
     y.flatten(0, 1).addmm_(middle, B.flatten(0, 1))
     return y
+
+
+def expand_torch(z: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+    """The reference: z (b, T, o + `below`(R k)), x times W and the A below it -> y (b, T, o)."""
+    R, k, o = B.shape
+    middle = z[..., o : o + R * k].unflatten(2, (R, k)) * weight[:, None, :, None]
+    return z[..., :o] + middle.flatten(2).to(z.dtype) @ B.flatten(0, 1)
 
 
 @triton.jit
@@ -54,7 +74,7 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    p_y, p_middle, p_b, p_weight, n_rows, T, d_out, k, R: tl.constexpr,
+    p_base, p_middle, p_b, p_weight, p_y, s_base, s_middle, n_rows, T, d_out, k, R: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,16 +87,16 @@ def _expand(
         for start in range(0, k, BLOCK_K):
             i_k = start + tl.arange(0, BLOCK_K)
             m_k = i_k < k
-            i = (i_n * (R * k) + r * k)[:, None] + i_k[None, :]
+            i = (i_n.to(tl.int64) * s_middle + r * k)[:, None] + i_k[None, :]
             middle = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
             for split in tl.static_range(SPLITS):
-                middle += tl.load(p_middle + split * n_rows * (R * k) + i, mine & m_k[None, :], other=0.0)
+                middle += tl.load(p_middle + split * n_rows * s_middle + i, mine & m_k[None, :], other=0.0)
             i = (r * k + i_k)[:, None] * d_out + i_o[None, :]
             b = tl.load(p_b + i, m_k[:, None] & m_o[None, :], other=0.0)
             dy = tl.dot((middle * weight[:, None]).to(b.dtype), b, dy, input_precision="ieee")
-    i, m = i_n.to(tl.int64)[:, None] * d_out + i_o[None, :], m_n[:, None] & m_o[None, :]
-    y = tl.load(p_y + i, m, other=0.0).to(tl.float32) + dy
-    tl.store(p_y + i, y.to(p_y.dtype.element_ty), m)
+    i_n, m = i_n.to(tl.int64)[:, None], m_n[:, None] & m_o[None, :]
+    y = tl.load(p_base + i_n * s_base + i_o[None, :], m, other=0.0).to(tl.float32) + dy
+    tl.store(p_y + i_n * d_out + i_o[None, :], y.to(p_y.dtype.element_ty), m)
 
 
 def _block(n: int, most: int) -> int:
@@ -111,11 +131,25 @@ def lora_triton(y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> T
     grid = rows, cdiv(C, shrink["BLOCK_C"]), splits
     _shrink[grid](x.contiguous(), A, middle, n, i, C, span, **shrink)
     grid = rows, cdiv(o, expand["BLOCK_O"])
-    _expand[grid](y, middle, B, weight.contiguous(), n, T, o, k, R=R, **expand)
+    _expand[grid](y, middle, B, weight.contiguous(), y, o, C, n, T, o, k, R=R, **expand)
+    return y
+
+
+def expand_triton(z: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+    """The same on a GPU. ValueError if shapes or types disagree, or if z or B is not contiguous."""
+    (b, T, S), (R, k, o) = z.shape, B.shape
+    fits = o + below(R * k) == S and weight.shape == (b, R) and z.dtype == B.dtype
+    check_fit(fits, z=z, B=B, weight=weight)
+    check(z.is_contiguous() and B.is_contiguous(), "z and B must be contiguous")
+    n, y = b * T, z.new_empty(b, T, o)
+    _, blocks = config(n, 0, o, R, k, 8 * z.element_size(), target())  # no sum is left to split
+    grid = cdiv(n, blocks["BLOCK_N"]), cdiv(o, blocks["BLOCK_O"])
+    _expand[grid](z, z[..., o:], B, weight.contiguous(), y, S, S, n, T, o, k, R=R, **blocks)
     return y
 
 
 lora = choose(lora_torch, lora_triton)
+expand = choose(expand_torch, expand_triton)
 
 
 def layers(m: measure.Model, rank: int) -> Iterator[tuple[str, int, int, int]]:
@@ -127,19 +161,27 @@ def layers(m: measure.Model, rank: int) -> Iterator[tuple[str, int, int, int]]:
     yield "down", m.ffn, m.d, rank
 
 
-def _with_base(f):
-    return lambda x, W, *adapters: f(F.linear(x, W), x, *adapters)
+def _apart(f):
+    return lambda x, WA, A, B, weight: f(F.linear(x, WA[: B.size(2)]), x, A, B, weight)
+
+
+def _joined(f):
+    return lambda x, WA, A, B, weight: f(F.linear(x, WA), B, weight)
 
 
 def cases(m: measure.Model, device: str) -> Iterator[measure.Case]:
-    """One row, all seats, and a prefill of 128 tokens per seat, through each of the four layers."""
-    rivals = {"torch": _with_base(lora_torch), "base alone": lambda x, W, *adapters: F.linear(x, W)}
+    """One row, all seats, a prefill of 128 tokens a seat, in each layer: A below W, and apart from it."""
+    rivals = {"torch": _joined(expand_torch), "apart": _apart(lora_triton)}
+    rivals |= {"base alone": lambda x, WA, A, B, weight: F.linear(x, WA[: B.size(2)])}
     sizes = ((1, 1), (m.seats, 1), (m.seats, 128 if m.seats > 3 else 3))
     layer = (one for rank in (m.rank, 4 * m.rank) for one in layers(m, rank))
     for (name, i, o, k), (b, T) in product(layer, sizes):
-        shapes = (b, T, i), (o, i), (2, k, i), (2, k, o)
-        given = [torch.randn(shape, dtype=m.dtype, device=device) for shape in shapes]
+        shapes = (b, T, i), (o + below(2 * k), i), (2, k, o)
+        x, WA, B = (torch.randn(shape, dtype=m.dtype, device=device) for shape in shapes)
         weight = torch.eye(2, device=device)[torch.arange(b, device=device) % 2]  # (b, 2)
-        moved = sum(x.nbytes for x in given) + b * T * o * m.dtype.itemsize
+        given = x, WA, WA[o : o + 2 * k].view(2, k, i), B, weight
+        moved = x.nbytes + WA.nbytes + B.nbytes + b * T * o * m.dtype.itemsize
         name = f"{name} {b} x {T}, {i} to {o}, + {k}"
-        yield measure.versus(name, _with_base(lora_triton), rivals, *given, weight, bytes=moved)
+        yield measure.versus(f"joined, {name}", _joined(expand_triton), rivals, *given, bytes=moved)
+        plain = {"torch": _apart(lora_torch)}
+        yield measure.versus(f"apart, {name}", _apart(lora_triton), plain, *given, bytes=moved)

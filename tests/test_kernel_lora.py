@@ -3,12 +3,25 @@
 import pytest
 import torch
 
-from kernels.lora import lora_torch, lora_triton
+from kernels.lora import below, expand_torch, expand_triton, lora_torch, lora_triton
 from kernels.tools.measure import relative_rms
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 BOTH = pytest.mark.parametrize("function", [lora_torch, lora_triton])
+EXPANDS = pytest.mark.parametrize("function", [expand_torch, expand_triton])
 DTYPES = pytest.mark.parametrize("dtype", BOUND)
+SIZES = pytest.mark.parametrize(
+    "b,T,i,o,k",
+    [
+        (1, 1, 64, 96, 48),
+        (65, 1, 48, 100, 16),
+        (3, 1, 1100, 33, 96),
+        (3, 21, 40, 72, 24),
+        (111, 1, 16, 40, 8),
+        (7, 3, 37, 53, 5),
+    ],
+    ids=str,
+)
 
 
 def rows(b, T, i, o, k, dtype, device, R=2):
@@ -31,18 +44,7 @@ def truth(y, x, A, B, weight):
 
 @BOTH
 @DTYPES
-@pytest.mark.parametrize(
-    "b,T,i,o,k",
-    [
-        (1, 1, 64, 96, 48),
-        (65, 1, 48, 100, 16),
-        (3, 1, 1100, 33, 96),
-        (3, 21, 40, 72, 24),
-        (111, 1, 16, 40, 8),
-        (7, 3, 37, 53, 5),
-    ],
-    ids=str,
-)
+@SIZES
 def test_rows_with_roles_equal_fp64(device, filled_with_nan, function, b, T, i, o, k, dtype):
     """A rank that is no power of two, a sum split over programs, a block half empty, a role mistaken."""
     args = rows(b, T, i, o, k, dtype, device)
@@ -98,3 +100,67 @@ def test_bad_rows(device):
     ):
         with pytest.raises(ValueError):
             lora_triton(*bad)
+
+
+def beside(y, x, A, B, weight, fill=torch.nan):
+    """What the product of x with W and the A below it gives: y, x A^T of all roles, and what the padding of
+    that matrix gives. And truth: the middle as it was rounded there."""
+    middle = torch.einsum("bti,rki->btrk", x.float(), A.float()).to(y.dtype)
+    n = middle[0, 0].numel()
+    z = torch.cat((y, middle.flatten(2), y.new_full((*y.shape[:2], below(n) - n), fill)), 2)
+    rows = middle.double() * weight[:, None, :, None].double()
+    return z, y.double() + torch.einsum("btrk,rko->bto", rows, B.double())
+
+
+@EXPANDS
+@DTYPES
+@SIZES
+def test_a_middle_that_lies_beside_y(device, filled_with_nan, function, b, T, i, o, k, dtype):
+    """The strides of y and of the middle are those of a wider tensor; what lies behind them is padding."""
+    y, x, A, B, weight = rows(b, T, i, o, k, dtype, device)
+    z, want = beside(y, x, A, B, weight)
+    got = function(z, B, weight)
+    assert got.is_contiguous() and relative_rms(got, want) <= BOUND[dtype]
+
+
+@EXPANDS
+@pytest.mark.parametrize("k", [1, 16, 64])
+def test_ranks_and_a_single_role(device, filled_with_nan, function, k):
+    """Ranks below a block, of one and of many, and one adapter alone."""
+    for R in (1, 2):
+        y, x, A, B, weight = rows(9, 2, 33, 130, k, torch.float32, device, R)
+        z, want = beside(y, x, A, B, weight)
+        assert relative_rms(function(z, B, weight), want) <= 1e-5
+
+
+@EXPANDS
+@DTYPES
+def test_without_an_adapter_y_is_the_products_own(device, function, dtype):
+    """Policy and reference come from one product: a row of role 0 must keep what it gave."""
+    y, x, A, B, weight = rows(7, 3, 40, 50, 16, dtype, device)
+    z, _ = beside(y, x, A, B, weight)
+    got, plain = function(z, B, weight), (weight == 0).all(1)
+    assert plain.any() and torch.equal(got[plain], y[plain])
+    assert (got != y)[~plain].any(-1).all()
+
+
+def test_no_row_knows_of_another_or_of_another_role(device, program_order):
+    """A middle that overflowed is another role's, or another seat's: 0 times infinity is no zero."""
+    y, x, A, B, weight = rows(7, 1, 64, 48, 16, torch.bfloat16, device)
+    z, _ = beside(y, x, A, B, weight)
+    before = expand_triton(z, B, weight)
+    z[:, :, 48:].unflatten(2, (2, 16))[weight[:, None].expand(7, 1, 2) == 0] = torch.inf
+    z[4:] = torch.nan
+    assert torch.equal(before[:4], expand_triton(z, B, weight)[:4])
+
+
+def test_a_product_of_another_width_is_refused(device):
+    """The middle of a smaller rank, or a matrix with nothing below it, would be read past its end."""
+    y, x, A, B, weight = rows(3, 1, 32, 48, 12, torch.float32, device)
+    z, _ = beside(y, x, A, B, weight)
+    assert z.size(2) == 48 + 32
+    for bad in ((z[..., :72], B, weight), (y, B, weight), (z, B[:, :4], weight), (z, B, weight[:, :1])):
+        with pytest.raises(ValueError):
+            expand_triton(*bad)
+    with pytest.raises(ValueError, match="contiguous"):
+        expand_triton(z.transpose(0, 2).contiguous().transpose(0, 2), B, weight)

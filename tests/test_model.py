@@ -108,11 +108,12 @@ def trained(mine, role, seed=3, rank=4):
         )
 
 
-@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("bits, joined", [(0, False), (0, True), (8, True)])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3-untied"])
-def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family, bits):
+def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, monkeypatch, family, bits, joined):
     """Ragged rows in the cache, rows of different roles, and stale keys of earlier tenants must change
-    nothing."""
+    nothing; nor adapters that lie below the matrices, as on a GPU."""
+    monkeypatch.setattr(M.kernels, "joins", lambda x: joined)
     checkpoint(tmp_path, family)
     mine = weights.load(tmp_path, bits=bits)
     trained(mine, POLICY, 3), trained(mine, SIMULATOR, 4, rank=6)
@@ -134,6 +135,7 @@ def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, family, bits
             for b in range(4):
                 out[b].append(h[b, : news[b]])
             held = held + news
+    assert all(bool(x.joined) == (joined and not bits) for x in mine.linears())
     for want, got in zip(full, out):
         assert (torch.cat(got) - want).abs().max() < 1e-4
 
@@ -213,6 +215,49 @@ def test_an_adapter_of_lower_rank_leaves_nothing_of_the_one_before(tmp_path):
         x, y = torch.randn(2, 1, a.A.size(2)), torch.zeros(2, 1, a.B.size(2))
         update = [M.kernels.lora(y.clone(), x, u.A, u.B, u.weight) for u in (a, b)]
         assert torch.equal(*update) and update[0].abs().max() > 0
+
+
+def test_adapters_below_the_matrices_are_seen_by_decoding_alone(tmp_path, monkeypatch):
+    """A GPU's matrices have further rows. In a checkpoint they would be a wrong shape, in training another
+    rounding; and a CUDA graph finds them, and the matrices, where they were when it was recorded."""
+    checkpoint(tmp_path / "was", "qwen2")
+    plain, body = weights.load(tmp_path / "was"), weights.load(tmp_path / "was")
+    monkeypatch.setattr(M.kernels, "joins", lambda x: True)
+    assert body.stacked() and not body.layers[0].qkv.joined  # without an adapter nothing is copied
+    for mine in (plain, body):
+        trained(mine, POLICY, 3, rank=3), trained(mine, SIMULATOR, 4, rank=2)
+    with torch.inference_mode():
+        body.stacked()  # a run whose adapters were given after its engine was made
+    stack = body.stacked()
+    for (A, _), x, y in zip(stack.pairs, body.linears(), plain.linears()):
+        W, rows = x.joined[0], 6 * len(x.parts)
+        assert x.weight.is_contiguous() and torch.equal(x.weight, y.weight) and not x.weight.is_inference()
+        assert x.weight.data_ptr() == W.data_ptr() and len(W) == len(x.weight) + M.kernels.below(rows)
+        assert torch.equal(W[len(x.weight) :][:rows].view_as(A), A) and not W[len(x.weight) + rows :].any()
+        if x.bias is not None:
+            assert torch.equal(x.bias, y.bias) and len(x.joined[1]) == len(W)
+            assert not x.joined[1][len(x.bias) :].any()
+    weights.save_model(body, tmp_path / "now")
+    now, was = (weights.hf_tensors(weights.load(tmp_path / name)) for name in ("now", "was"))
+    assert all(torch.equal(now[name], was[name]) for name in was)
+    x, mask = ids(2, 9), torch.ones(2, 9, dtype=torch.bool)
+    for role in (REFERENCE, POLICY):
+        a, b = (mine(x, role, chosen=mask) for mine in (body, plain))
+        assert torch.allclose(a, b, atol=1e-5)
+    a.sum().backward(), b.sum().backward()
+    assert torch.allclose(body.adapter(POLICY).grad, plain.adapter(POLICY).grad, rtol=1e-3, atol=1e-4)
+
+    places = [x.joined[0].data_ptr() for x in body.linears()]
+    body.adapter(POLICY).data.mul_(2)
+    before, place = stack.pairs[0][0].clone(), stack.pairs[0][0].data_ptr()
+    assert body.stacked(stack) is stack and body.stacked().pairs[0][0].data_ptr() == place
+    assert torch.allclose(stack.pairs[0][0][0], 2 * before[0])
+    assert places == [x.joined[0].data_ptr() for x in body.linears()]
+    trained(body, SIMULATOR, 4, rank=8)  # another engine makes more room, then as much as there was before
+    wide, body.roles[SIMULATOR] = body.stacked(), plain.roles[SIMULATOR]
+    again = body.stacked()
+    assert wide.pairs[0][0].size(1) == 24 and again.pairs[0][0].size(1) == 9
+    assert body.stacked(stack) is not stack and body.stacked(again) is again
 
 
 def test_adapters_are_read_anew_in_the_type_of_the_products(tmp_path, monkeypatch):

@@ -81,6 +81,7 @@ def decode(m) -> dict[str, torch.Tensor]:
 
     engine = Engine({POLICY: (m, Bytes()), SIMULATOR: (m, Bytes())}, 4, 32)
     said = engine.run([talk(role, i) for i, role in enumerate((POLICY, SIMULATOR, POLICY))])
+    assert all(bool(x.joined) == (os.environ["KERNELS"] == "triton") for x in m.linears())
     ids, logps = (torch.tensor([x for one in said for x in one[i]]) for i in range(2))
     return {"ids": ids, "logps": logps}
 

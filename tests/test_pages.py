@@ -299,10 +299,13 @@ def capturing(graph, pool=None):
         yield
 
 
-def test_a_graph_that_is_replayed_is_the_eager_step(body, monkeypatch, watched):
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_graph_that_is_replayed_is_the_eager_step(monkeypatch, watched, joined):
     """What the host decides at capture (rows of the table, roles, stops, adapters) stays as it was then: a
     run from graphs must be the run without, when pages move, when seats are preempted, and when the adapters
-    have changed since."""
+    have changed since (`joined`: those that lie below the matrices)."""
+    body = two_roles(SHAPE)
+    monkeypatch.setattr(Graph, "captured", 0)
 
     def twice(seats, **more):
         engine, out = Engine({POLICY: (body, TOK), SIMULATOR: (body, TOK)}, seats, 200, **more), []
@@ -314,11 +317,12 @@ def test_a_graph_that_is_replayed_is_the_eager_step(body, monkeypatch, watched):
 
     _, want = twice(64)
     with monkeypatch.context() as patch:
+        patch.setattr(kernels, "joins", lambda x: joined)
         patch.setattr(kernels, "compiled", lambda x: True)
         patch.setattr(torch.cuda, "CUDAGraph", Graph)
         patch.setattr(torch.cuda, "graph", capturing)
         engine, got = twice(9, pages=25, page=8)
-    assert got == want and want[0] != want[1]
+    assert got == want and want[0] != want[1] and joined == bool(body.layers[0].out.joined)
     assert engine.stats.preempted and 3 < Graph.captured < 12
 
 
@@ -369,6 +373,7 @@ def test_a_step_can_be_captured():
     with launching(watch.launch), torch.no_grad(), watch:
         pool.decode(16, pool.capacity, pool.role[:16], pool.on[:16])
     assert watch.count > 2 * 10
+    assert all(x.joined[0].data_ptr() == x.weight.data_ptr() for x in pool.model.linears())
     stale = torch.ones(16, dtype=torch.long, device="meta")
     watch = Captured(pool)
     with pytest.raises(AssertionError, match="does not own"), launching(watch.launch), torch.no_grad(), watch:
