@@ -195,6 +195,8 @@ class Linear(nn.Module):
                 self.joined = [torch.cat((p, p.new_zeros(size - n, *p.shape[1:]))) for p in held]
                 for p, x in zip(held, self.joined):
                     p.data = x[:n]
+            if self.weight.is_cuda:  # else others get a part of the old block, and the cache needs one piece
+                torch.cuda.empty_cache()
         return self.joined[0][n : n + rows]
 
     def forward(self, x: Tensor, lora: "Update | None") -> Tensor:

@@ -140,3 +140,4 @@ def test_the_engine_in_graphs_says_what_it_says_without(monkeypatch):
         graphs = engine.run(map(talk, range(12)))
         monkeypatch.setattr(Pool, "replay", eager)
         assert graphs == engine.run(map(talk, range(12)))
+    assert all(x.joined[0].data_ptr() == x.weight.data_ptr() for x in body.linears())
