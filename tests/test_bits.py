@@ -72,7 +72,8 @@ def test_it_is_transformers_model_of_the_quantised_numbers(wide, way, monkeypatc
 @pytest.mark.parametrize("bits", [0, 8, 4])
 def test_sampling_and_training_are_one_distribution(wide, way, bits):
     """`gap` of a quantised body is that of any other: the engine, the learner and the KL's reference read the
-    same numbers and round alike. Weights that only the sampler quantises would be .01 to .1 off."""
+    same numbers and round alike. Weights that only the sampler quantises would be .01 to .1 off; rounding of
+    log-probs near 6 is about 1e-6, more or less of it with the machine's matmuls."""
     body = weights.load(wide[0], bits=bits)
     trained(body, POLICY, 3), trained(body, SIMULATOR, 4)
     engine = Engine({POLICY: (body, Silent()), SIMULATOR: (body, Silent())}, 6, 64)
@@ -88,7 +89,7 @@ def test_sampling_and_training_are_one_distribution(wide, way, bits):
         ts = engine.run([talk(role, i) for i in range(5)])
         (batch,) = grpo.make_batches(ts, [1.0] * 5, 1000)
         logp, _ = grpo.token_logps(body, batch, role)
-        assert (logp - batch.old).abs().mean() < 1e-6
+        assert (logp - batch.old).abs().mean() < 1e-5
         with torch.no_grad():
             assert torch.equal(grpo.token_logps(body, batch, role)[0], logp)
 
