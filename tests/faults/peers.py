@@ -219,18 +219,6 @@ def missing(needs: str) -> str:
 
 def cases(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[int, str]]]]:
     """Runs whose peer dies: 8 evaluations, 5 collections, 4 trainings; up to 3 times each."""
-    if lacks := missing("fastapi, uvicorn, bm25s"):
-        screen.say(f"peers: no retriever, {lacks} (FAULT_PEERS names a Python that has it)")
-    else:
-        corpus, questions = files(folder)
-        script = str(Path(__file__).with_name("retriever.py"))
-        peer = Peer(
-            lambda port: [PYTHON, script, str(corpus), str(port), "0.05"], "/health", folder / "retriever"
-        )
-        jobs = searching(questions, f"http://127.0.0.1:{peer.port}")
-        yield from tried(
-            peer, {"eval": (jobs["eval"], 8), "collect": (jobs["collect"], 5)}, folder, SEARCH_LIMIT
-        )
     if lacks := missing("fastapi, uvicorn, transformers") or (not BODY and "FAULT_BODY names no checkpoint"):
         screen.say(f"peers: no transformers serve, {lacks}")
     else:
@@ -247,6 +235,18 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[int, str]]]]:
             lambda port: [*serve, "--host", "127.0.0.1", "--port", str(port)], "/v1/models", folder / "serve"
         )
         yield from tried(peer, {"train": (simulated(f"http://127.0.0.1:{peer.port}/v1"), 4)}, folder, 600.0)
+    if lacks := missing("fastapi, uvicorn, bm25s"):
+        screen.say(f"peers: no retriever, {lacks} (FAULT_PEERS names a Python that has it)")
+    else:
+        corpus, questions = files(folder)
+        script = str(Path(__file__).with_name("retriever.py"))
+        peer = Peer(
+            lambda port: [PYTHON, script, str(corpus), str(port), "0.05"], "/health", folder / "retriever"
+        )
+        jobs = searching(questions, f"http://127.0.0.1:{peer.port}")
+        yield from tried(
+            peer, {"eval": (jobs["eval"], 8), "collect": (jobs["collect"], 5)}, folder, SEARCH_LIMIT
+        )
 
 
 def tried(peer: Peer, jobs: dict[str, tuple[Job, int]], folder: Path, limit: float):

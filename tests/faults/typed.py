@@ -113,17 +113,18 @@ def ended(words: list[str], out: Path, must: bool) -> str:
 
 
 def cases(folder: Path, each: int = 15) -> Iterator[tuple[str, Callable[[], tuple[int, str]]]]:
-    """So many refused inputs of every format, each as its command's own process."""
+    """So many refused inputs of every format, three at a time, each as its command's own process."""
     fuzz.warm()
-    for name in READ_BY:
+    for start in range(0, each, 3):
+        for name in READ_BY:
 
-        def batch(name: str, first: int) -> tuple[int, str]:
-            wrong, i = [], first
-            for _ in range(each):
-                i = refused(name, i)
-                if said := typed(name, i):
-                    wrong.append(f"{name} {i}: {said}")
-                i += 1
-            return each, "; ".join(wrong)
+            def batch(name: str, i: int) -> tuple[int, str]:
+                wrong = []
+                for _ in range(3):
+                    i = refused(name, i)
+                    if said := typed(name, i):
+                        wrong.append(f"{name} {i}: {said}")
+                    i += 1
+                return 3, "; ".join(wrong)
 
-        yield name, partial(batch, name, 100_000)
+            yield f"{name} {start}", partial(batch, name, 100_000 + 1000 * start)
