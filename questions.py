@@ -151,10 +151,10 @@ def parquet_rows(path: str | Path) -> list[dict]:
     from pyarrow import ArrowException, parquet  # it comes with datasets, and is slow to import
 
     try:
-        rows, room = [], 2**26 + 100 * Path(path).stat().st_size  # bytes: a dictionary may repeat a text
+        rows, room = [], 2**26 + 100 * Path(path).stat().st_size  # characters: a dictionary may repeat a text
         for batch in parquet.ParquetFile(path).iter_batches(256):
-            rows += batch.to_pylist()
-            room -= batch.nbytes
+            rows += (some := batch.to_pylist())
+            room -= len(repr(some))  # nbytes would count a dictionary's text once
             if room < 0:
                 raise OSError("it unpacks to more than 100 times its size")
         return rows

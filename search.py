@@ -32,6 +32,7 @@ import unicodedata
 import zlib
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from itertools import pairwise
@@ -122,6 +123,16 @@ def content(text: str) -> set[str]:
     return set(tokenise(text)) - EMPTY
 
 
+@contextmanager
+def undamaged() -> Iterator[None]:
+    """Whatever an index raises whose numbers lead nowhere is a ValueError. (Its size is checked when it is
+    opened; to read all of it would take minutes.)"""
+    try:
+        yield
+    except (ValueError, *disk.ODD) as e:
+        raise ValueError(f"the index is damaged ({type(e).__name__}: {e}): copy or make it again") from e
+
+
 class BM25:
     """Okapi BM25 over (title, text) passages, with Lucene's idf, which is never negative:
 
@@ -138,15 +149,18 @@ class BM25:
         self.lines, self.ends, self.start, self.holder, self.weight = columns.values()
 
     def passage(self, i: int) -> tuple[str, str]:
-        """(title, text)."""
-        return tuple(json.loads(self.lines[self.ends[i] : self.ends[i + 1]].tobytes()))
+        """(title, text). Raises ValueError where the index is damaged, as `scores` does."""
+        with undamaged():
+            title, text = json.loads(self.lines[self.ends[i] : self.ends[i + 1]].tobytes())
+            return title + "", text + ""  # a TypeError where they are no texts
 
     def scores(self, query: str) -> np.ndarray:
         """(N,) float64, in which sums of a few fp32 weights are exact, whatever the order of the words."""
         total = np.zeros(len(self.ends) - 1)  # (N,)
-        for term in (self.vocabulary[w] for w in tokenise(query) if w in self.vocabulary):
-            posting = slice(self.start[term], self.start[term + 1])
-            total[self.holder[posting]] += self.weight[posting]  # no passage is in it twice
+        with undamaged():
+            for term in (self.vocabulary[w] for w in tokenise(query) if w in self.vocabulary):
+                posting = slice(self.start[term], self.start[term + 1])
+                total[self.holder[posting]] += self.weight[posting]  # no passage is in it twice
         return total
 
     def top(self, query: str, count: int) -> list[int]:

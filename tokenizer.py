@@ -61,8 +61,10 @@ class Tokenizer:
             raise ValueError(f"no tokenizer.json in {path}: give {what}")
         names = ("generation_config.json", "config.json", "tokenizer_config.json")
         configs = [read_json(path / name, what) for name in names if (path / name).exists()]
-        from transformers import AutoTokenizer  # seconds to import: only when there is something to load
+        # seconds to import: only when there is something to load
+        from transformers import AutoTokenizer, logging
 
+        logging.set_verbosity_error()  # its warnings repeat a file's own text, colours included
         try:
             hf = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a broken file raises KeyError, TypeError, bare Exception, ... in there

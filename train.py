@@ -528,7 +528,8 @@ def resumed(given: dict[str, object]) -> tuple[argparse.Namespace, dict]:
     with disk.readable(file):
         flags.check(a)
     if new:
-        print("changed:", *(f"--{k} {old[k]} -> {now}" for k, now in new.items()), flush=True)
+        line = " ".join(f"--{k} {old[k]} -> {now}" for k, now in new.items())
+        print("changed:", screen.harmless(line), flush=True)
         kept.setdefault("changes", []).append({k: [old[k], now] for k, now in new.items()})
     return a, kept
 
@@ -567,7 +568,8 @@ def main(argv: list[str] | None = None) -> None:
         disk.write_json(Path(a.out) / "args.json", kept)
         shown = {k.replace("_", "-"): v for k, v in vars(a).items() if v not in ("", None) and v is not False}
         quiet = ("command", "task", "planned", "pages", "lend")
-        print(*(f"--{k} {v}" for k, v in shown.items() if k not in quiet), flush=True)
+        line = " ".join(f"--{k} {v}" for k, v in shown.items() if k not in quiet)
+        print(screen.harmless(line), flush=True)
         train(a, s, world)
 
 

@@ -31,10 +31,12 @@ def harmless(text: str) -> str:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """{name: {column: value}} as aligned text: three decimals for means, counts as they are, "-" for None."""
+    """{name: {column: value}} as aligned text: three decimals for means, counts as they are, "-" for None.
+    A name may come from a file of a stranger: it stays in its line."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     cells = [["", *columns]]
     cells += [[name, *(cell(row.get(c, "")) for c in columns)] for name, row in rows.items()]
+    cells = [[harmless(text.replace("\n", " ")) for text in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join(
         "  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])]).rstrip()

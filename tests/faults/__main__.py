@@ -18,7 +18,7 @@ from cli import screen
 from cli.disk import Rows
 from cli.parser import Flag, parse, with_defaults
 
-from . import endurance, fuzz
+from . import endurance, fuzz, peers, typed
 from .kill import Bench
 from .nursery import FULL, KILL, KILL_HALF, ONCE, ROOT, Nursery
 
@@ -125,6 +125,8 @@ KINDS: dict[str, Callable[[Path], Cases]] = {
     "kill at an instant": killed_at_instants,
     "refused by the disk": refused,
     "fuzz": fuzzed,
+    "typed": typed.cases,
+    "peers": peers.cases,
     "soak": soak,
     "versions": versions,
 }

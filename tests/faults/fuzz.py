@@ -244,6 +244,68 @@ def corpus(d: Damage, folder: Path) -> Path:
     return put(folder, "c.jsonl", d.lines(rows))
 
 
+def _index(path: Path, folder: Path) -> None:
+    from eval import retrieval
+    from rollout import Question
+    from search import ask, load, open_search
+
+    for text in ("who wrote Emma", "novel zebra novel", ""):
+        ask(open_search(f"bm25:{path}", 3), text)
+    retrieval(load(path), [Question("a novel of Lima", ("Austen",))])
+
+
+PASSAGES = [("Emma", "a novel by Jane Austen"), ("Lima", "a city"), ("", "novel novel"), ("A", "b c d e f")]
+
+
+@cache
+def index() -> Path:
+    """An index on disk, made once."""
+    import search
+
+    path = Path(tempfile.mkdtemp())
+    search.index(PASSAGES, path)
+    return path
+
+
+@target(6, _index)
+def indexes(d: Damage, folder: Path) -> Path:
+    import numpy as np
+
+    from search import COLUMNS, VOCABULARY
+
+    whole = {name: (index() / name).read_bytes() for name in (VOCABULARY, *COLUMNS)}
+    files = dict(whole)
+    for name in d.rng.sample(list(files), k=d.rng.choice((1, 1, 2))):
+        how = d.rng.randrange(5)
+        if how == 0:
+            files[name] = d.bytes(whole[name])
+        elif name == VOCABULARY:
+            files[name] = d.dumped(d.json(json.loads(whole[name])))
+        elif name == "lines":  # passages that are others, and fit
+            said = [d.dumped(d.json(list(one))) for one in PASSAGES]
+            files["lines"] = b"".join(said)
+            files["ends"] = np.cumsum([0, *map(len, said)]).tobytes()
+        elif how == 1:
+            files[name] = d.rng.choice(list(files.values()))  # another file's, or too long, or none
+            files[name] = d.rng.choice((files[name], files[name] * 1000, b""))
+        else:
+            numbers = np.frombuffer(whole[name], COLUMNS[name]).copy()
+            odd = [-1, 0, 1, len(numbers), 2**31 - 1, -(2**31), 3, *numbers.tolist()]
+            if numbers.dtype == np.float32:
+                odd += [np.nan, np.inf, -np.inf, 3e38]
+            elif numbers.dtype == np.int64:
+                odd += [2**63 - 1, -(2**63), 2**40]
+            for _ in range(d.rng.choice((1, 1, 2, 9))):
+                numbers[d.rng.randrange(len(numbers))] = d.rng.choice(odd)
+            files[name] = numbers.tobytes()
+    for name, data in files.items():
+        put(folder, f"index/{name}", data)
+    if d.rng.random() < 0.03:
+        (folder / "index" / (name := d.rng.choice(list(files)))).unlink()
+        d.rng.random() < 0.5 and (folder / "index" / name).mkdir()
+    return folder / "index"
+
+
 def _rows(path: Path, folder: Path) -> None:
     from prepare.command import split_by_question
     from prepare.rows import read_rows, row_query
@@ -444,6 +506,107 @@ def tokenizers(d: Damage, folder: Path) -> Path:
     return folder
 
 
+PARTS = [
+    *(
+        "{% for m in messages %}",
+        "{% for m in messages[::-1] %}",
+        "{% endfor %}",
+        "{{ m.content }}",
+        "{{ m.role }}",
+    ),
+    *("{% for i in range(2) %}", "{% if m %}", "{% else %}", "{% endif %}", "{% set ns = namespace(a=0) %}"),
+    *(
+        "{% set ns.a = ns.a + 1 %}",
+        "{{ ns.a }}",
+        "{{ m['content'] | upper }}",
+        "{{ m.content * 50 }}",
+        "{{ 1 / 0 }}",
+    ),
+    *(
+        "{{ messages }}",
+        "{{ m.content.split('<')[0] }}",
+        "{{ raise_exception('no') }}",
+        "{% macro f(x) %}",
+        "{{ f(f) }}",
+    ),
+    *("{% endmacro %}", "{{ strftime_now('%Y') }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}"),
+    *(
+        "{{ ''.__class__.__mro__ }}",
+        "{{ lipsum.__globals__ }}",
+        "{{ cycler.__init__ }}",
+        "{{ tools | tojson }}",
+    ),
+    *(
+        "{{ m.content.format(m) }}",
+        "{{ '{0.__class__}'.format(m) }}",
+        "{% generation %}",
+        "{% endgeneration %}",
+    ),
+    *(
+        "<|im_start|>",
+        "<|im_end|>",
+        "\n",
+        "\ufdd0",
+        "\ufdd00\ufdd0",
+        "\ud800",
+        "{{ bos_token }}",
+        "{{ undefined.x }}",
+    ),
+    *(
+        "{% break %}",
+        "{% do 1 %}",
+        "{{ messages.pop() }}",
+        "{{ m.update({'content': 1}) }}",
+        "{{ [m] | map('x') }}",
+    ),
+    *(
+        "{{ range(99999) | join }}",
+        "{% raw %}",
+        "{% endraw %}",
+        "{#",
+        "#}",
+        "{{",
+        "%}",
+        "{{ messages | length }}",
+    ),
+]
+BLOCKS = ("for", "if", "macro", "generation", "raw")
+CHATS = [
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>a\n",
+    "{% if messages[0]['role'] == 'user' %}{{ messages[0]['content'] }}{% endif %}{{ messages[-1].content }}",
+]
+
+
+@target(4, _tokenizer)
+def templates(d: Damage, folder: Path) -> Path:
+    """A chat template, in a file of its own or among the settings: any program of its language."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
+        if (body() / name).exists():
+            shutil.copy(body() / name, folder)
+    text, at = d.rng.choice(CHATS), d.rng.randrange(3)
+    parts = d.rng.choices(PARTS, k=d.rng.choice((1, 2, 3, 6)))
+    if at == 0:  # as a rule, blocks are closed
+        opened = [part.split()[1] for part in parts if part.split()[1:2] and part.split()[1] in BLOCKS]
+        closed = "".join(f"{{% end{word} %}}" for word in reversed(opened))
+        text = "".join(part for part in parts if "{% end" not in part) + closed * (d.rng.random() < 0.9)
+    elif at == 1:
+        a, b = sorted(d.rng.randrange(len(text) + 1) for _ in range(2))
+        text = text[:a] + "".join(parts[:2]) + text[d.rng.choice((a, b)) :]
+    else:
+        text = d.text(text)
+    if d.rng.random() < 0.4:
+        data = text.encode("utf-8", "surrogatepass")
+        put(folder, "chat_template.jinja", d.bytes(data) if d.rng.random() < 0.3 else data)
+    else:
+        settings = json.loads((body() / "tokenizer_config.json").read_text())
+        given = d.rng.choice(
+            (text, text, [{"name": "default", "template": text}], {"default": text}, d.value())
+        )
+        settings["chat_template"] = given
+        put(folder, "tokenizer_config.json", d.dumped(settings))
+    return folder
+
+
 # ------------------------------------------------------------------------------------------ what runs leave
 
 
@@ -511,12 +674,20 @@ def args(d: Damage, folder: Path) -> Path:
 def _look(path: Path, folder: Path) -> None:
     import look
 
+    look.DRAWS = 50  # resamples: they cost more than all else
     look.main([str(path), "--out", str(folder / "page.html")])
 
 
 @cache
 def run_of(name: str) -> list[dict]:
-    return [json.loads(line) for line in (ROOT / "docs/seed0" / name).read_text().splitlines()[:3]]
+    """The first rows of a run, with a few of their episodes."""
+    rows = [json.loads(line) for line in (ROOT / "docs/seed0" / name).read_text().splitlines()[:3]]
+    for row in rows:
+        if "groups" in row:
+            row["groups"] = row["groups"][:2]
+        if "held" in row:
+            row["held"] = {way: part[:9] for way, part in row["held"].items()}
+    return rows
 
 
 @target(2, _look)
@@ -687,7 +858,7 @@ def commands(d: Damage, folder: Path) -> tuple[str, list[str]]:
 LONG = {"questions": 12_000, "corpus": 10_000, "rows": 12_000, "traces": 8_000, "prompts": 8_000}
 LONG |= {"answers": 15_000, "said": 8_000, "commands": 8_000, "kept_rows": 5_000, "args": 3_000}
 LONG |= {"config": 3_000, "weights_of_a_body": 2_000, "adapters": 3_000, "states": 2_000, "parquet": 1_000}
-LONG |= {"looked_at": 500, "results": 500, "tokenizers": 500}
+LONG |= {"looked_at": 3_000, "results": 3_000, "tokenizers": 3_000, "templates": 3_000, "indexes": 4_000}
 
 # ------------------------------------------------------------------------------------------------ the running
 
@@ -716,7 +887,7 @@ def warm() -> None:
     import train  # noqa: F401
 
     torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # imports half of torch
-    tokenizer(), adapter(), state(), bomb(b" "), bomb(b"9"), bomb(b"[")
+    tokenizer(), adapter(), state(), index(), bomb(b" "), bomb(b"9"), bomb(b"[")
     for name in TARGETS:
         quiet(partial(tried, name, 0))
 

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+from . import fuzz, typed
 from .guard import judged
 from .nursery import ROOT
 
@@ -14,6 +16,16 @@ def test_hostile_input_is_read_or_refused_in_one_line():
     command = [sys.executable, "-m", "tests.faults.fuzz", "--count", "2000"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+def test_the_whole_command_says_so_in_one_line():
+    """What a reader refuses, the command that was typed has to tell: exit code 2, one line, no traceback, and
+    nothing left behind. Five inputs; the long part types hundreds."""
+    five = [("indexes", 3), ("results", 1), ("rows", 1), ("args", 0), ("commands", 0)]
+    fuzz.tokenizer(), fuzz.index()
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(lambda one: typed.typed(*one, must=True), five))
+    assert said == [""] * 5
 
 
 def test_the_guard_sees_what_it_is_there_for(tmp_path):
