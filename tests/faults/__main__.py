@@ -4,7 +4,8 @@
     python -m tests.faults --long --only kill      # the kinds whose names begin like that
     python -m tests.faults                         # the table of what has been tried so far
 
-A row is a batch of faults: {"kind", "case", "tried", "wrong"}; wrong is "" where all were survived.
+A row is a batch of faults: {"kind", "case", "tried", "wrong"}, perhaps a "note"; wrong is "" where all were
+survived.
 """
 
 import errno
@@ -31,8 +32,8 @@ FLAGS = {
     ]
 }
 Cases = Generator[
-    tuple[str, Callable[[], tuple[int, str]]], int, None
-]  # name, try it -> (faults, what is wrong)
+    tuple[str, Callable[[], tuple]], int, None
+]  # name, try it -> (faults, what is wrong, perhaps a note)
 
 
 def killed_at_calls(folder: Path) -> Cases:
@@ -117,7 +118,7 @@ def soak(folder: Path) -> Cases:
     """10,000 steps of training, 2,000 evaluations, 100 resumes: memory, open files and threads stay flat."""
     nursery = Nursery(folder)
     for name, n in (("steps", 10_000), ("evaluations", 2_000), ("resumes", 100)):
-        yield name, lambda name=name, n=n: (n, endurance.slope(nursery, name, n, folder / name))
+        yield name, lambda name=name, n=n: (n, *endurance.slope(nursery, name, n, folder / name))
 
 
 KINDS: dict[str, Callable[[Path], Cases]] = {
@@ -150,8 +151,9 @@ def attempt(kind: str, cases: Cases, rows: Rows, bar) -> None:
         except StopIteration:
             return
         if (old := rows.rows.get((kind, case))) is None:
-            tried, wrong = run()
-            rows.add({"kind": kind, "case": case, "tried": tried, "wrong": wrong})
+            tried, wrong, *note = run()
+            row = {"kind": kind, "case": case, "tried": tried, "wrong": wrong}
+            rows.add(row | ({"note": note[0]} if note else {}))
             if wrong:
                 screen.say(f"{kind}, {case}: {wrong}")
         else:
