@@ -19,7 +19,7 @@ from cli import screen
 from cli.disk import Rows
 from cli.parser import Flag, parse, with_defaults
 
-from . import endurance, fuzz
+from . import endurance, fuzz, wire
 from .kill import Bench
 from .nursery import FULL, KILL, KILL_HALF, ONCE, ROOT, Nursery
 
@@ -121,11 +121,18 @@ def soak(folder: Path) -> Cases:
         yield name, lambda name=name, n=n: (n, *endurance.slope(nursery, name, n, folder / name))
 
 
+def floods(folder: Path) -> Cases:
+    """A thousand requests at once to a server of each kind: each ends as it must, within 1.1 of its limit."""
+    for name in wire.SLOW | wire.HANDSHAKES | wire.PASSING | wire.FLOODS:
+        yield name, lambda name=name: wire.flood(name, 1000, 30.0)
+
+
 KINDS: dict[str, Callable[[Path], Cases]] = {
     "kill at a call": killed_at_calls,
     "kill at an instant": killed_at_instants,
     "refused by the disk": refused,
     "fuzz": fuzzed,
+    "flood": floods,
     "soak": soak,
     "versions": versions,
 }
