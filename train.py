@@ -34,7 +34,7 @@ from cli.disk import Rows
 from cli.pause import Pause, saving_on_failure
 from cli.setting import Setting, find_bodies, load
 from cli.track import tracker
-from evaluation.health import alarm, health
+from evaluation.health import RULES, alarm, health
 from evaluation.kept import Kept
 from evaluation.live import shown
 from model import CRITIC, POLICY, SIMULATOR
@@ -62,6 +62,8 @@ def train(a: argparse.Namespace, s: Setting, world: "World") -> None:
         save(a, s, optimizer, facts)
     log.keep(facts["step"])  # steps after the last save are taken again
     kept.rows.keep(facts["step"] + 1)
+    log.hold(*RULES, "skipped_updates")  # thousands of whole rows would fill the memory
+    kept.rows.hold("tokens")
 
     line = screen.bar("training", a.steps, "steps", facts["step"])
     pause = Pause(partial(save, a, s, optimizer, facts), partial(whole, s, optimizer, facts))

@@ -218,6 +218,7 @@ class Rows:
         self.writes = self.path is not None and not ranks.rank()
         self.key = key or (lambda row: len(self.rows))
         self.rows: dict[object, dict] = {}
+        self.fields: tuple[str, ...] = ()  # of a row that are held in memory; (): all
         self.file: io.FileIO | None = None  # open while this process owns it
         if self.writes and self.path.exists():
             if not resume:
@@ -265,7 +266,15 @@ class Rows:
             data = (first + json.dumps(row) + "\n").encode()
             if self.file.write(data) < len(data):
                 raise OSError(f"{self.path} cannot be written: no space left on the disk")
-        self.rows[self.key(row)] = row
+        self.rows[self.key(row)] = self._held(row)
+
+    def hold(self, *fields: str) -> None:
+        """From here on hold only these fields of a row in memory. (`keep` and `share` need them all.)"""
+        self.fields = fields
+        self.rows = {key: self._held(row) for key, row in self.rows.items()}
+
+    def _held(self, row: dict) -> dict:
+        return {name: row[name] for name in self.fields if name in row} if self.fields else row
 
     def share(self, keys: Iterable) -> None:
         """Add the rows that the other processes have made; keys: of those made here."""

@@ -4,7 +4,8 @@
     python -m tests.faults --long --only kill      # the kinds whose names begin like that
     python -m tests.faults                         # the table of what has been tried so far
 
-A row is a batch of faults: {"kind", "case", "tried", "wrong"}; wrong is "" where all were survived.
+A row is a batch of faults: {"kind", "case", "tried", "wrong"}, perhaps a "note"; wrong is "" where all were
+survived.
 """
 
 import errno
@@ -18,7 +19,7 @@ from cli import screen
 from cli.disk import Rows
 from cli.parser import Flag, parse, with_defaults
 
-from . import endurance, fuzz, peers, typed
+from . import endurance, fuzz, peers, typed, wire
 from .kill import Bench
 from .nursery import FULL, KILL, KILL_HALF, ONCE, ROOT, Nursery
 
@@ -31,8 +32,8 @@ FLAGS = {
     ]
 }
 Cases = Generator[
-    tuple[str, Callable[[], tuple[int, str]]], int, None
-]  # name, try it -> (faults, what is wrong)
+    tuple[str, Callable[[], tuple]], int, None
+]  # name, try it -> (faults, what is wrong, perhaps a note)
 
 
 def killed_at_calls(folder: Path) -> Cases:
@@ -117,7 +118,13 @@ def soak(folder: Path) -> Cases:
     """10,000 steps of training, 2,000 evaluations, 100 resumes: memory, open files and threads stay flat."""
     nursery = Nursery(folder)
     for name, n in (("steps", 10_000), ("evaluations", 2_000), ("resumes", 100)):
-        yield name, lambda name=name, n=n: (n, endurance.slope(nursery, name, n, folder / name))
+        yield name, lambda name=name, n=n: (n, *endurance.slope(nursery, name, n, folder / name))
+
+
+def floods(folder: Path) -> Cases:
+    """A thousand requests at once to a server of each kind: each ends as it must, within 1.1 of its limit."""
+    for name in wire.SLOW | wire.HANDSHAKES | wire.PASSING | wire.FLOODS:
+        yield name, lambda name=name: wire.flood(name, 1000, 30.0)
 
 
 KINDS: dict[str, Callable[[Path], Cases]] = {
@@ -127,6 +134,7 @@ KINDS: dict[str, Callable[[Path], Cases]] = {
     "fuzz": fuzzed,
     "typed": typed.cases,
     "peers": peers.cases,
+    "flood": floods,
     "soak": soak,
     "versions": versions,
 }
@@ -152,8 +160,9 @@ def attempt(kind: str, cases: Cases, rows: Rows, bar) -> None:
         except StopIteration:
             return
         if (old := rows.rows.get((kind, case))) is None:
-            tried, wrong = run()
-            rows.add({"kind": kind, "case": case, "tried": tried, "wrong": wrong})
+            tried, wrong, *note = run()
+            row = {"kind": kind, "case": case, "tried": tried, "wrong": wrong}
+            rows.add(row | ({"note": note[0]} if note else {}))
             if wrong:
                 screen.say(f"{kind}, {case}: {wrong}")
         else:

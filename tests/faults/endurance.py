@@ -6,17 +6,22 @@ python -m tests.faults --long --only soak
 import gc
 import json
 import os
+import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from look import rows_of
+
 from .kill import SHORT
 from .nursery import Nursery
 
+RUN = " ".join(["--questions 1 --group 2 --eval-questions 0 --sft-steps 0 --no-audit", *SHORT])
 EVERY = 40  # samples that are taken
-MARGIN = 512  # bytes a repetition that are taken for noise: rows of a log stay in memory, at about as much
+MARGIN = 1024  # bytes a repetition that are no leak: a few figures of each step stay in memory, by design
 
 
 def held() -> tuple[int, int, int]:
@@ -25,11 +30,13 @@ def held() -> tuple[int, int, int]:
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
-def slope(nursery: Nursery, name: str, n: int, folder: Path) -> str:
-    """Repeat a command n times in one process: "" where what is held stays flat, else how it grows."""
+def slope(nursery: Nursery, name: str, n: int, folder: Path) -> tuple[str, str]:
+    """Repeat a command n times in one process: what is wrong ("" where all stays flat), and every slope."""
     folder.mkdir(parents=True)
     child = nursery.run("soak", [name, n, folder], folder / "log")
-    return f"{name}: {child.said[-600:]}" if child.code else verdict(json.loads(child.said.splitlines()[-1]))
+    if child.code:
+        return f"{name}: {child.said[-600:]}", ""
+    return verdict(json.loads([line for line in child.said.splitlines() if line.startswith("[[")][-1]))
 
 
 def main(argv: list[str]) -> None:
@@ -52,43 +59,61 @@ def watch(repeat: Callable[[Callable[[], None]], None], n: int) -> list[list[int
     return samples
 
 
-def verdict(samples: list[list[int]]) -> str:
+def verdict(samples: list[list[int]]) -> tuple[str, str]:
     """The second half of the samples (what is loaded late is no leak): a line through each figure, with twice
-    its standard error."""
+    its standard error. What grows, and all of them."""
     x, *ys = np.array(samples[len(samples) // 2 :], float).T
-    wrong = []
+    wrong, told = [], []
     for what, y, most in zip(("resident bytes", "open files", "threads"), ys, (MARGIN, 0.0, 0.0)):
         line = np.polyfit(x, y, 1)
         rest = y - np.polyval(line, x)
         error = 2 * np.sqrt((rest**2).sum() / max(1, len(x) - 2) / ((x - x.mean()) ** 2).sum())
+        told.append(f"{what} {line[0]:+.4g} +- {error:.2g} a repetition, {y[-1]:,.0f} at the end")
         if line[0] - error > most:
-            wrong.append(f"{what} grow by {line[0]:.1f} +- {error:.1f} a repetition")
-    return ", ".join(wrong)
+            wrong.append(told[-1])
+    return ", ".join(wrong), ", ".join(told)
+
+
+def busy(engine) -> str:
+    """What an engine has not given back, once its run has ended: "" where all is free."""
+    for pool in dict.fromkeys(engine.pools.values()):
+        taken = pool.busy or sum(seat is not None for seat in pool.rows) or len(pool.seated)
+        pages = len(pool.cache.owners) - len(pool.cache.free)
+        if taken or pages or sum(pool.cache.held) or any(pool.cache.owners) or any(pool.waiting):
+            return f"{taken} seats and {pages} pages are taken after a run"
+    return ""
 
 
 def _steps(folder: Path) -> Callable:
-    """One run of n steps, each told in its log; the engine's seats are free after each."""
+    """One run of n steps, each told in its log. The cache has pages, as on a GPU, half of what all seats
+    may need; seats and pages are free after each step."""
     import train
+    from engine import Engine
 
     def repeat(done, n):
-        tell = train.tell
+        tell, init = train.tell, Engine.__init__
+
+        def paged(self, bodies, seats, capacity, *more, **other):
+            init(self, bodies, seats, capacity, pages=-(-capacity // 8) * seats // 2, page=8)
 
         def counted(a, s, *more):
             tell(a, s, *more)
-            assert all(not pool.busy for pool in s.engine.pools.values()), "seats are busy after a step"
+            assert not (wrong := busy(s.engine)), wrong
             done()
 
-        train.tell = counted
-        argv = f"--out {folder}/run --steps {n} --questions 1 --group 2 --eval-questions 0 --sft-steps 0"
-        train.main([*argv.split(), "--no-audit", "--show-every", "1000000", "--save-every", "500", *SHORT])
+        train.tell, Engine.__init__ = counted, paged
+        more = "--turn-tokens 2 --save-every 500 --show-every 1000000 --seat-tokens 64 --episode-tokens 48"
+        train.main([*RUN.split(), *more.split(), "--steps", str(n), "--out", f"{folder}/run"])
 
     return repeat
 
 
 def _evaluations(folder: Path) -> Callable:
     import eval
+    from evaluation import report
 
     def repeat(done, n):
+        report.figures.__defaults__ = (100,)  # draws
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "q.jsonl").write_text('{"question": "home Balan?", "answer": "Osham"}\n')
         argv = (
@@ -103,14 +128,24 @@ def _evaluations(folder: Path) -> Callable:
 
 
 def _resumes(folder: Path) -> Callable:
+    """One run that gets a SIGTERM in each of its steps, and is resumed: it saves and reads its state each
+    time."""
     import train
 
     def repeat(done, n):
-        argv = f"--out {folder}/run --steps 1 --questions 1 --group 2 --eval-questions 0 --sft-steps 0"
-        train.main([*argv.split(), "--no-audit", *SHORT])
+        tell, argv = train.tell, [*RUN.split(), "--steps", str(n + 1), "--out", f"{folder}/run"]
+
+        def told(*args):
+            tell(*args)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        train.tell = told
         for _ in range(n):
-            train.main(["--out", f"{folder}/run", "--resume"])
+            with suppress(SystemExit):
+                train.main(argv)
+            argv = ["--out", f"{folder}/run", "--resume"]
             done()
+        assert len(rows_of(folder / "run/log.jsonl")) == n
 
     return repeat
 

@@ -2,6 +2,7 @@
 
 import itertools
 import resource
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,3 +17,9 @@ def no_memory() -> None:
     """There are 4 MB left."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**22,) * 2)
+
+
+def no_place_for_temporary_files() -> None:
+    """/tmp is missing or full, and so is all else that Python would try, the current directory included."""
+    tempfile.tempdir = None
+    tempfile._candidate_tempdir_list = lambda: ["/nonexistent"]

@@ -5,6 +5,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from cli.disk import Rows, claimed, load_state
 
 from .kill import different, left, told
-from .nursery import FULL, KILL, KILL_HALF, ONCE
+from .nursery import FULL, KILL, KILL_HALF, ONCE, ROOT
 
 NAMES = ("train", "sft", "collect", "eval")
 
@@ -147,6 +149,41 @@ def test_a_clock_that_jumps_and_memory_that_ends(bench, tmp_path, staged):
     assert child.code == 0, child.said
     (tmp_path / "log").unlink()
     assert different(left(tmp_path), bench.whole(job)[0]) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_place_for_temporary_files(bench, tmp_path, name):
+    """A machine's /tmp is missing, full or read-only more often than the disk of a run: what we write is made
+    next to what it replaces."""
+    child = bench.nursery.run(
+        bench.jobs[name].command,
+        bench.jobs[name].begin(tmp_path),
+        bench.folder / "log",
+        staged=["no_place_for_temporary_files"],
+    )
+    assert child.code == 0, child.said
+    assert bench.wrong(bench.jobs[name], tmp_path) == ""
+
+
+def test_tmpdir_points_to_nothing(bench, tmp_path):
+    """Without TMPDIR and /tmp Python takes the current directory: a command, libraries and all, starts there,
+    and leaves nothing behind."""
+    for folder in ("home", "out"):
+        (tmp_path / folder).mkdir()
+    code = (
+        "import os, sys, tempfile; tempfile._candidate_tempdir_list = lambda: ['/nonexistent', os.getcwd()];"
+        "from cli import screen; import eval; screen.run(lambda: eval.main(sys.argv[1:]))"
+    )
+    argv = [
+        word if word != "tiny" else bench.nursery.body for word in bench.jobs["eval"].begin(tmp_path / "out")
+    ]
+    env = os.environ | {"TMPDIR": "/nonexistent", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=tmp_path / "home", env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "home").iterdir())
+    assert (tmp_path / "out/result.json").exists()
 
 
 def test_said_is_clean(bench, tmp_path):
