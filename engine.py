@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from operator import itemgetter
@@ -308,7 +308,7 @@ class Pool:
         start, lens = self.tensor([s.fed for s in seats]), self.tensor([len(f) for f in feeds])
         window = self.cache.window(rows, max(s.fed for s in seats) + longest, start, lens)
         role = self.one_or_each(seats, self.tensor([s.role for s in seats]))
-        self.model(block, role, window=window, lora=self.stack.rows(role))
+        self.model(block, role, window=replace(window, feeds=True), lora=self.stack.rows(role))
         for s, f in zip(seats, feeds):
             s.fed += len(f)
             stats.prefilled += len(f)

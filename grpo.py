@@ -12,7 +12,7 @@ was sampled, and the log-probs of sampling.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -64,6 +64,19 @@ def whiten(batches: list[Batch]) -> list[Batch]:
     return [replace(b, adv=(b.adv - adv.mean()) / (adv.var() + 1e-8).sqrt()) for b in batches]
 
 
+def cut(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
+    """Rows, sorted by length, in micro-batches of at most `tokens` tokens with their padding, or of one row.
+    A row that would pad the shorter ones by more than a sixteenth of that begins the next one."""
+    first = held = 0
+    for i, n in enumerate(lengths):
+        rows = i - first
+        if rows and ((rows + 1) * n > tokens or rows * n - held > tokens / 16):
+            yield slice(first, i)
+            first, held = i, 0
+        held += n
+    yield slice(first, len(lengths))
+
+
 def make_batches(
     trajectories: Sequence[Trajectory],
     adv: Sequence[float],
@@ -73,7 +86,7 @@ def make_batches(
     longest: int = 1,
     part: slice = slice(None),
 ) -> list[Batch]:
-    """Cut one update's trajectories into micro-batches of at most `tokens` padded tokens, sorted by length.
+    """Cut one update's trajectories into micro-batches (see `cut`).
 
     A token weighs the same whatever micro-batch it falls into; `token_weights` says how much. part: take
     only these of the sorted trajectories, weighed as in the whole update.
@@ -81,13 +94,8 @@ def make_batches(
     pairs = sorted((p for p in zip(trajectories, adv) if sum(p[0].mask)), key=lambda p: len(p[0].ids))
     n = [sum(t.mask) for t, _ in pairs]
     w = token_weights(normaliser, n, [t.question for t, _ in pairs], longest)
-    groups: list[list] = []
-    for t, a, each in [(*pair, each) for pair, each in zip(pairs, w)][part]:
-        if groups and (len(groups[-1]) + 1) * len(t.ids) <= tokens:
-            groups[-1].append((t, a, each))
-        else:
-            groups.append([(t, a, each)])
-    return [_batch(group, device) for group in groups]
+    rows = [(*pair, each) for pair, each in zip(pairs, w)][part]
+    return [_batch(rows[some], device) for some in cut([len(t.ids) for t, *_ in rows], tokens) if rows]
 
 
 def _batch(group: list[tuple[Trajectory, float, float]], device) -> Batch:

@@ -262,6 +262,7 @@ class Window:
     start: Tensor  # (B,) tokens that each row already holds
     lens: Tensor | None = None  # (B,) new tokens of each row; None: all are real
     table: Tensor | None = None  # (B, pages of a row); None: page b is row b
+    feeds: bool = False  # only the cache is wanted: the last layer stops at its keys and values
 
 
 class Layer(nn.Module):
@@ -293,7 +294,9 @@ class Layer(nn.Module):
         else:
             y, x = kernels.rms_norm(delta, self.norm_1, eps, residual=x)
         qkv = self.qkv(y, updates[0]).unflatten(-1, (-1, self.c.head_dim))  # (B, T, H + 2 KV, D)
-        o = attend(self, qkv).flatten(-2)
+        if (o := attend(self, qkv)) is None:  # keys and values are in the cache, and nothing else is wanted
+            return x, y
+        o = o.flatten(-2)
         if chosen is not None:
             o, x = (y.flatten(0, 1).index_select(0, chosen) for y in (o, x))
         delta = self.out(o, updates[1])
@@ -394,7 +397,7 @@ class Model(nn.Module):
             if self.config.qk_norm:
                 qkv = torch.cat(layer.parts(qkv), 2)
             q = kernels.rope_cache(qkv, cache, place)
-            return kernels.cached_attention(q, cache, place)
+            return None if w.feeds and layer is self.layers[-1] else kernels.cached_attention(q, cache, place)
 
         return (partial(attend, layer) for layer in w.layers)
 

@@ -179,7 +179,7 @@ def forwards(pool: Pool, T: int) -> dict[str, Callable]:
 
     def prefill(role):
         n = torch.zeros(8, dtype=torch.long, device=pool.cache.kv.device)
-        window = pool.cache.window(slice(0, 8), T, n, n)
+        window = replace(pool.cache.window(slice(0, 8), T, n, n), feeds=True)
         pool.model(n[:, None].expand(8, T), role, window=window, lora=pool.stack.rows(role))
 
     return {

@@ -2,6 +2,7 @@
 family."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,7 +113,8 @@ def trained(mine, role, seed=3, rank=4):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3-untied"])
 def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, monkeypatch, family, bits, joined):
     """Ragged rows in the cache, rows of different roles, and stale keys of earlier tenants must change
-    nothing; nor adapters that lie below the matrices, as on a GPU."""
+    nothing; nor adapters that lie below the matrices, as on a GPU. A prefill that only feeds leaves the same
+    cache."""
     monkeypatch.setattr(M.kernels, "joins", lambda x: joined)
     checkpoint(tmp_path, family)
     mine = weights.load(tmp_path, bits=bits)
@@ -130,8 +132,12 @@ def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, monkeypatch,
             block = torch.zeros(4, int(news.max()), dtype=torch.long)
             for b in range(4):
                 block[b, : news[b]] = x[b, held[b] : held[b] + news[b]]
-            window = cache.window(slice(1, 5), 40, held, news)
-            h = mine(block, roles, window=window, lora=stack.rows(roles))
+            where, before = (slice(1, 5), 40, held, news), cache.kv.clone()
+            mine(block, roles, window=replace(cache.window(*where), feeds=True), lora=stack.rows(roles))
+            fed = cache.kv.clone()
+            cache.kv.copy_(before)
+            h = mine(block, roles, window=cache.window(*where), lora=stack.rows(roles))
+            assert torch.equal(cache.kv, fed) and not torch.equal(fed, before)
             for b in range(4):
                 out[b].append(h[b, : news[b]])
             held = held + news

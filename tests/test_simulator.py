@@ -405,9 +405,11 @@ def test_steps_fill_their_budget_and_visit_every_row():
 
 
 def test_batches_hold_their_padding_within_the_budget():
-    """Memory is rows times the longest row; a row too long for any batch still gets its turn."""
-    cut = sft.batches([sft.Example([9] * n, [1] * n) for n in (9, 2, 50, 3, 2, 8)], 18)
-    assert [[len(e.ids) for e in batch] for batch in cut] == [[2, 2, 3], [8, 9], [50]]
+    """Memory is rows times the longest row; a row too long for any batch still gets its turn. Where lengths
+    jump, short rows would be computed at twice their length, though all fit."""
+    lengths = (90, 20, 500, 21, 20, 80, 40)
+    cut = sft.batches([sft.Example([9] * n, [1] * n) for n in lengths], 180)
+    assert [[len(e.ids) for e in batch] for batch in cut] == [[20, 20, 21], [40], [80, 90], [500]]
 
 
 @pytest.mark.parametrize("tokens", [1, 60, 10**6])
