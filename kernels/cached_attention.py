@@ -114,7 +114,7 @@ def config(rows: int, D: int, fp32: bool, t: Target) -> dict:
         stages = 7 if D <= 64 and t.arch >= 90 and roomy else stages if roomy or D <= 64 else min(stages, 3)
         return {"BM": 16, "BN": 64, "num_warps": 4, "num_stages": stages}
     if rows <= 64:
-        narrow = mma or (t.arch == 90 and D > 64)  # wider ones spill in groups of 3 and 7
+        narrow = mma or (t.arch in (90, 100) and D > 64)  # wider ones spill in groups of 3 and 7
         warps = 8 if mma and D > 64 else 4  # sm_86 spills with 4 at D = 128, sm_120 with 8 at D = 64
         return {"BM": 64, "BN": 32 if narrow else 64, "num_warps": warps, "num_stages": stages}
     return {"BM": 128, "BN": 32 if mma and D > 64 else 64, "num_warps": 8, "num_stages": stages}
