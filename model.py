@@ -472,6 +472,8 @@ class Model(nn.Module):
         sizes = [(len(x.parts) * rank, x.d_in, x.weight.shape[0]) for x in linears]
         A = None if old is None else old.pairs[0][0]
         join = kernels.joins(self.embed) and any(scales) and self.packed_head is None and not self.config.bits
+        for x in linears if not join else ():
+            x.joined = []  # A lies apart from W
         room = [x.join(ROLES * k).view(ROLES, k, i) for x, (k, i, _) in zip(linears, sizes) if join]
         moved = any(x.data_ptr() != pair[0].data_ptr() for x, pair in zip(room, old.pairs if old else ()))
         if A is None or moved or (old.scales, A.size(1), A.dtype) != (scales, sizes[0][0], dtype):

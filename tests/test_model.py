@@ -109,6 +109,21 @@ def trained(mine, role, seed=3, rank=4):
         )
 
 
+def test_adapters_that_lie_apart_again_are_read_there(tmp_path, monkeypatch):
+    """Copies of A that were left below W would be multiplied in place of the ones that change."""
+    checkpoint(tmp_path, "qwen2")
+    mine = weights.load(tmp_path)
+    trained(mine, POLICY, 3)
+    for joined in (True, False):
+        monkeypatch.setattr(M.kernels, "joins", lambda x, joined=joined: joined)
+        stack = mine.stacked()
+        trained(mine, POLICY, 4)
+        stack = mine.stacked(stack)
+    x, roles = torch.arange(5, 12)[None], torch.tensor([POLICY])
+    with torch.no_grad():
+        assert (mine(x, roles, lora=stack.rows(roles)) - mine(x, POLICY)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("bits, joined", [(0, False), (0, True), (8, True)])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3-untied"])
 def test_prefill_decode_and_extension_equal_the_full_pass(tmp_path, monkeypatch, family, bits, joined):
