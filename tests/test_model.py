@@ -117,7 +117,7 @@ def test_adapters_that_lie_apart_again_are_read_there(tmp_path, monkeypatch):
     for joined in (True, False):
         monkeypatch.setattr(M.kernels, "joins", lambda x, joined=joined: joined)
         stack = mine.stacked()
-        trained(mine, POLICY, 4)
+        trained(mine, POLICY, 4 + joined)
         stack = mine.stacked(stack)
     x, roles = torch.arange(5, 12)[None], torch.tensor([POLICY])
     with torch.no_grad():
