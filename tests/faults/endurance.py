@@ -64,9 +64,8 @@ def verdict(samples: list[list[int]]) -> tuple[str, str]:
     its standard error. What grows, and all of them."""
     x, *ys = np.array(samples[len(samples) // 2 :], float).T
     wrong, told = [], []
-    for what, y, most in zip(
-        ("resident bytes", "open files", "threads"), ys, (MARGIN, 1e-9, 1e-9)
-    ):  # a line through equal counts is not quite flat
+    flat = 1e-9  # a line through equal counts is flat but for rounding
+    for what, y, most in zip(("resident bytes", "open files", "threads"), ys, (MARGIN, flat, flat)):
         line = np.polyfit(x, y, 1)
         rest = y - np.polyval(line, x)
         error = 2 * np.sqrt((rest**2).sum() / max(1, len(x) - 2) / ((x - x.mean()) ** 2).sum())
