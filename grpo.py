@@ -74,7 +74,8 @@ def cut(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
             yield slice(first, i)
             first, held = i, 0
         held += n
-    yield slice(first, len(lengths))
+    if lengths:
+        yield slice(first, len(lengths))
 
 
 def make_batches(
@@ -95,7 +96,7 @@ def make_batches(
     n = [sum(t.mask) for t, _ in pairs]
     w = token_weights(normaliser, n, [t.question for t, _ in pairs], longest)
     rows = [(*pair, each) for pair, each in zip(pairs, w)][part]
-    return [_batch(rows[some], device) for some in cut([len(t.ids) for t, *_ in rows], tokens) if rows]
+    return [_batch(rows[some], device) for some in cut([len(t.ids) for t, *_ in rows], tokens)]
 
 
 def _batch(group: list[tuple[Trajectory, float, float]], device) -> Batch:

@@ -19,7 +19,7 @@ from look import rows_of
 from .kill import SHORT
 from .nursery import Nursery
 
-RUN = " ".join(["--questions 1 --group 2 --eval-questions 0 --sft-steps 0 --no-audit", *SHORT])
+RUN = ["--questions", "1", "--group", "2", "--eval-questions", "0", "--sft-steps", "0", "--no-audit", *SHORT]
 EVERY = 40  # samples that are taken
 MARGIN = 1024  # bytes a repetition that are no leak: a few figures of each step stay in memory, by design
 
@@ -104,7 +104,7 @@ def _steps(folder: Path) -> Callable:
 
         train.tell, Engine.__init__ = counted, paged
         more = "--turn-tokens 2 --save-every 500 --show-every 1000000 --seat-tokens 64 --episode-tokens 48"
-        train.main([*RUN.split(), *more.split(), "--steps", str(n), "--out", f"{folder}/run"])
+        train.main([*RUN, *more.split(), "--steps", str(n), "--out", f"{folder}/run"])
 
     return repeat
 
@@ -134,7 +134,7 @@ def _resumes(folder: Path) -> Callable:
     import train
 
     def repeat(done, n):
-        tell, argv = train.tell, [*RUN.split(), "--steps", str(n + 1), "--out", f"{folder}/run"]
+        tell, argv = train.tell, [*RUN, "--steps", str(n + 1), "--out", f"{folder}/run"]
 
         def told(*args):
             tell(*args)
