@@ -7,11 +7,14 @@ from .nursery import Nursery
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    nursery = Nursery(folder)
-    if not nursery.preloaded:
-        nursery.close()
-        pytest.skip("needs Linux and a C compiler")
-    yield Bench(nursery, folder / "bench")
+def nursery(tmp_path_factory):
+    nursery = Nursery(tmp_path_factory.mktemp("faults"))
+    yield nursery
     nursery.close()
+
+
+@pytest.fixture(scope="session")
+def bench(nursery, tmp_path_factory):
+    if not nursery.preloaded:
+        pytest.skip("needs Linux and a C compiler")
+    return Bench(nursery, tmp_path_factory.mktemp("bench") / "bench")

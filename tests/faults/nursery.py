@@ -73,7 +73,7 @@ class Nursery:
         return int(self.process.stdout.readline())
 
     def start(self, command: str, argv: list, log: Path, **fault) -> Child:
-        """command: train, simulator, eval or soak. fault: see `armed`; staged: names of staged.py."""
+        """command: train, simulator, eval, soak or fuzz. fault: see `armed`; staged: names of staged.py."""
         argv = [str(x) for x in argv]
         return Child(self, self.ask({"command": command, "argv": argv, "log": str(log), **fault}), log)
 
@@ -119,6 +119,7 @@ def child(wish: dict) -> None:
     from cli import screen
 
     module = {"simulator": "prepare.command", "soak": "tests.faults.endurance"}
+    module |= {"fuzz": "tests.faults.fuzz"}
     main = importlib.import_module(module.get(wish["command"], wish["command"])).main
     for name in wish.get("staged", ()):
         getattr(importlib.import_module("tests.faults.staged"), name)()
