@@ -28,6 +28,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from heapq import heappop, heappush
 from http.client import HTTPException, HTTPResponse, IncompleteRead
 from queue import SimpleQueue
 from typing import TypeVar
@@ -158,12 +159,10 @@ class Server:
         target = (self.address if via and not secure else self.path) + path or "/"
         data = None if body is None else json.dumps(body).encode()
         twins: list[socket.socket] = []  # of the connection's socket, which a TLS handshake takes away
-        alarm = threading.Timer(seconds, lambda: [*map(_hang_up, twins)])
-        alarm.daemon = True
         # http.client's own hook; it is not public, and there is no other place between connecting and TLS
         connection._create_connection = partial(_connected, twins, deadline)
         try:
-            alarm.start()
+            _alarm.set(deadline, twins)
             connection.request("GET" if body is None else "POST", target, data, self.headers)
             response = connection.getresponse()
             data = response.read(LARGEST + 1)
@@ -185,9 +184,9 @@ class Server:
                 raise
             raise Passing(fault) from None
         finally:
-            alarm.cancel()
             for sock in (connection, *twins):
                 sock.close()
+            twins.clear()
 
     def _error(self, path: str, fault: str, advice: str) -> ServerError:
         """An error without secrets: no parameters of the path, no key that the server echoes."""
@@ -235,10 +234,34 @@ def _connected(twins: list, deadline: float, where: tuple[str, int], *_) -> sock
     raise fault
 
 
-def _hang_up(twin: socket.socket) -> None:
-    """End whatever waits for a socket: its own time limit starts again with every byte that trickles in."""
-    with suppress(OSError):  # it may be closed by now
-        twin.shutdown(socket.SHUT_RDWR)
+class _Alarm:
+    """One thread that hangs up whatever is late: the time limit of a socket starts again with every byte that
+    trickles in. (A timer for each request would be a thousand threads, which wake at the same instant.)"""
+
+    def __init__(self):
+        self.waiting: list[tuple[float, int, list]] = []  # a heap: deadline, number, sockets
+        self.changed, self.numbers, self.thread = threading.Condition(), itertools.count(), None
+
+    def set(self, deadline: float, sockets: list) -> None:
+        with self.changed:
+            heappush(self.waiting, (deadline, next(self.numbers), sockets))
+            self.changed.notify()
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._run, daemon=True)
+                self.thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                while not self.waiting or (left := self.waiting[0][0] - time.monotonic()) > 0:
+                    self.changed.wait(left if self.waiting else None)
+                late = heappop(self.waiting)[2]
+            for sock in [*late]:
+                with suppress(OSError):  # it may be closed by now
+                    sock.shutdown(socket.SHUT_RDWR)
+
+
+_alarm = _Alarm()
 
 
 def is_address(name: str | None) -> bool:
