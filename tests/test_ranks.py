@@ -147,28 +147,30 @@ def judge(a, trajectories):
 def test_whoever_ends_ends_all_and_the_run_goes_on(alone, body, tmp_path, monkeypatch, die, wait, n, kept):
     """A process that waits for one that is gone holds its GPU until somebody looks. All end within 30 s with
     one line, whole steps are saved by the first process while it lives, and any number of processes goes on
-    to the same result."""
-    out = tmp_path / "ppo"
-    run = ["train", "--out", str(out), *SHORT, *TRAIN["ppo"]]
-    process = start(2, body=str(body), die=die, wait=wait, runs=[run])
+    to the same result. No two of them share a directory: only the first one's is read and written."""
+    out, apart = tmp_path / "0/ppo", str(tmp_path)
+    run = ["train", "--out", "ppo", *SHORT, *TRAIN["ppo"]]
+    process = start(2, body=str(body), apart=apart, die=die, wait=wait, runs=[run])
     printed, errors = process.communicate(timeout=300)
-    took = time.time() - out.with_name("ppo.died").stat().st_mtime
+    took = time.time() - (tmp_path / str(die[0]) / "ppo.died").stat().st_mtime
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert process.returncode and took < 30, (took, errors)
     if die[2] == "SIGINT":
-        assert not ours and f"go on with: python train.py --out {out}" in printed
+        assert not ours and "go on with: python train.py --out ppo " in printed
     else:
         assert len(ours) == 1 and "--resume" in ours[0] and "interrupted" not in errors, errors
         assert (die[2] if " " in die[2] else ranks.LOST) in ours[0]
     assert disk.load_state(out / "state.safetensors")[1]["step"] == kept
-    go_on = ["train", "--out", str(out), "--resume"]
+    go_on = ["train", "--out", "ppo", "--resume"]
     if n:
-        process = start(n, body=str(body), runs=[go_on])
+        process = start(n, body=str(body), apart=apart, runs=[go_on])
         assert process.wait(timeout=120) == 0, process.communicate()
     else:  # in this process
         monkeypatch.setitem(weights.PRESETS, "tiny", str(body))
         monkeypatch.setattr(train, "judge", judge)
+        monkeypatch.chdir(out.parent)
         train.main(go_on[1:])
+    assert {path.name for rank in "12" for path in (tmp_path / rank).glob("*")} <= {"ppo.died"}
     equal_states(alone / "ppo", out)
 
 

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 tests/tools/together.py '{"body": DIR, "ids": FILE, "runs": [["train", ...]]}'
 
 "die": [rank, step, signal or message] ends that process when it is to act in that step; "wait": the others
-sleep then, so that they do not meet the loss in a collective. Not a test: tests/test_ranks.py starts it.
+sleep then, so that they do not meet the loss in a collective. "apart": each runs in a directory of its own
+below that one. Not a test: tests/test_ranks.py starts it.
 """
 
 import importlib
@@ -46,6 +47,10 @@ def dies(a, s, step, asked):
 
 
 def main():
+    if "apart" in work:  # as on machines without a common disk
+        home = Path(work["apart"], os.environ.get("RANK", "0"))
+        home.mkdir(exist_ok=True)
+        os.chdir(home)
     for command, *argv in work["runs"]:
         importlib.import_module(command).main(argv)
 
