@@ -54,6 +54,9 @@ GRIDS: dict[str, dict[str, str]] = {  # grid -> variant -> flags of train.py; th
     "documents": {"masked": "", "trained on": "--compat documents"},
     "reward": {"f1": ""} | {reward: f"--reward {reward}" for reward in ("em", "cover-em")},
     "algorithms": {"grpo": ""} | {name: f"--algorithm {name}" for name in RECIPES if name != "grpo"},
+    "rates": {f"{name} {lr}": f"--lr {lr}" + f" --algorithm {name}" * (name != "grpo")
+              for lr in ("4e-3", "8e-3") for name in RECIPES if name not in ("gspo", "gmpo", "sapo", "cispo")}
+        | {"2 updates": "--updates 2"},  # (one update: gmpo and sapo are gspo, cispo is dapo)
     "compat": {"clean": "--algorithm reinforce"}
         | {name: f"--algorithm reinforce --compat {name}" for name in (*DEFECTS, "zerosearch")},
     "group": {"8": ""} | {str(n): f"--group {n} --questions {64 // n}" for n in (2, 4, 16)},
@@ -72,7 +75,8 @@ GRIDS["hasty"] = {k: f"{v} --data toy --policy runs/hasty".strip() for k, v in G
 FLAGS = {
     "what is run": [
         Flag("grid", str, NEEDED, f"one of {', '.join(GRIDS)}", "GRID", bare=True),
-        Flag("seeds", int, 5, "0, 1, ...", least=2),
+        Flag("seeds", int, 5, "how many, from --first on", least=2),
+        Flag("first", int, 0, "the first seed", least=0),
         Flag("only", str, "", "run these variants of it, and the first (all)", "A,B"),
         Flag("flags", str, BOOK, "of train.py, for all runs", "FLAGS"),
         Flag("jobs", int, os.cpu_count(), "runs at a time (0: none, only the table)", least=0),
@@ -139,7 +143,7 @@ def runs_of(a: argparse.Namespace) -> dict[str, list[Run]]:
     out: dict[str, list[Run]] = {}
     for variant, more in GRIDS[a.grid].items():
         flags = settled(f"{a.flags} {more}")
-        for seed in range(a.seeds):
+        for seed in range(a.first, a.first + a.seeds):
             simulator = simulator_of(a, flags, seed)[0] / "simulator"
             adapter = ["--sim-adapter", str(simulator), "--no-audit"]
             mine = [*shlex.split(flags), "--seed", str(seed), *(adapter if shares(flags) else ())]
@@ -283,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{a.rows} has no run of the first variant of {a.grid} with these flags")
     more = "" if a.flags == BOOK else f' --flags "{a.flags}"'
     told = {f"{x['machine']}, commit {x['commit']}" for mine in results.values() for x in mine.values()}
+    more += f" --first {a.first}" if a.first else ""
     command = f"python -m bench.ablate {a.grid} --seeds {a.seeds}{more}"
     text = f"`{command}`; every run with `{a.flags}`; {'; '.join(sorted(told))}.\n\n{table(a, results)}"
     print(text)
