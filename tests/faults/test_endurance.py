@@ -21,7 +21,7 @@ def test_a_leak_is_told_from_noise():
     assert "threads" in verdict([[i, y, 9, i // 2] for i, y, *_ in flat])[0]
 
 
-@pytest.mark.parametrize("name, n", [("steps", 20), ("evaluations", 8), ("resumes", 8)])
+@pytest.mark.parametrize("name, n", [("steps", 8), ("evaluations", 8), ("resumes", 8)])
 def test_a_few_repetitions_hold_on_to_no_file_and_no_thread(bench, tmp_path, name, n):
     """One open log a run, and a night of evaluations ends at the limit of open files; one seat or page a step
     that is not given back, and the engine waits for ever."""
