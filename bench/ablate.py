@@ -6,7 +6,7 @@
     python -m bench.ablate kl --jobs 0                    only the table of what has been run
 
 The first variant of a grid is the baseline. A cell is the mean over seeds with its 95 % interval (t); the
-last columns are paired differences to the baseline: same seed, world, questions, and simulator.
+last columns are paired differences to the baseline: same seed, world, questions, simulator, machine and code.
 To add an ablation, add a line to `GRIDS`. A run is known by its flags and seed: what has a row in --rows, of
 whatever grid, is not run again, so that the book can be continued from a clone, or after an interruption.
 
@@ -54,7 +54,7 @@ GRIDS: dict[str, dict[str, str]] = {  # grid -> variant -> flags of train.py; th
     "documents": {"masked": "", "trained on": "--compat documents"},
     "reward": {"f1": ""} | {reward: f"--reward {reward}" for reward in ("em", "cover-em")},
     "algorithms": {"grpo": ""} | {name: f"--algorithm {name}" for name in RECIPES if name != "grpo"},
-    "rates": {"grpo 4e-3": "--lr 4e-3"}  # without four that are others where there is one update
+    "rates": {"grpo 4e-3": "--lr 4e-3"}
         | {f"{name} {lr}": f"--lr {lr}" + f" --algorithm {name}" * (name != "grpo")
            for lr in ("4e-3", "8e-3") for name in RECIPES if name not in ("gspo", "gmpo", "sapo", "cispo")}
         | {"grpo 2e-3": "", "grpo 2e-3, 2 updates": "--updates 2"},
@@ -219,6 +219,11 @@ def figure(row: dict, path: tuple[str, ...]) -> float | None:
     return reduce(lambda part, name: (part or {}).get(name), path, row)
 
 
+def made_by(row: dict) -> tuple[str, str]:
+    """The machine, without the date, and the code: a seed says little of others."""
+    return row.get("machine", "").rpartition(";")[0], row.get("commit", "")
+
+
 def shown(values: list[float | None], form: str) -> str:
     """The mean of those that are there, with its interval."""
     values = [x for x in values if x is not None]
@@ -234,8 +239,9 @@ def table(a: argparse.Namespace, results: dict[str, dict[int, dict]]) -> str:
         flags = GRIDS[a.grid][variant]
         cells = [variant, f"`{flags}`" if flags else "", str(len(mine))]
         cells += [shown([figure(row, path) for row in mine.values()], ".3f") for path in COLUMNS.values()]
+        both = [(row, base[s]) for s, row in mine.items() if s in base and made_by(row) == made_by(base[s])]
         for path in (COLUMNS[name] for name in PAIRED if mine is not base):
-            pairs = [(figure(row, path), figure(base.get(seed), path)) for seed, row in mine.items()]
+            pairs = [(figure(row, path), figure(first, path)) for row, first in both]
             cells.append(shown([x - y for x, y in pairs if None not in (x, y)], "+.3f"))
         lines.append(cells + [""] * (len(heads) - len(cells)))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -83,11 +83,14 @@ def test_the_same_flags_are_the_same_run():
 
 
 def test_curves_and_pairs(grid):
-    """A difference is paired by seed, not by place; a band that leaves out a seed is too narrow."""
-    row = lambda x: {"after": {"f1": x}, "curves": {"f1": [x, x, x, x]}}  # noqa: E731
-    results = {"as it is": {0: row(0.2), 1: row(0.6)}, "no KL": {1: row(0.7), 0: row(0.3), 2: row(9.0)}}
+    """A difference is paired by seed, not by place, and never with a run of other code or another machine; a
+    band that leaves out a seed is too narrow."""
+    row = lambda x, **made: {"after": {"f1": x}, "curves": {"f1": [x, x, x, x]}} | made  # noqa: E731
+    results = {"as it is": {0: row(0.2), 1: row(0.6), 3: row(0.6, commit="a"), 4: row(0.1, machine="A; day")}}
+    others = {3: row(0.1, commit="b"), 4: row(0.9, machine="B; day")}
+    results["no KL"] = {1: row(0.7), 0: row(0.3), 2: row(9.0)} | others
     line = ablate.table(SimpleNamespace(grid="tiny"), results).splitlines()[-1]
-    assert "| +0.100 ± 0.000 |" in line and "| 3 |" in line
+    assert "| +0.100 ± 0.000 |" in line and "| 5 |" in line
     points = ablate.curve([row(0.2), row(0.6)])
     assert [p[0] for p in points] == [1, 2, 3, 4]
     assert points[2][1:] == pytest.approx(ablate.interval([0.2, 0.6]))
