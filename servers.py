@@ -243,18 +243,21 @@ class _Alarm:
         self.changed, self.numbers, self.thread = threading.Condition(), itertools.count(), None
 
     def set(self, deadline: float, sockets: list) -> None:
+        """Hang up these then. (The list of a request that has ended is empty, and stays until its time.)"""
         with self.changed:
-            heappush(self.waiting, (deadline, next(self.numbers), sockets))
-            self.changed.notify()
             if self.thread is None:
-                self.thread = threading.Thread(target=self._run, daemon=True)
-                self.thread.start()
+                thread = threading.Thread(target=self._run, daemon=True)
+                thread.start()  # where it cannot, the next request tries again
+                self.thread = thread
+            heappush(self.waiting, (deadline, next(self.numbers), sockets))
+            if self.waiting[0][2] is sockets:
+                self.changed.notify()
 
     def _run(self) -> None:
         while True:
             with self.changed:
                 while not self.waiting or (left := self.waiting[0][0] - time.monotonic()) > 0:
-                    self.changed.wait(left if self.waiting else None)
+                    self.changed.wait(min(left, 3600.0) if self.waiting else None)  # no float is too large
                 late = heappop(self.waiting)[2]
             for sock in [*late]:
                 with suppress(OSError):  # it may be closed by now
@@ -262,6 +265,7 @@ class _Alarm:
 
 
 _alarm = _Alarm()
+os.register_at_fork(after_in_child=_alarm.__init__)  # no thread survives a fork
 
 
 def is_address(name: str | None) -> bool:

@@ -5,6 +5,8 @@ All on this machine; what a server may answer is in ../test_servers.py.
 
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,8 +17,18 @@ import servers
 from search import ask, open_search, retrieved
 from servers import Server, ServerError
 
+from .nursery import ROOT
 from .wire import FLOODS, GOOD, HANDSHAKES, SLOW, WHOLE, Wire, flood, reply
 
+FORKED = """
+import os, time, servers
+servers._alarm.set(time.monotonic() + 99, [])
+if os.fork():
+    os.wait()
+else:
+    print(servers._alarm.thread, flush=True)
+    os._exit(0)
+"""
 LIMIT, SLACK = 0.9, 4.0  # seconds; the slack is for a machine on which ten other programs run
 
 
@@ -135,11 +147,28 @@ def test_one_thread_watches_every_time_limit(wire):
     assert all(isinstance(end.exception(), ServerError) for end in ends)
 
 
+def test_the_watch_outlives_an_endless_limit_a_failed_start_and_a_fork(wire, monkeypatch):
+    """One thread for all is one thread to lose: no request of the process had a limit any more."""
+    fresh = servers._Alarm()
+    monkeypatch.setattr(servers, "_alarm", fresh)
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fresh.set(0.0, [])
+    monkeypatch.setattr(threading.Thread, "start", start)
+    fresh.set(float("inf"), [])
+    w = wire(None)
+    w.speak = SLOW["trickles"](w)
+    assert fails(f"http://127.0.0.1:{w.port}")[1] < 1.1 * LIMIT + SLACK and fresh.thread.is_alive()
+    told = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, cwd=ROOT)
+    assert told.stdout == "None\n", told.stderr
+
+
 @pytest.mark.parametrize("name", ["stalls", "500, then an answer"])
 def test_a_thousand_requests_at_once_each_end_in_time(name):
     """A step's episodes all search at once: none may be lost, and a server that stalls fails them all within
     the limit of one. (The long part holds each to 1.1 of a limit of 30 s; half a minute is for a busy
-    machine, and the server stalls for ten.)"""
+    machine, and the server stalls for ten minutes.)"""
     limit = 3.0 if name == "stalls" else 30.0
     _, wrong, slowest = flood(name, 1000, limit)
     late = [float(w.split()[3]) for w in wrong.split("; ") if w]
