@@ -122,8 +122,8 @@ def soak(folder: Path) -> Cases:
 
 
 def floods(folder: Path) -> Cases:
-    """A thousand requests at once to a server of each kind (100 where an answer has 17 MB): each ends as it
-    must, within 1.1 of its limit."""
+    """A thousand requests to a server of each kind (100 where an answer has 17 MB), at once where it is slow,
+    32 at a time where it is not: each ends as it must, within 1.1 of its limit."""
     for name in wire.SLOW | wire.HANDSHAKES | wire.PASSING | wire.FLOODS:
         yield name, lambda name=name: wire.flood(name, 100 if name == "17 MB" else 1000, 30.0)
 

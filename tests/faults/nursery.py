@@ -118,8 +118,7 @@ def child(wish: dict) -> None:
 
     from cli import screen
 
-    module = {"simulator": "prepare.command", "soak": "tests.faults.endurance"}
-    module |= {"fuzz": "tests.faults.fuzz"}
+    module = {"simulator": "prepare.command", "soak": "tests.faults.endurance", "fuzz": "tests.faults.fuzz"}
     main = importlib.import_module(module.get(wish["command"], wish["command"])).main
     for name in wish.get("staged", ()):
         getattr(importlib.import_module("tests.faults.staged"), name)()

@@ -134,7 +134,7 @@ def test_500_then_success_and_429_that_asks_to_wait(wire):
 
 
 def test_one_thread_watches_every_time_limit(wire):
-    """A timer for each request woke a thousand threads at one instant: they took minutes of the processor to
+    """A timer for each request woke a thousand threads at one instant: they took 104 s of the processor to
     pass the interpreter's lock around, and requests ended up to six times later than their limit."""
     w, before = wire(None), threading.active_count()
     w.speak = SLOW["stalls"](w)
