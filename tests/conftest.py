@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 
 import pytest
 import torch
@@ -32,6 +33,13 @@ def device() -> str:
     """Where kernel tests put their tensors. Skips them where triton is not installed (macOS, Windows)."""
     pytest.importorskip("triton")
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def random_body(path, config, *init):

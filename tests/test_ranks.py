@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import free_port
 from test_eval import lines_file
 
 import train
@@ -41,9 +41,7 @@ TRAIN = {  # five questions: the shares are unequal; one: a process has nothing 
 
 def start(n: int, **work) -> subprocess.Popen:
     """torchrun with n processes (0: one without torchrun)."""
-    with socket.socket() as free:  # another torchrun may have the usual one
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())  # another torchrun may have the usual one
     run = ["-m", "torch.distributed.run", "--master_port", port, "--nproc_per_node", str(n)] if n else []
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     argv = [sys.executable, *run, str(ROOT / "tests/tools/together.py"), json.dumps(work)]

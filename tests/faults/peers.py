@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cli import screen
+from tests.conftest import free_port
 
 from .kill import Job, different, left, told
 from .nursery import ROOT
@@ -38,9 +38,7 @@ class Peer:
     """A server in another process, always at the same port. health: a path that it answers when ready."""
 
     def __init__(self, command: Callable[[int], list[str]], health: str, log: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.command, self.health, self.log = command(self.port), f"http://127.0.0.1:{self.port}{health}", log
         self.process: subprocess.Popen | None = None
 
