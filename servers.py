@@ -31,6 +31,7 @@ from functools import partial
 from heapq import heappop, heappush
 from http.client import HTTPException, HTTPResponse, IncompleteRead
 from queue import SimpleQueue
+from threading import Semaphore
 from typing import TypeVar
 from urllib.parse import quote, quote_plus, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -77,7 +78,7 @@ class Server:
         self.headers = {"Content-Type": "application/json", "Connection": "close"} | self.headers
         proxy = "" if _is_here(self.host) or proxy_bypass(self.host) else getproxies().get(self.scheme)
         self.proxy = urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else None
-        self.work, self.threads = SimpleQueue(), iter(range(self.parallel))
+        self.work, self.free, self.served = SimpleQueue(), Semaphore(self.parallel), False
         self.tls = {}  # one context for all connections: each would read the authorities anew, 20 ms
         if self.scheme == "https":
             self.tls["context"] = ssl.create_default_context()
@@ -87,11 +88,18 @@ class Server:
         """Do work in one of `parallel` threads. A future cancelled before its turn is never begun.
 
         (Not an executor: Python waits for its threads at exit, and a stuck request would hold the GPU.)
+        Raises ServerError where not even one thread can be started.
         """
+        if self.free.acquire(blocking=False):
+            try:
+                _started(self._serve)
+                self.served = True
+            except Passing as e:
+                self.free.release()  # the threads that there are do the work
+                if not self.served:
+                    raise self._error("", e.fault, "End other programs, then run again") from None
         future: Future[Value] = Future()
         self.work.put((future, partial(work, *arguments)))
-        if next(self.threads, None) is not None:
-            threading.Thread(target=self._serve, daemon=True).start()
         return future
 
     def _serve(self) -> None:
@@ -117,12 +125,14 @@ class Server:
                 return self._value(read, path, body, min(left, limit / 3))
             except Passing as e:
                 spent, pause = time.monotonic() - began, max(e.wait, PAUSE * 2 ** (n - 1))
-                if n == TRIES or spent + pause >= limit:
+                over = n == TRIES or spent + pause >= limit
+                if not over:
+                    time.sleep(pause)
+                if over or time.monotonic() >= began + limit:  # a busy machine sleeps for longer
                     fault = e.fault + (f", and asks to wait {e.wait} s" if e.wait else "")
                     tries = f"{n} {'try' if n == 1 else 'tries'} in {spent:.1f} s"
                     advice = f"{tries}. See that {self.kind} runs there, then run again"
                     raise self._error(path, fault, advice) from None
-            time.sleep(pause)
 
     def _value(self, read: Callable[[object], Value], path: str, body: dict | None, seconds: float) -> Value:
         """One try. Raises Passing or ServerError."""
@@ -234,6 +244,16 @@ def _connected(twins: list, deadline: float, where: tuple[str, int], *_) -> sock
     raise fault
 
 
+def _started(run: Callable[[], None]) -> threading.Thread:
+    """A thread that Python does not wait for. Raises Passing where the system gives none."""
+    thread = threading.Thread(target=run, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        raise Passing("no further thread can be started on this machine") from None
+    return thread
+
+
 class _Alarm:
     """One thread that hangs up whatever is late: the time limit of a socket starts again with every byte that
     trickles in. (A timer for each request would be a thousand threads, which wake at the same instant.)"""
@@ -243,12 +263,13 @@ class _Alarm:
         self.changed, self.numbers, self.thread = threading.Condition(), itertools.count(), None
 
     def set(self, deadline: float, sockets: list) -> None:
-        """Hang up these then. (The list of a request that has ended is empty, and stays until its time.)"""
+        """Hang up these then; without a thread to do it, raise Passing.
+
+        (The list of a request that has ended is empty, and stays until its time.)
+        """
         with self.changed:
             if self.thread is None:
-                thread = threading.Thread(target=self._run, daemon=True)
-                thread.start()  # where it cannot, the next request tries again
-                self.thread = thread
+                self.thread = _started(self._run)  # where it cannot, the next request tries again
             heappush(self.waiting, (deadline, next(self.numbers), sockets))
             if self.waiting[0][2] is sockets:
                 self.changed.notify()

@@ -3,6 +3,7 @@
 All on this machine; what a server may answer is in ../test_servers.py.
 """
 
+import signal
 import socket
 import ssl
 import subprocess
@@ -53,6 +54,20 @@ def quick(monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    """A request that nothing ends would be waited for, and the test would not fail."""
+
+    def late(*_):
+        raise AssertionError("nothing has ended this for two minutes")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def fails(address: str, limit: float = LIMIT) -> tuple[str, float]:
@@ -152,8 +167,8 @@ def test_the_watch_outlives_an_endless_limit_a_failed_start_and_a_fork(wire, mon
     fresh = servers._Alarm()
     monkeypatch.setattr(servers, "_alarm", fresh)
     start = threading.Thread.start
-    monkeypatch.setattr(threading.Thread, "start", lambda self: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(servers.Passing, match="no further thread"):
         fresh.set(0.0, [])
     monkeypatch.setattr(threading.Thread, "start", start)
     fresh.set(float("inf"), [])
@@ -164,11 +179,65 @@ def test_the_watch_outlives_an_endless_limit_a_failed_start_and_a_fork(wire, mon
     assert told.stdout == "None\n", told.stderr
 
 
+def no_thread(self):
+    raise RuntimeError("can't start new thread")
+
+
+def test_threads_that_cannot_be_started_are_done_without(wire, monkeypatch):
+    """At a limit of the machine's threads a run ended in a traceback, and its server had a turn less each
+    time. Those that there are do the work; without any it is one line."""
+    server = Server(f"http://127.0.0.1:{wire(reply(GOOD)).port}", "a server", parallel=2)
+    start = threading.Thread.start
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        for _ in range(3):
+            with pytest.raises(ServerError, match=r"no further thread can .* End other programs"):
+                server.submit(print)
+    both = threading.Barrier(2, timeout=20)
+    one = server.submit(int)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert one.result(60) == server.submit(int).result(60) == 0  # by the first's thread
+    assert threading.Thread.start is start
+    assert {end.result(60) for end in [server.submit(both.wait) for _ in range(2)]} == {0, 1}  # two at once
+    monkeypatch.setattr(servers, "_alarm", servers._Alarm())
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(ServerError, match=r"no further thread.*4 tries"):
+        server.ask(retrieved)
+
+
+def test_a_pause_that_is_too_long_is_no_try(monkeypatch):
+    """On a busy machine a pause may outlast the limit: the next try then "gave no whole answer within -0.1
+    s", and what the server had said was lost."""
+    clock = [0.0]
+    monkeypatch.setattr(servers.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(servers.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + 99))
+    server, tried = Server("http://127.0.0.1:9", "a server", limit=9), []
+
+    def exchange(*_):
+        tried.append(1)
+        raise servers.Passing("said no")
+
+    monkeypatch.setattr(server, "_exchange", exchange)
+    with pytest.raises(ServerError, match=r"said no\. 1 try in"):
+        server.ask(retrieved)
+    assert len(tried) == 1
+
+
+def test_a_redirect_leads_nowhere(wire):
+    """Whoever answers for a server could send a run, and its key, anywhere."""
+    elsewhere = wire(reply(GOOD))
+    for status in ("301 x", "302 x", "303 x", "307 x", "308 x"):
+        away = f"Location: http://127.0.0.1:{elsewhere.port}/\r\n"
+        assert "answered 30" in fails(f"http://127.0.0.1:{wire(reply(b'', away, status)).port}")[0]
+    assert not elsewhere.accepted
+
+
 @pytest.mark.parametrize("name", ["stalls", "500, then an answer"])
 def test_a_thousand_requests_at_once_each_end_in_time(name):
     """A step's episodes all search at once: none may be lost, and a server that stalls fails them all within
     the limit of one. (The long part holds each to 1.1 of a limit of 30 s; half a minute is for a busy
-    machine, and the server stalls for ten minutes.)"""
+    machine, and the server stalls for ten minutes. How many threads are woken is counted above.)"""
     limit = 3.0 if name == "stalls" else 30.0
     _, wrong, slowest = flood(name, 1000, limit)
     late = [float(w.split()[3]) for w in wrong.split("; ") if w]
