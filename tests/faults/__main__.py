@@ -4,8 +4,8 @@
     python -m tests.faults --long --only kill      # the kinds whose names begin like that
     python -m tests.faults                         # the table of what has been tried so far
 
-A row is a batch of faults: {"kind", "case", "tried", "wrong"}, perhaps a "note"; wrong is "" where all were
-survived.
+A row is a batch of faults: {"kind", "case", "tried", "wrong"}, perhaps a "note"; wrong has a text for each
+that was not survived.
 """
 
 import errno
@@ -31,9 +31,8 @@ FLAGS = {
         Flag("rows", str, "runs/faults.jsonl", "where the rows are kept", "FILE"),
     ]
 }
-Cases = Generator[
-    tuple[str, Callable[[], tuple]], int, None
-]  # name, try it -> (faults, what is wrong, perhaps a note)
+# name, try it -> (faults, what is wrong: a text, or a list of them, perhaps a note); is sent the faults
+Cases = Generator[tuple[str, Callable[[], tuple]], int, None]
 
 
 def killed_at_calls(folder: Path) -> Cases:
@@ -80,9 +79,9 @@ def fuzzed(folder: Path) -> Cases:
     for name, n in fuzz.LONG.items():
         for start in range(0, n, 1000):
 
-            def batch(name=name, start=start, stop=start + 1000, n=n) -> tuple[int, str]:
+            def batch(name=name, start=start, stop=start + 1000, n=n) -> tuple[int, list[str]]:
                 said = list(fuzz.fuzzed(name, start, min(stop, n) - start))
-                return len(said), "; ".join(f"{i}: {w}" for i, w in said if w not in ("", "refused"))
+                return len(said), [f"{i}: {w}" for i, w in said if w not in ("", "refused")]
 
             yield f"{name} {start}", batch
 
@@ -108,7 +107,7 @@ def versions(folder: Path) -> Cases:
                     return 0, f"there is no {python} here"
                 run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
                 if run.returncode:
-                    return 1, (run.stdout + run.stderr)[-400:].replace(";", ",")
+                    return 1, (run.stdout + run.stderr)[-400:]
             return 1, ""
 
         yield name, suite
@@ -162,10 +161,11 @@ def attempt(kind: str, cases: Cases, rows: Rows, bar) -> None:
             return
         if (old := rows.rows.get((kind, case))) is None:
             tried, wrong, *note = run()
+            wrong = [wrong] * bool(wrong) if isinstance(wrong, str) else wrong
             row = {"kind": kind, "case": case, "tried": tried, "wrong": wrong}
             rows.add(row | ({"note": note[0]} if note else {}))
-            if wrong:
-                screen.say(f"{kind}, {case}: {wrong}")
+            for fault in wrong:
+                screen.say(f"{kind}, {case}: {fault}")
         else:
             tried = old["tried"]
         sent = tried
@@ -178,7 +178,7 @@ def table(rows) -> str:
     for row in rows:
         line = lines.setdefault(row["kind"], {"tried": 0, "survived": 0})
         line["tried"] += row["tried"]
-        line["survived"] += row["tried"] - row["wrong"].count(";") - bool(row["wrong"])
+        line["survived"] += row["tried"] - len(row["wrong"])
     return screen.table(lines)
 
 

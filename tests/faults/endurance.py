@@ -32,8 +32,8 @@ def held() -> tuple[int, int, int]:
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
-def slope(nursery: Nursery, name: str, n: int, folder: Path) -> tuple[str, str]:
-    """Repeat a command n times in one process: what is wrong ("" where all stays flat), and every slope."""
+def slope(nursery: Nursery, name: str, n: int, folder: Path) -> tuple[str | list[str], str]:
+    """Repeat a command n times in one process: what grows, if anything, and every slope."""
     folder.mkdir(parents=True)
     child = nursery.run("soak", [name, n, folder], folder / "log")
     if child.code:
@@ -63,7 +63,7 @@ def watch(repeat: Callable[[Callable[[], None]], None], n: int) -> list[list[int
     return samples
 
 
-def verdict(samples: list[list[int]]) -> tuple[str, str]:
+def verdict(samples: list[list[int]]) -> tuple[list[str], str]:
     """The second half of the samples (what is loaded late is no leak): a line through each figure, with twice
     its standard error. What grows, and all of them."""
     x, *ys = np.array(samples[len(samples) // 2 :], float).T
@@ -76,7 +76,7 @@ def verdict(samples: list[list[int]]) -> tuple[str, str]:
         told.append(f"{what} {line[0]:+.4g} +- {error:.2g} a repetition, {y[-1]:,.0f} at the end")
         if line[0] - error > most:
             wrong.append(told[-1])
-    return ", ".join(wrong), ", ".join(told)
+    return wrong, ", ".join(told)
 
 
 def busy(engine) -> str:

@@ -109,22 +109,22 @@ def ended(words: list[str], out: Path, must: bool) -> str:
         return f"steers the terminal: {lines[0]!r}" if steered else f"left {left}" if left else ""
     if run.returncode == 0 and "Traceback" not in said and not must:
         return ""
-    return f"exit code {run.returncode}, {len(lines)} lines: {said[-500:]}".replace(";", ",") + f" {words}"
+    return f"exit code {run.returncode}, {len(lines)} lines: {said[-500:]} {words}"
 
 
-def cases(folder: Path, each: int = 15) -> Iterator[tuple[str, Callable[[], tuple[int, str]]]]:
+def cases(folder: Path, each: int = 15) -> Iterator[tuple[str, Callable[[], tuple[int, list[str]]]]]:
     """So many refused inputs of every format, three at a time, each as its command's own process."""
     fuzz.warm()
     for start in range(0, each, 3):
         for name in READ_BY:
 
-            def batch(name: str, i: int) -> tuple[int, str]:
+            def batch(name: str, i: int) -> tuple[int, list[str]]:
                 wrong = []
                 for _ in range(3):
                     i = refused(name, i)
                     if said := typed(name, i):
                         wrong.append(f"{name} {i}: {said}")
                     i += 1
-                return 3, "; ".join(wrong)
+                return 3, wrong
 
             yield f"{name} {start}", partial(batch, name, 100_000 + 1000 * start)

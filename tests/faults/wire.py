@@ -102,7 +102,7 @@ PASSING = {
 }
 
 
-def flood(name: str, n: int, limit: float) -> tuple[int, str, str]:
+def flood(name: str, n: int, limit: float) -> tuple[int, list[str], str]:
     """n requests at once -> n, each one that ended in another way than it had to, or later than 1.1 of the
     limit; and the slowest. (Those that are answered at once, or in megabytes, take turns of 32.)"""
     wire, good = Wire(lambda *a: None), reply(GOOD)
@@ -138,4 +138,4 @@ def flood(name: str, n: int, limit: float) -> tuple[int, str, str]:
     ]
     wall, own = time.monotonic() - began[0], time.process_time() - began[1]
     slowest = f"the slowest took {max(s for _, s in ends) / limit:.3f} of {limit:g} s"
-    return n, "; ".join(wrong), f"{slowest}; {own:.1f} s of a processor in {wall:.1f} s"
+    return n, wrong, f"{slowest}; {own:.1f} s of a processor in {wall:.1f} s"
