@@ -212,12 +212,11 @@ def test_a_simulator_that_heeds_wants_the_words_of_the_question():
 
 def test_looks_on_the_way_keep_the_best_policy(body, tmp_path, monkeypatch):
     """Held-out figures every --eval-every steps; the last --keep of those policies stay, and OUT/best is the
-    first that scored highest. A look must not change what is learnt."""
+    first that scored highest, although the run is cut in between. A look must not change what is learnt."""
     shorten(body, monkeypatch)
     told = ["--steps", "6", "--questions", "2", "--group", "2", "--eval-questions", "6", "--sft-steps", "0"]
     looks = ["--eval-every", "2", "--eval-few", "4", "--keep", "2", "--algorithm", "reinforce"]
-    scores = iter([0.2, 0.5, 0.5])
-    answer = train.answer
+    scores, answer, act = iter([0.2, 0.5, 0.5]), train.answer, train.act
 
     def scored(a, s, held, search, temperature, label):
         summary, trajectories = answer(a, s, held, search, temperature, label)
@@ -226,9 +225,18 @@ def test_looks_on_the_way_keep_the_best_policy(body, tmp_path, monkeypatch):
             summary = summary | {"f1": next(scores)}
         return summary, trajectories
 
+    def cut(a, s, step, asked):
+        if step == 4:
+            raise OSError("cut")
+        return act(a, s, step, asked)
+
     with monkeypatch.context() as patch:
         patch.setattr(train, "answer", scored)
-        run("--out", tmp_path / "a", *told, *looks)
+        patch.setattr(train, "act", cut)
+        with pytest.raises(OSError, match="cut"):
+            run("--out", tmp_path / "a", *told, *looks)
+        patch.setattr(train, "act", act)
+        run("--out", tmp_path / "a", "--resume")
     run("--out", tmp_path / "b", *told, "--algorithm", "reinforce")
     rows, plain = (
         [json.loads(line) for line in (tmp_path / x / "log.jsonl").read_text().splitlines()] for x in "ab"

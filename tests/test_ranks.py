@@ -17,6 +17,7 @@ import torch
 from conftest import free_port
 from test_eval import lines_file
 
+import eval
 import train
 import weights
 from cli import disk, ranks
@@ -28,6 +29,7 @@ SHORT = [
     *("--show-every", "9", "--turn-tokens", "6", "--turns", "1", "--seats", "24"),
 ]
 TOY = ["--policy", str(ROOT / "toy/body"), "--data", "toy"]  # it searches: a random body never does
+ASKED = ["--device", "cpu", *TOY, "--temperature", "1", "--search", "toy", "--seats", "1"]
 TRAIN = {  # five questions: the shares are unequal; one: a process has nothing to do
     "grpo": ["--questions", "5", "--micro-tokens", "300", "--eval-every", "2", "--updates", "2"],
     "two bodies": [  # AdamW makes rounding as large as the rate
@@ -53,7 +55,7 @@ def everything(body: Path, out: Path, n: int) -> Path:
     """Train, evaluate, collect and audit with n processes -> the directory of all results."""
     data = lines_file(out / "q.jsonl", *({"question": f"home {i}", "answer": "Lima"} for i in range(7)))
     common = ["--device", "cpu", "--policy", "tiny", "--turns", "1", "--turn-tokens", "6"]
-    asked = ["--device", "cpu", *TOY, "--limit", "7", "--temperature", "1", "--search", "toy", "--seats", "1"]
+    asked = [*ASKED, "--limit", "7"]
     rows = ["--force-search", "--rows", "4", "--judge", "answer", "--limit", "60", "--seats", "4"]
     runs = [["train", "--out", str(out / name), *SHORT, *more] for name, more in TRAIN.items()]
     runs += [["eval", *asked, "--json", str(out / "eval.json")]]
@@ -179,6 +181,26 @@ def test_whoever_ends_ends_all_and_the_run_goes_on(alone, body, tmp_path, monkey
         train.main(go_on[1:])
     assert {path.name for rank in "12" for path in (tmp_path / rank).glob("*")} <= {"ppo.died"}
     equal_states(alone / "ppo", out)
+
+
+def test_an_evaluation_of_several_loses_at_most_one_round(tmp_path):
+    """Each process keeps its answers until a round of 8 x seats is through: a night would be lost where they
+    came together at the end alone, and a hole would be left where the first one's count went on without
+    them."""
+    asked = [*ASKED, "--limit", "24", "--json", str(tmp_path / "cut.json")]
+    process = start(2, body="", die=[1, 19, "SIGKILL"], runs=[["eval", *asked]])
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode and ranks.LOST in errors, errors
+    part = tmp_path / "cut.json.part"
+    have = {row["number"]: row["seconds"] for row in rows(part)[1:]}
+    assert set(range(16)) <= have.keys() <= {*range(16), *range(16, 24, 2)}  # and of the first process's own
+    eval.main([*asked, "--resume"])
+    eval.main([*asked[:-1], str(tmp_path / "whole.json")])
+    cut, whole = (json.loads((tmp_path / name).read_text()) for name in ("cut.json", "whole.json"))
+    assert not part.exists() and len(cut["questions"]) == 24
+    assert cut["flags"].pop("resume") and not whole["flags"].pop("resume")
+    nearly(cut, whole)
+    assert all(cut["questions"][number]["seconds"] == seconds for number, seconds in have.items())  # kept
 
 
 def test_the_signal_that_follows_a_loss_waits_until_all_is_saved(monkeypatch):

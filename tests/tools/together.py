@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 2 tests/tools/together.py '{"body": DIR, "ids": FILE, "runs": [["train", ...]]}'
 
-"die": [rank, step, signal or message] ends that process when it is to act in that step; "wait": the others
-sleep then, so that they do not meet the loss in a collective. "apart": each runs in a directory of its own
-below that one. Not a test: tests/test_ranks.py starts it.
+"die": [rank, n, signal or message] ends that process when it is to act in step n of a training, or to answer
+question n of an evaluation; "wait": the others sleep then, so that they do not meet the loss in a collective.
+"apart": each runs in a directory of its own below that one. Not a test: tests/test_ranks.py starts it.
 """
 
 import importlib
@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
+import eval
 import train
 import weights
 from cli import ranks, screen
 from toy import texts
 
 work = json.loads(sys.argv[1])
-act = train.act
+act, kept = train.act, eval.kept
 
 
 def judge(a, trajectories):
@@ -34,16 +35,25 @@ def judge(a, trajectories):
     return torch.tensor([(sum(t.ids) % 97) / 97 for t in trajectories]).view(-1, a.group)
 
 
-def dies(a, s, step, asked):
+def dies(n: int, mark: str) -> None:
     rank, when, how = work.get("die", (None, None, None))
-    if step == when and ranks.rank() == rank:
-        Path(f"{a.out}.died").touch()
+    if n == when and ranks.rank() == rank:
+        Path(mark).touch()
         if how not in signal.Signals.__members__:
             raise OSError(how)
         os.kill(os.getpid(), signal.Signals[how])
-    elif step == when and work.get("wait"):
+    elif n == when and work.get("wait"):
         time.sleep(60)
+
+
+def acts(a, s, step, asked):
+    dies(step, f"{a.out}.died")
     return act(a, s, step, asked)
+
+
+def answers(run, log, name, number, clock):
+    dies(number, f"{log.path}.died")
+    return (yield from kept(run, log, name, number, clock))
 
 
 def main():
@@ -57,6 +67,6 @@ def main():
 
 weights.PRESETS["tiny"] = work["body"]
 texts.audit.__defaults__ = (4, 0)
-train.judge, train.act = judge, dies
+train.judge, train.act, eval.kept = judge, acts, answers
 if __name__ == "__main__":
     screen.run(main)
