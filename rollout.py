@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, count, groupby, islice
+from itertools import count, groupby
 
 import numpy as np
 
@@ -146,25 +146,31 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
     A closed thought is skipped with all it holds, inner thoughts included; one that is never closed (base
     models) hides nothing.
     """
-    at = 0
+    at, closed = 0, closings(text)
+    last = {kind: text.rfind(f"</{kind}>") for kind in ("search", "answer")}
     while tag := TAG.search(text, at):
         at, kind = tag.end(), tag[2]
         if tag[1]:
             continue  # it closes nothing
         if kind == "think":
-            depth = accumulate((-1 if t[1] else 1 for t in thoughts(text, at)), initial=1)
-            ends = (t.end() for t, d in zip(thoughts(text, at), islice(depth, 1, None)) if d == 0)
-            at = next(ends, at)
-        elif (end := text.find(f"</{kind}>", at)) >= 0:
+            at = closed.get(at, at)
+        elif at <= last[kind]:
+            end = text.index(f"</{kind}>", at)
             yield kind, text[at:end].strip()
             at = end
         elif kind == "search":
             yield "open", ""
 
 
-def thoughts(text: str, at: int) -> Iterator[re.Match]:
-    """The tags that open and close thoughts, from a place on."""
-    return (tag for tag in TAG.finditer(text, at) if tag[2] == "think")
+def closings(text: str) -> dict[int, int]:
+    """Where each closed thought begins, after its tag, and where it ends, after its closing tag."""
+    opened, closed = [], {}
+    for tag in TAG.finditer(text):
+        if tag[2] == "think" and not tag[1]:
+            opened.append(tag.end())
+        elif tag[2] == "think" and opened:
+            closed[opened.pop()] = tag.end()
+    return closed
 
 
 def action(text: str) -> tuple[str, str] | None:

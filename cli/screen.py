@@ -92,6 +92,9 @@ def move(shown, done: int, note: str = "") -> None:
     shown.update(done - shown.n)
 
 
+NO_MEMORY = re.compile("(can't|Cannot) allocate memory")  # torch on a CPU, the system
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a command. Bad input is one line on stderr and exit code 2; a signal of STOPS exits with 130, and
     one that is ignored already (nohup) stays so."""
@@ -106,14 +109,14 @@ def run(main: Callable[[], None]) -> None:
         main()
     except torch.OutOfMemoryError as e:
         fail(f"out of memory ({str(e).splitlines()[0]}): give --memory, or fewer --seats")
-    except (ValueError, OSError, SafetensorError) as e:
-        fail(str(e))
     except KeyboardInterrupt:
         end("interrupted", 130)
     except Exception as e:
-        torchs = isinstance(e, RuntimeError) and "can't allocate memory" in str(e)  # on a CPU
-        if torchs or isinstance(e, MemoryError):
+        theirs = isinstance(e, (RuntimeError, OSError, SafetensorError)) and NO_MEMORY.search(str(e))
+        if theirs or isinstance(e, MemoryError):
             fail("out of memory: see --memory, --seats and --micro-tokens, or stop other programs")
+        if isinstance(e, (ValueError, OSError, SafetensorError)):
+            fail(str(e))
         sys.stderr = sys.__stderr__  # a bug shows in any process
         raise
     finally:

@@ -19,7 +19,7 @@ from cli import screen
 from cli.disk import Rows
 from cli.parser import Flag, parse, with_defaults
 
-from . import endurance, fuzz, peers, typed, wire
+from . import covered, endurance, fuzz, peers, typed, wire
 from .kill import Bench
 from .nursery import FULL, KILL, KILL_HALF, ONCE, ROOT, Nursery
 
@@ -132,6 +132,7 @@ KINDS: dict[str, Callable[[Path], Cases]] = {
     "kill at an instant": killed_at_instants,
     "refused by the disk": refused,
     "fuzz": fuzzed,
+    "covered": covered.cases,
     "typed": typed.cases,
     "peers": peers.cases,
     "flood": floods,

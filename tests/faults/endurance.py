@@ -6,6 +6,7 @@ python -m tests.faults --long --only soak
 import gc
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -133,24 +134,27 @@ def _evaluations(folder: Path) -> Callable:
 
 
 def _resumes(folder: Path) -> Callable:
-    """One run that gets a SIGTERM in each of its steps, and is resumed: it saves and reads its state each
-    time."""
+    """A run that is resumed from the same state each time, and gets a SIGTERM in its second step: it
+    reads and saves all that it has. (A run that went on would have more to read each time.)"""
     import train
 
     def repeat(done, n):
-        tell, argv = train.tell, [*RUN, "--steps", str(n + 1), "--out", f"{folder}/run"]
+        tell, begun, out = train.tell, folder / "begun", folder / "run"
 
         def told(*args):
             tell(*args)
             os.kill(os.getpid(), signal.SIGTERM)
 
         train.tell = told
+        with suppress(SystemExit):
+            train.main([*RUN, "--steps", "3", "--out", str(begun)])
         for _ in range(n):
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.copytree(begun, out)
             with suppress(SystemExit):
-                train.main(argv)
-            argv = ["--out", f"{folder}/run", "--resume"]
+                train.main(["--out", str(out), "--resume"])
+            assert len(rows_of(out / "log.jsonl")) == 2
             done()
-        assert len(rows_of(folder / "run/log.jsonl")) == n
 
     return repeat
 

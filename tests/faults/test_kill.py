@@ -10,7 +10,9 @@ import sys
 import time
 
 import pytest
+from safetensors import SafetensorError
 
+from cli import screen
 from cli.disk import Rows, claimed, load_state
 
 from .kill import different, left, told
@@ -149,6 +151,27 @@ def test_a_clock_that_jumps_and_memory_that_ends(bench, tmp_path, staged):
     assert child.code == 0, child.said
     (tmp_path / "log").unlink()
     assert different(left(tmp_path), bench.whole(job)[0]) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        SafetensorError("Cannot allocate memory (os error 12)"),
+    ],
+)
+def test_every_library_says_in_its_own_way_that_memory_ends(error, capsys, monkeypatch):
+    """With the lowest versions it was safetensors that found none first: a line without any advice."""
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        screen.run(main)
+    assert ended.value.code == 2 and "error: out of memory: see --memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMES)

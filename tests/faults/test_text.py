@@ -294,9 +294,10 @@ def test_the_page_has_the_same_tags(tmp_path_factory, text):
     assert Tags(pages[0]).tags == Tags(pages[1]).tags
 
 
-@pytest.mark.parametrize("text", ["x", "<|im_end|>"])
+@pytest.mark.parametrize("text", ["x", "<|im_end|>", "<think>", "<search>"])
 def test_a_megabyte_without_a_blank_takes_no_time(tmp_path, text):
-    """Byte-pair encoding of one long word is quadratic in careless code."""
+    """Byte-pair encoding of one long word is quadratic in careless code; so was the parsing of thoughts that
+    nobody closes."""
     tok, long = Tokenizer.load(toy(tmp_path)), text * (2**20 // len(text))
     began = time.process_time()
     act(tok, POLICIES["never answers"], document=long)

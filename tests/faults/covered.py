@@ -1,0 +1,110 @@
+"""The inputs of fuzz.py, guided by coverage: atheris (libFuzzer for Python) chooses what chance chooses
+there, and goes on from choices that reach new lines of the readers.
+
+    pip install atheris                                   # there are wheels for Python 3.11 to 3.13
+    python -m tests.faults.covered rows -runs=20000       # libFuzzer's own flags; a case that fails is kept
+    python -m tests.faults.covered rows crash-0123abcd    # that case again
+"""
+
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from .nursery import ROOT
+
+READERS = ("questions", "search", "rollout", "servers", "words", "simulator", "tokenizer", "weights", "train")
+READERS += ("look", "eval", "tasks", "evaluation", "prepare", "cli")
+RUNS = 10_000  # of each format
+LEFT_OUT = (
+    "parquet",
+    "looked_at",
+    "results",
+    "indexes",
+    "tokenizers",
+    "templates",
+)  # slow, or read elsewhere
+
+
+class Chosen(random.Random):
+    """Chance that spends the bytes of an input, and follows from them when they are spent."""
+
+    def __init__(self, data: bytes):
+        self.data, self.rest = data, random.Random(data)
+        super().__init__()
+
+    def getrandbits(self, k: int) -> int:
+        n = -(-k // 8)
+        if len(self.data) < n:
+            return self.rest.getrandbits(k)
+        head, self.data = self.data[:n], self.data[n:]
+        return int.from_bytes(head, "little") & (2**k - 1)
+
+    def random(self) -> float:
+        return self.getrandbits(16) / 2**16
+
+
+def main(argv: list[str]) -> None:
+    """In a process of its own: libFuzzer ends it."""
+    import atheris
+
+    name, *flags = argv
+    with atheris.instrument_imports(include=[*READERS]):
+        from . import fuzz
+        from .guard import judged
+
+        fuzz.tokenizer(), fuzz.adapter(), fuzz.state()
+        for i in range(3):
+            fuzz.quiet(partial(fuzz.tried, name, i))
+    target, damage = fuzz.TARGETS[name], fuzz.Damage("")
+
+    def once(data: bytes) -> None:
+        damage.rng = Chosen(data)
+        folder = Path(tempfile.mkdtemp(prefix="covered"))
+        try:
+            given = target.make(damage, folder)
+            said = judged(lambda: fuzz.quiet(lambda: target.use(given, folder)), folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if said not in ("", "refused"):
+            raise AssertionError(said)
+
+    atheris.Setup([sys.argv[0], *flags], once)
+    atheris.Fuzz()
+
+
+def cases(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[int, str, str]]]]:
+    """So many inputs of each format that Python reads itself, quickly."""
+    from .fuzz import TARGETS
+
+    for name in (name for name in TARGETS if name not in LEFT_OUT):
+
+        def batch(name=name) -> tuple[int, str, str]:
+            (folder / name).mkdir()
+            flags = [
+                f"-runs={RUNS}",
+                "-max_len=512",
+                "-len_control=0",
+                "-verbosity=1",
+                f"-artifact_prefix={folder}/{name}/",
+            ]
+            command = [sys.executable, "-m", "tests.faults.covered", name, *flags]
+            run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
+            said = run.stdout + run.stderr
+            if "No module named 'atheris'" in said:
+                return 0, "atheris is not installed", ""
+            seen = re.findall(r"#(\d+)\s+(?:DONE|INITED|NEW|REDUCE|pulse)\s+cov: (\d+)", said)
+            tried = int(seen[-1][0]) if seen else 0
+            note = f"{seen[0][1]} -> {seen[-1][1]} places of the code reached" if seen else ""
+            return tried, said[-900:] if run.returncode or not seen else "", note
+
+        yield name, batch
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
