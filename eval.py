@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from cli import flags, ranks, screen
-from cli.disk import Rows, readable, write_json
+from cli.disk import Rows, pinned, readable, write_json
 from cli.setting import Setting, load
 from engine import Engine, Stats
 from evaluation import report
@@ -127,7 +127,7 @@ def setting_of(a: argparse.Namespace, task: Task, questions: list[Question]) -> 
 
 def measure(a: argparse.Namespace, task: Task, sets: dict[str, list[Question]]) -> list[dict]:
     """Every set through one search engine -> a row a question: {"set", "number", ..., "seconds"}."""
-    settings = {k: v for k, v in vars(a).items() if k not in FREE}
+    settings = pinned({k: v for k, v in vars(a).items() if k not in FREE})
     log = Rows(a.json and f"{a.json}.part", settings, a.resume, key=lambda row: (row["set"], row["number"]))
     done = {name: answered_before(log, name, questions) for name, questions in sets.items()}
     s, search = setting_of(a, task, [q for questions in sets.values() for q in questions])
@@ -147,10 +147,20 @@ def measure(a: argparse.Namespace, task: Task, sets: dict[str, list[Question]]) 
 
 
 def answered_before(log: Rows, name: str, questions: list[Question]) -> set[int]:
-    """The numbers of a set's questions that are answered. Raises ValueError if they were others."""
+    """The numbers of a set's questions that are answered. Raises ValueError if they were others, or if a row
+    is not what `kept` writes."""
     done = {number for of, number in log.rows if of == name}
-    if any(i >= len(questions) or log.rows[name, i]["question"] != questions[i].text for i in done):
-        raise ValueError(f"{log.path} was begun with other questions in {name}: resume with the same file")
+    with readable(log.path):
+        for number in done:
+            row = log.rows[name, number]
+            if type(number) is not int or not 0 <= number < len(questions):
+                raise ValueError(f"{log.path} has an answer to question {number} of {name}: there is none")
+            golds = list(questions[number].answers)
+            if (row["question"], row["golden_answers"]) != (questions[number].text, golds):
+                raise ValueError(
+                    f"{log.path} was begun with other questions in {name}: resume with the same file"
+                )
+            report.check(row)
     return done
 
 

@@ -210,7 +210,7 @@ def learn(
         trajectories = [compat.retold(t, s.tok, defects) for t in trajectories]
     longest = min(a.episode_tokens, (a.turns + 1) * a.turn_tokens)
     updates = []
-    for part in range(a.updates):
+    for part in range(min(a.updates, len(kept))):
         rows = [q * a.group + g for q in kept[part :: a.updates] for g in range(a.group)]
         taught = [trajectories[r] for r in rows]
         batches = grpo.make_batches(
@@ -465,6 +465,9 @@ def save(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer, fa
     disk.save_state(Path(a.out) / "state.safetensors", tensors, facts)
 
 
+FACTS = {"step": int, "updates": int, "seconds": float, "before": dict, "documents": dict, "simulator": dict}
+
+
 def restore(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer) -> dict:
     """Undo `save`; returns its facts. {} where no state was saved yet: the run begins anew."""
     path = Path(a.out) / "state.safetensors"
@@ -472,12 +475,14 @@ def restore(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer)
     if not facts:
         return {}
     with disk.readable(path):
-        s.body.adapter(POLICY).data.copy_(tensors["policy"])
+        if not all(isinstance(facts.get(name), kind) for name, kind in FACTS.items()):
+            raise ValueError(f"{path} is not the state of a training: is --out right?")
+        disk.fill(s.body.adapter(POLICY), tensors["policy"])
         if "simulator" in tensors:
-            s.bodies[SIMULATOR][0].adapter(SIMULATOR).data.copy_(tensors["simulator"])
+            disk.fill(s.bodies[SIMULATOR][0].adapter(SIMULATOR), tensors["simulator"])
         if critic := s.body.roles.get(CRITIC):
-            critic.theta.data.copy_(tensors["critic"])
-            critic.value.data.copy_(tensors["value"])
+            disk.fill(critic.theta, tensors["critic"])
+            disk.fill(critic.value, tensors["value"])
         disk.unpack_optimizer(optimizer, tensors)
     return facts
 

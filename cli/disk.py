@@ -37,6 +37,8 @@ def whole(path: str | Path) -> Iterator[Path]:
     even after a power cut (the file is synced before the rename, the directory after it)."""
     path = Path(path)
     part = path.with_name(f"{path.name}.tmp")
+    if part.is_symlink():  # in a directory that is not ours: it would lead elsewhere
+        part.unlink()
     try:
         yield part
         synchronise(part)
@@ -160,6 +162,15 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, facts
 
 
+def fill(parameter: Tensor, saved: Tensor) -> None:
+    """Copy what was saved into a parameter. Raises ValueError where it is of another shape."""
+    if parameter.shape != saved.shape:
+        raise ValueError(
+            f"the state has {tuple(saved.shape)} numbers for {tuple(parameter.shape)} parameters"
+        )
+    parameter.data.copy_(saved)
+
+
 def pack_optimizer(opt: torch.optim.Optimizer, prefix: str = "optimizer.") -> dict[str, Tensor]:
     """The state of an optimiser that keeps only tensors (AdamW, Muon) as {prefix + "index.name": tensor}."""
     state = opt.state_dict()["state"]
@@ -170,9 +181,12 @@ def unpack_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, Tensor], pre
     """Load what `pack_optimizer` packed; names without the prefix are ignored. Moments go to the device of
     their parameters; step counts stay on the CPU unless AdamW is fused or capturable."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in opt.param_groups for p in group["params"]]
     for key, tensor in tensors.items():
         if key.startswith(prefix):
             index, name = key.removeprefix(prefix).split(".", 1)
+            if tensor.dim() and tensor.shape != parameters[int(index)].shape:
+                raise ValueError(f"{key} is of another optimiser")
             state.setdefault(int(index), {})[name] = tensor.clone()
     opt.load_state_dict(opt.state_dict() | {"state": state})
 
@@ -186,6 +200,13 @@ def contents(folder: Path) -> str:
             file.seek(max(0, size - 2**16))
             parts.append((path.name, size, first, file.read()))
     return fingerprint(parts)
+
+
+def pinned(settings: dict) -> dict:
+    """Flags, and with each that names a body or an adapter on disk what stands there: it may have changed
+    when a run goes on."""
+    bodies = {k: v for k, v in settings.items() if k in ("policy", "adapter", "sim", "sim_adapter") and v}
+    return settings | {k: [v, contents(Path(v))] for k, v in bodies.items() if Path(v).is_dir()}
 
 
 def same_flags(old: dict, new: dict, where: Path) -> None:
@@ -231,7 +252,7 @@ class Rows:
 
     def _own(self) -> None:
         """Open the file for appending. Raises ValueError if another process has it open."""
-        self.file = io.FileIO(made(self.path.parent) / self.path.name, "a+")
+        self.file = io.FileIO(made(self.path.parent) / self.path.name, "a+", opener=_no_link)
         try:
             if fcntl is not None:  # the process's own, lost when it closes any handle of this file
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -293,6 +314,11 @@ class Rows:
 
 
 # -------------------------------------------------------------------------------------------------- directory
+
+
+def _no_link(path: str, how: int) -> int:
+    """An opener that follows no link: in a directory that is not ours it would lead elsewhere."""
+    return os.open(path, how | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def free_name(folder: str) -> str:

@@ -28,7 +28,6 @@ from weights import PRESETS
 BODY = f"{', '.join(PRESETS)}; a directory in Hugging Face format, or a hub id"
 ENGINE = "none, bm25:CORPUS, http://HOST:PORT or serpapi"
 LABELS = ("judge", "answer", "trajectory")
-FP32 = 1e38  # what a rate in torch can be
 
 # ------------------------------------------------------------------------------------------- shared, by group
 
@@ -59,7 +58,7 @@ LENGTHS = [
 SIM_TOKENS = Flag("sim-tokens", int, 600, "what the simulator writes for one search", cpu=256)
 SEAT_TOKENS = Flag("seat-tokens", int, 4096, "an episode, or a simulator's prompt and documents", cpu=2048)
 SEATS = Flag("seats", int, None, "rows decoded together (16; on a GPU as many as fit and are of use)")
-SEED = Flag("seed", int, 0, "of everything that is random", least=0, most=2**31)
+SEED = Flag("seed", int, 0, "of everything that is random", least=0)
 MACHINE = [
     Flag("dtype", tuple(DTYPES), "", "of the bodies (bf16 on a GPU, else fp32)"),
     Flag("device", str, "", "cuda where there is one, else cpu", "NAME"),
@@ -116,8 +115,8 @@ TRAIN: Groups = {
         Flag("kl-in", ("loss", "reward", "none"), "", "where the KL to the reference stands"),
         Flag("kl-estimator", tuple(KL), "", "of that KL"),
         Flag("resample", int, None, "rounds that replace groups without a difference", least=0),
-        Flag("lr", float, 1e-5, "at the start; falls linearly to 0", most=FP32),
-        Flag("critic-lr", float, None, "of the critic of ppo (ten times --lr)", most=FP32),
+        Flag("lr", float, 1e-5, "at the start; falls linearly to 0"),
+        Flag("critic-lr", float, None, "of the critic of ppo (ten times --lr)"),
         *ADAPTED,
         Flag("kl", float, 1e-3, "coefficient of the KL to the reference (0 saves its forward pass)"),
         Flag("gamma", float, 1.0, "discount of a reward, a sampled token", most=1),
@@ -141,7 +140,7 @@ TRAIN: Groups = {
     ],
     "fine-tuning of the task's own simulator (elsewhere: simulator.py sft, then --sim-adapter)": [
         Flag("sft-steps", int, 0, "updates of the simulator before the policy's first", least=0),
-        Flag("sft-lr", float, 5e-3, "falls linearly to 0", most=FP32),
+        Flag("sft-lr", float, 5e-3, "falls linearly to 0"),
         Flag("no-audit", bool, False, "of a simulator that was audited before"),
     ],
     "output": [
@@ -229,7 +228,7 @@ SFT: Groups = {
     "the simulator": [replace(WRITING[0], help=BODY), *WRITING[2:], *ADAPTED],
     "learning": [
         Flag("steps", int, 1000, "as in the paper"),
-        Flag("lr", float, 1e-4, "at the start; falls linearly to 0", most=FP32),
+        Flag("lr", float, 1e-4, "at the start; falls linearly to 0"),
         Flag("tokens", int, 4096, "a step"),
         Flag("micro", int, 1024, "tokens a pass, padding included: sets the memory"),
     ],
@@ -281,7 +280,7 @@ COLD: Groups = {  # python -m prepare.cold
     "the policy": [replace(POLICY, default=NEEDED), POLICY_PROMPT, *ADAPTED, *LENGTHS],
     "learning": [
         Flag("steps", int, 80, "of fine-tuning"),
-        Flag("lr", float, 1e-3, "at the start; falls linearly to 0", most=FP32),
+        Flag("lr", float, 1e-3, "at the start; falls linearly to 0"),
         Flag("tokens", int, 512, "a step"),
         Flag("micro", int, 1024, "tokens a pass, padding included: sets the memory"),
         Flag("held", int, 32, "traces held out (at most a tenth)", least=0),

@@ -25,7 +25,7 @@ class Flag:
     value: str = ""  # what --help calls its value
     cpu: object = None  # the default for a real checkpoint without a GPU, if it differs
     least: float | None = None  # lower bound; None: 1 for int, 0 for float
-    most: float = math.inf
+    most: float | None = None  # upper bound; None: 2^31 for int, what fp32 can hold for float
     many: int | str | None = None  # how many values: a number, or "+"
     bare: bool = False  # a positional argument
 
@@ -47,11 +47,12 @@ class Flag:
         if value is None or self.kind not in (int, float):
             return
         least = self.least if self.least is not None else 1 if self.kind is int else 0
+        most = self.most if self.most is not None else 2**31 if self.kind is int else 1e38
         if not math.isfinite(value):
             raise ValueError(f"--{self.name} must be a number, not {value}")
-        if not least <= value <= self.most:
-            bound = f"within {least}..1" if self.most == 1 else f"at least {least}"
-            bound = f"at most {self.most}" if value > self.most > 1 else bound
+        if not least <= value <= most:
+            bound = f"within {least}..1" if most == 1 else f"at least {least}"
+            bound = f"at most {most}" if value > most > 1 else bound
             raise ValueError(f"--{self.name} must be {bound}, not {value}")
 
 

@@ -92,7 +92,11 @@ def move(shown, done: int, note: str = "") -> None:
     shown.update(done - shown.n)
 
 
-NO_MEMORY = re.compile("(can't|Cannot) allocate memory")  # torch on a CPU, the system
+# What says that there is no memory: torch on a CPU and C++; the system, at the beginning.
+NO_MEMORY = {
+    RuntimeError: re.compile("can't allocate memory|std::bad_alloc"),
+    (OSError, SafetensorError): re.compile(r"^(\[\w+ 12\] )?Cannot allocate memory"),
+}
 
 
 def run(main: Callable[[], None]) -> None:
@@ -104,6 +108,9 @@ def run(main: Callable[[], None]) -> None:
             signal.signal(sig, signal.default_int_handler)
     if ranks.world() > 1:
         signal.signal(signal.SIGTERM, ranks.lost)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what a Latin-1 terminal cannot show
     clear()
     try:
         main()
@@ -112,9 +119,10 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         end("interrupted", 130)
     except Exception as e:
-        theirs = isinstance(e, (RuntimeError, OSError, SafetensorError)) and NO_MEMORY.search(str(e))
+        theirs = any(isinstance(e, kind) and says.search(str(e)) for kind, says in NO_MEMORY.items())
         if theirs or isinstance(e, MemoryError):
-            fail("out of memory: see --memory, --seats and --micro-tokens, or stop other programs")
+            advice = "see --memory, --seats and --micro-tokens, or stop other programs"
+            fail(f"out of memory: {advice} ({str(e) or 'Python'})")
         if isinstance(e, (ValueError, OSError, SafetensorError)):
             fail(str(e))
         sys.stderr = sys.__stderr__  # a bug shows in any process

@@ -32,6 +32,13 @@ EXACT = 12  # questions that differ, up to which every pattern of signs is looke
 # -------------------------------------------------------------------------------------------------- summaries
 
 
+def check(row: dict) -> None:
+    """Raise TypeError for a row that holds something else than an answered question."""
+    numbers = [row[key] for key in (*MEANS, "hops", "seconds") if key != "found" or row[key] is not None]
+    if not all(type(x) in (int, float) and 0 <= x < np.inf for x in numbers) or type(row["end"]) is not str:
+        raise TypeError("a score that is no number, or an end that is no word")
+
+
 def means(rows: list[dict]) -> dict:
     """{"n", "f1", "em", "cover_em", "searches", "found"} of rows.
 

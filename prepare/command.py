@@ -16,7 +16,7 @@ from cli.screen import side_by_side, table
 from cli.setting import Setting, load
 from model import POLICY, SIMULATOR, Model
 from prepare import sft
-from prepare.collect import Collector, Sorted, agreement, all_rows, collect
+from prepare.collect import Collector, Sorted, agreement, all_rows, collect, sort_rows
 from prepare.rows import COLUMNS, read_rows, row_query, write_rows
 from questions import load_questions
 from rollout import Query, Question
@@ -129,7 +129,8 @@ def tune(
         raise ValueError("fine-tuning is the work of one process: start it without torchrun")
     settings = {k: v for k, v in vars(a).items() if k not in ("command", "resume", "out", "device", "seats")}
     out = Path(a.out)
-    state, facts = unfinished(out, settings, a.resume)
+    asked = {"flags": disk.pinned(settings), "rows": disk.fingerprint([rows, exam])}
+    state, facts = unfinished(out, asked, a.resume)
     s = load(a, task)
     body, encode = s.bodies[role][0], encoder(s)
     adapter, optimizer = body.adapter(role), sft.adamw(body, role)
@@ -141,9 +142,9 @@ def tune(
         return {"loss": loss, "audit": audit(s, when)} if exam else {}
 
     if state:
-        adapter.data.copy_(state["adapter"])
+        disk.fill(adapter, state["adapter"])
         disk.unpack_optimizer(optimizer, state)
-    facts = facts or {"step": 0, "flags": settings, "before": look("before")}
+    facts = facts or asked | {"step": 0, "before": look("before")}
     run = sft.fine_tune(
         body, role, rows, encode, a.steps, a.lr, tokens=a.tokens, exam=exam, every=a.every,
         seed=a.seed, micro=a.micro, optimizer=optimizer, done=facts["step"],
@@ -164,8 +165,8 @@ def tune(
     print(f"saved to {out}")
 
 
-def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
-    """The state to go on from, ({}, {}) for a new run. Raises ValueError for other flags."""
+def unfinished(out: Path, asked: dict, resume: bool) -> tuple[dict, dict]:
+    """The state to go on from, ({}, {}) for a new run. Raises ValueError for other flags or rows."""
     if not resume:
         return {}, {}
     if not (out / STATE_FILE).exists():
@@ -173,7 +174,12 @@ def unfinished(out: Path, settings: dict, resume: bool) -> tuple[dict, dict]:
             raise ValueError(f"{out} holds no unfinished run to resume")
         return {}, {}  # cut before its first save: traces are there
     state, facts = disk.load_state(out / STATE_FILE)
-    disk.same_flags(facts["flags"], settings, out)
+    kinds = {"flags": dict, "rows": str, "step": int, "before": dict}
+    if "adapter" not in state or not all(isinstance(facts.get(k), kind) for k, kind in kinds.items()):
+        raise ValueError(f"{out / STATE_FILE} is not the state of a fine-tuning: is --out right?")
+    disk.same_flags(facts["flags"], asked["flags"], out)
+    if facts["rows"] != asked["rows"]:
+        raise ValueError(f"{out} was begun with other rows: resume with the same")
     return state, facts
 
 
@@ -194,12 +200,13 @@ def command_collect(a: argparse.Namespace, task: Task) -> None:
     """Let a policy search with a real engine, label what it found, write a balanced set of rows."""
     out = Path(a.out)
     free = ("command", "out", "resume", "rows", "judge", "samples", "seats", "device", "dtype")
-    settings = {k: v for k, v in vars(a).items() if k not in free}
+    settings = disk.pinned({k: v for k, v in vars(a).items() if k not in free})
     questions = task.to_collect()
     questions = random.Random(a.seed).sample(questions, len(questions))
     search = task.search(a.search)
     path = out.with_name(f"{out.name}.episodes")
     log = disk.Rows(path, settings, a.resume, lambda row: row["episode"], must=True)
+    collected_before(log, questions, a)
     s = load(a, task)
     room = s.engine.pools[POLICY].capacity
     how = (task.judge, a.temperature, a.force_search, room, task.shown)
@@ -218,6 +225,18 @@ def command_collect(a: argparse.Namespace, task: Task) -> None:
     if not ranks.rank():
         write_rows(found.rows(a.rows), out)
     print(f"{found.balanced(a.rows)} rows in {out}; every episode in {log.path}")
+
+
+def collected_before(log: disk.Rows, questions: list[Question], a: argparse.Namespace) -> None:
+    """Raise ValueError for a log with episodes of other questions, or with rows that are none."""
+    with disk.readable(log.path):
+        for number, done in log.rows.items():
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{log.path} has an episode {number}: there is none")
+            q = questions[number % len(questions)]
+            if (done["question"], done["golden_answers"]) != (q.text, list(q.answers)):
+                raise ValueError(f"{log.path} was begun with other questions: resume with the same --data")
+        tally(log, sort_rows(log.rows, a.judge), a)
 
 
 def tally(log: disk.Rows, found: Sorted, a: argparse.Namespace) -> str:

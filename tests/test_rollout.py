@@ -136,6 +136,8 @@ def test_only_what_was_sampled_is_parsed():
         ("<think>a</think> <answer>b</answer> <think>c</think>", ("answer", "b")),
         ("<think>a <answer>b</answer>", ("answer", "b")),
         ("a</think><answer>b</answer>", ("answer", "b")),
+        ("<think>a <answer>b</answer> <think>c</think>", ("answer", "b")),
+        ("<think>a <think>b</think> <answer>c</answer></think><answer>d</answer>", ("answer", "d")),
         ("<answer>a <think>b</think></answer>", ("answer", "a <think>b</think>")),
     ],
 )

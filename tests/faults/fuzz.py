@@ -616,7 +616,8 @@ def state() -> bytes:
     path = Path(tempfile.mkdtemp()) / "state.safetensors"
     tensors = {"policy": torch.ones(8), "optimizer.0.step": torch.tensor(3.0)}
     tensors |= {f"optimizer.0.{m}": torch.zeros(8) for m in ("exp_avg", "exp_avg_sq")}
-    save_state(path, tensors, {"step": 3, "updates": 3, "seconds": 1.0, "documents": {}})
+    facts = {"step": 3, "updates": 3, "seconds": 1.0, "before": {}, "documents": {}, "simulator": {}}
+    save_state(path, tensors, facts)
     return path.read_bytes()
 
 
@@ -637,22 +638,68 @@ def states(d: Damage, folder: Path) -> Path:
     return put(folder, "state.safetensors", d.tensors(state()))
 
 
-def _kept_rows(path: Path, folder: Path) -> None:
-    from cli.disk import Rows
+ANSWERED = {
+    "set": "nq",
+    "id": "1",
+    "question": "a?",
+    "golden_answers": ["b"],
+    "hops": 1,
+    "answer": "b",
+    "f1": 1.0,
+}
+ANSWERED |= {"end": "answer", "queries": ["a"], "em": 1.0, "cover_em": 1.0, "searches": 1, "found": 1.0}
 
-    rows = Rows(path, {"seed": 0}, resume=True, key=lambda row: (row["set"], row["number"]))
-    rows.add({"set": "a", "number": 9})
-    Rows(path, {"seed": 0}, resume=True, key=lambda row: (row["set"], row["number"]))
+
+def _kept_rows(path: Path, folder: Path) -> None:
+    import eval
+    from cli.disk import Rows
+    from evaluation import report
+    from rollout import Question
+
+    for _ in range(2):  # what was read and appended to is read again
+        log = Rows(path, {"seed": 0}, resume=True, key=lambda row: (row["set"], row["number"]))
+        done = eval.answered_before(log, "nq", [Question("a?", ("b",), "1", 1)] * 3)
+        rows = [log.rows["nq", number] for number in sorted(done)]
+        assert len(rows) == len(done) <= 3
+        if rows:
+            report.results(report.figures(rows, 50), {})
+        log.add({"set": "other", "number": 9})
+        del log
 
 
 @target(6, _kept_rows)
 def kept_rows(d: Damage, folder: Path) -> Path:
-    rows = [
-        {"flags": {"seed": 0}},
-        {"set": "a", "number": 0, "f1": 1.0},
-        {"set": "a", "number": 1, "f1": 0.5},
+    rows = [ANSWERED | {"number": number, "seconds": 0.5} for number in (0, 1)]
+    return put(folder, "r.part", d.lines([{"flags": {"seed": 0}}, *rows]))
+
+
+def _episodes(path: Path, folder: Path) -> None:
+    from argparse import Namespace
+
+    from cli.disk import Rows
+    from prepare.collect import sort_rows
+    from prepare.command import collected_before
+    from prepare.rows import write_rows
+    from rollout import Question
+
+    log = Rows(path, {"seed": 0}, True, lambda row: row["episode"], must=True)
+    asked = Namespace(judge="answer", rows=4)
+    collected_before(log, [Question("a?", ("b",))] * 2, asked)
+    write_rows(sort_rows(log.rows, "answer").rows(4), folder / "rows.jsonl")
+
+
+@target(4, _episodes)
+def episodes(d: Damage, folder: Path) -> Path:
+    """The log of a collection that was cut."""
+    labels = {"judge": None, "answer": True, "trajectory": False}
+    one = {"query": "q", "question": "a?", "answer": "b", "documents": "Doc 1: b", "labels": labels}
+    said = [["sampled", "<search> q </search>"], ["documents", "Doc 1: b"]]
+    done = {"question": "a?", "golden_answers": ["b"], "f1": 1.0, "spans": said, "forced": False}
+    rows = [done | {"episode": 0, "rows": [one]}]
+    rows += [
+        done | {"episode": 3, "rows": [one, one | {"documents": "x", "labels": labels | {"answer": False}}]}
     ]
-    return put(folder, "r.part", d.lines(rows))
+    return put(folder, "rows.episodes", d.lines([{"flags": {"seed": 0}}, *rows]))
 
 
 def _args(path: Path, folder: Path) -> None:
@@ -697,16 +744,6 @@ def looked_at(d: Damage, folder: Path) -> Path:
     return folder
 
 
-ANSWERED = {
-    "set": "nq",
-    "id": "1",
-    "question": "a?",
-    "golden_answers": ["b"],
-    "hops": 1,
-    "answer": "b",
-    "f1": 1.0,
-}
-ANSWERED |= {"end": "answer", "queries": ["a"], "em": 1.0, "cover_em": 1.0, "searches": 1, "found": 1.0}
 RESULT = {
     "flags": {"seed": 0, "policy": "tiny"},
     "sets": {"nq": {"n": 1, "f1": 1.0, "intervals": {"f1": None}}},
@@ -854,7 +891,14 @@ def commands(d: Damage, folder: Path) -> tuple[str, list[str]]:
 
 # The inputs of the long part: cheap formats have more.
 LONG = {"questions": 12_000, "corpus": 10_000, "rows": 12_000, "traces": 8_000, "prompts": 8_000}
-LONG |= {"answers": 15_000, "said": 8_000, "commands": 8_000, "kept_rows": 5_000, "args": 3_000}
+LONG |= {
+    "answers": 15_000,
+    "said": 8_000,
+    "commands": 8_000,
+    "kept_rows": 5_000,
+    "episodes": 5_000,
+    "args": 3_000,
+}
 LONG |= {"config": 3_000, "weights_of_a_body": 2_000, "adapters": 3_000, "states": 2_000, "parquet": 1_000}
 LONG |= {"looked_at": 3_000, "results": 3_000, "tokenizers": 3_000, "templates": 3_000, "indexes": 4_000}
 

@@ -1,18 +1,29 @@
 """Promises of README and CHANGELOG that no other test names. RELIABILITY.md lists all of them."""
 
 import gzip
+import importlib
+import io
 import json
+import os
 import pickle
+import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import cli
+import eval
 import search
 import train
 import weights
-from cli import flags, ranks
+from cli import flags, ranks, screen
+from cli.disk import Rows, load_state, pinned, same_flags, save_state, write_json
 from prepare import command
+from prepare.cold import script
 from questions import load_questions
+from rollout import Question
 from search import ask, open_search, read_lines
 from servers import LARGEST, Server, ServerError
 from tokenizer import Tokenizer
@@ -103,3 +114,127 @@ def test_an_answer_of_more_than_16_mib_is_refused():
     server._exchange = lambda *_: (SimpleNamespace(status=200, reason="OK"), b" " * (LARGEST + 1))
     with pytest.raises(ServerError, match="answered more than 16 MiB"):
         server.ask(lambda answer: answer)
+
+
+ANSWERED = {
+    "set": "nq",
+    "number": 1,
+    **{k: v for k, v in fuzz.ANSWERED.items() if k != "set"},
+    "seconds": 0.5,
+}
+ASKED = [Question(text, ("b",), "1", 1) for text in ("z?", "a?")]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"number": "0"}, {"number": -1}, {"number": 0.0}, {"number": 2}, {"question": "c?"}, {"hops": {}},
+        {"golden_answers": ["c"]}, {"f1": "x"}, {"f1": float("inf")}, {"seconds": None}, {"end": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_answers_that_were_kept_are_looked_at(tmp_path, odd):
+    """A row that is none was a traceback after all questions were answered; the number -1 counted a question
+    twice, and golden answers that had changed in between were scored with the others."""
+    path = tmp_path / "r.json.part"
+    for row, fine in ((ANSWERED, True), (ANSWERED | odd, False)):
+        path.write_text(json.dumps({"flags": {}}) + "\n" + json.dumps(row) + "\n")
+        log = Rows(path, {}, True, lambda row: (row["set"], row["number"]))
+        if fine:
+            assert eval.answered_before(log, "nq", ASKED) == {1}
+            log.file.close()
+        else:
+            with pytest.raises(ValueError, match=r"r\.json\.part"):
+                eval.answered_before(log, "nq", ASKED)
+
+
+def test_a_collection_goes_on_with_its_questions(tmp_path):
+    """With another file under the same --data, its episodes were mixed with those of the first."""
+    a = SimpleNamespace(judge="answer", rows=4)
+    done = {"question": "a?", "golden_answers": ["b"], "forced": False, "rows": []}
+    for number, wrong in ((1, ""), (0, "other questions"), (-1, "an episode -1"), ("1", "an episode 1")):
+        log = Rows(None)
+        log.path, log.rows = tmp_path / "log", {number: done}
+        if wrong:
+            with pytest.raises(ValueError, match=wrong):
+                command.collected_before(log, ASKED, a)
+        else:
+            command.collected_before(log, ASKED, a)
+
+
+def test_a_fine_tuning_goes_on_with_its_own_state_and_rows(tmp_path):
+    """--out with a training's directory was a traceback; a changed file of rows was learnt from as if it were
+    the first."""
+    path, asked = tmp_path / command.STATE_FILE, {"flags": {"lr": 1.0}, "rows": "x"}
+    facts = asked | {"step": 3, "before": {}}
+    save_state(path, {"adapter": torch.ones(2)}, facts)
+    assert command.unfinished(tmp_path, asked, True)[1] == facts
+    with pytest.raises(ValueError, match="begun with other rows"):
+        command.unfinished(tmp_path, asked | {"rows": "y"}, True)
+    path.write_bytes(fuzz.state())
+    with pytest.raises(ValueError, match=r"not the state of a fine-tuning: is --out right\?"):
+        command.unfinished(tmp_path, asked, True)
+
+
+@pytest.mark.parametrize("fact", ["step", "updates", "before", "documents", "simulator"])
+def test_a_state_with_other_facts_is_none(tmp_path, fact):
+    """A state that says "step": "x" was a traceback in the middle of a resumed run."""
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(fuzz.state())
+    fuzz._state(path, tmp_path)
+    tensors, facts = load_state(path)
+    save_state(path, tensors, facts | {fact: "x"})
+    with pytest.raises(ValueError, match="not the state of a training"):
+        fuzz._state(path, tmp_path)
+    save_state(path, tensors | {"policy": torch.ones(9)}, facts)
+    with pytest.raises(ValueError, match=r"for .* parameters"):
+        fuzz._state(path, tmp_path)
+
+
+def test_an_adapter_that_has_changed_is_seen(tmp_path):
+    """The flag names the same directory, and half of the answers would be another policy's."""
+    flags_of = {"adapter": str(tmp_path), "policy": "3b", "limit": 3}
+    (tmp_path / "adapter_config.json").write_text("{}")
+    before = pinned(flags_of)
+    assert before["policy"] == "3b" and pinned(flags_of) == before
+    (tmp_path / "adapter_config.json").write_text("{ }")
+    with pytest.raises(ValueError, match="another --adapter"):
+        same_flags(json.loads(json.dumps(before)), pinned(flags_of), tmp_path)
+
+
+def test_no_link_leads_out_of_a_run(tmp_path):
+    """In a directory that somebody else made, a link with a name of ours led to any file of the user."""
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("mine"), run.mkdir()
+    for name in ("args.json.tmp", "log.jsonl"):
+        (run / name).symlink_to(victim)
+    write_json(run / "args.json", {"a": 1})
+    assert json.loads((run / "args.json").read_text()) == {"a": 1} and not (run / "args.json").is_symlink()
+    with pytest.raises(OSError, match=r"log\.jsonl"):
+        Rows(run / "log.jsonl", resume=True)
+    assert victim.read_text() == "mine"
+
+
+def test_no_number_is_too_large_for_what_it_is_for():
+    """--steps with thirty zeros and --alpha 1e308 were tracebacks after a step."""
+    too_large = {int: 10**30, float: 1e300}
+    for flag in (flag for name in flags.COMMANDS for flag in flags.flags_of(name)):
+        if flag.kind in too_large:
+            with pytest.raises(ValueError, match="must be"):
+                flag.check(too_large[flag.kind])
+    with pytest.raises(ValueError, match="fewer than --scripts 2147483648"):
+        next(script(ASKED, None, 2**31, 0.5, 0))
+
+
+def test_streams_that_are_closed_or_narrow_end_nothing(monkeypatch, capsys):
+    """A command with >&- ended in a traceback at its first line, and one whose terminal has no letter for a
+    title in an error."""
+    monkeypatch.setattr(sys, "stdout", None), monkeypatch.setattr(sys, "__stdout__", None)
+    importlib.reload(cli)
+    print("nobody reads this", flush=True)
+    assert sys.stdout is sys.__stdout__ and sys.stdout.name == os.devnull
+    narrow = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
+    screen.run(lambda: print("snow \u2603", flush=True))
+    assert narrow.buffer.getvalue() == b"snow \\u2603\n"
