@@ -153,7 +153,7 @@ def answered_before(log: Rows, name: str, questions: list[Question]) -> set[int]
     with readable(log.path):
         for number in done:
             row = log.rows[name, number]
-            if type(number) is not int or not 0 <= number < len(questions):
+            if not 0 <= number < len(questions):
                 raise ValueError(f"{log.path} has an answer to question {number} of {name}: there is none")
             golds = list(questions[number].answers)
             if (row["question"], row["golden_answers"]) != (questions[number].text, golds):

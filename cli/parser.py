@@ -42,12 +42,16 @@ class Flag:
         more = f" [{told}]" if told else " (required)" if self.default is NEEDED else ""
         return (self.help + more).replace("%", "%%")
 
+    def bounds(self) -> tuple[float, float]:
+        """The least and the most that a number may be."""
+        least, most = (1, 2**31) if self.kind is int else (0.0, 1e38)
+        return (least if self.least is None else self.least, most if self.most is None else self.most)
+
     def check(self, value: object) -> None:
         """Raise ValueError for a number out of bounds."""
         if value is None or self.kind not in (int, float):
             return
-        least = self.least if self.least is not None else 1 if self.kind is int else 0
-        most = self.most if self.most is not None else 2**31 if self.kind is int else 1e38
+        least, most = self.bounds()
         if not math.isfinite(value):
             raise ValueError(f"--{self.name} must be a number, not {value}")
         if not least <= value <= most:

@@ -231,7 +231,7 @@ def collected_before(log: disk.Rows, questions: list[Question], a: argparse.Name
     """Raise ValueError for a log with episodes of other questions, or with rows that are none."""
     with disk.readable(log.path):
         for number, done in log.rows.items():
-            if type(number) is not int or number < 0:
+            if number < 0:
                 raise ValueError(f"{log.path} has an episode {number}: there is none")
             q = questions[number % len(questions)]
             if (done["question"], done["golden_answers"]) != (q.text, list(q.answers)):

@@ -20,7 +20,7 @@ from cli import screen
 from cli.disk import Rows
 from cli.parser import Flag, parse, with_defaults
 
-from . import covered, endurance, fuzz, peers, typed, wire
+from . import covered, endurance, extremes, fuzz, peers, typed, wire
 from .kill import Bench
 from .nursery import FULL, KILL, KILL_HALF, ONCE, ROOT, Nursery
 
@@ -137,6 +137,7 @@ KINDS: dict[str, Callable[[Path], Cases]] = {
     "fuzz": fuzzed,
     "covered": covered.cases,
     "typed": typed.cases,
+    "extremes": extremes.cases,
     "peers": peers.cases,
     "flood": floods,
     "soak": soak,

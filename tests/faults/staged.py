@@ -23,3 +23,9 @@ def no_place_for_temporary_files() -> None:
     """/tmp is missing or full, and so is all else that Python would try, the current directory included."""
     tempfile.tempdir = None
     tempfile._candidate_tempdir_list = lambda: ["/nonexistent"]
+
+
+def little_memory() -> None:
+    """There are 2 GiB left."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**31,) * 2)

@@ -152,7 +152,7 @@ def test_a_collection_goes_on_with_its_questions(tmp_path):
     """With another file under the same --data, its episodes were mixed with those of the first."""
     a = SimpleNamespace(judge="answer", rows=4)
     done = {"question": "a?", "golden_answers": ["b"], "forced": False, "rows": []}
-    for number, wrong in ((1, ""), (0, "other questions"), (-1, "an episode -1"), ("1", "an episode 1")):
+    for number, wrong in ((1, ""), (0, "other questions"), (-1, "an episode -1"), ("1", "something else")):
         log = Rows(None)
         log.path, log.rows = tmp_path / "log", {number: done}
         if wrong:
