@@ -122,3 +122,20 @@ def test_every_known_defect_has_a_test():
                 story = re.match(r"Defects? ([\d, and]+):", ast.get_docstring(node) or "")
                 told |= {int(n) for n in re.findall(r"\d+", story[1])} if story else set()
     assert told >= set(range(1, 13)), f"untold: {set(range(1, 13)) - told}"
+
+
+def test_every_test_that_is_named_exists():
+    """RELIABILITY.md gives each promise its test: one that is renamed leaves a promise without any."""
+    files = {
+        p.name: set(re.findall(r"^def (test_\w+)", p.read_text(), re.MULTILINE))
+        for p in ROOT.glob("tests/**/test_*.py")
+    }
+    file, names = "", 0
+    for word in re.findall(r"\btest_\w+(?:\.py)?", (ROOT / "RELIABILITY.md").read_text()):
+        if word.endswith(".py"):
+            file = word
+            assert file in files, file
+        else:
+            assert word in files[file], f"{file}: {word}"
+            names += 1
+    assert names > 100
