@@ -25,7 +25,7 @@ class Flag:
     value: str = ""  # what --help calls its value
     cpu: object = None  # the default for a real checkpoint without a GPU, if it differs
     least: float | None = None  # lower bound; None: 1 for int, 0 for float
-    most: float | None = None  # upper bound; None: 2^31 for int, what fp32 can hold for float
+    most: float | None = None  # upper bound; None: 2^31 for int, 1e37 for float (AdamW divides by .1)
     many: int | str | None = None  # how many values: a number, or "+"
     bare: bool = False  # a positional argument
 
@@ -44,7 +44,7 @@ class Flag:
 
     def bounds(self) -> tuple[float, float]:
         """The least and the most that a number may be."""
-        least, most = (1, 2**31) if self.kind is int else (0.0, 1e38)
+        least, most = (1, 2**31) if self.kind is int else (0.0, 1e37)
         return (least if self.least is None else self.least, most if self.most is None else self.most)
 
     def check(self, value: object) -> None:
