@@ -2,8 +2,8 @@
 there, and goes on from choices that reach new lines of the readers.
 
     pip install atheris                                   # there are wheels for Python 3.11 to 3.13
-    python -m tests.faults.covered rows -runs=20000       # libFuzzer's own flags; a case that fails is kept
-    python -m tests.faults.covered rows crash-0123abcd    # that case again
+    python -m tests.faults.covered rows -runs=20000       # libFuzzer's flags; what fails goes to runs/
+    python -m tests.faults.covered rows runs/crash-0123   # that case again
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ from .nursery import ROOT
 
 READERS = ["questions", "search", "rollout", "servers", "words", "simulator", "tokenizer", "weights"]
 READERS += ["train", "tasks", "toy", "prepare", "cli.disk", "cli.flags", "cli.parser", "cli.setting"]
-RUNS = 10_000  # of each format
+RUNS = 10_000  # of each format, or as many as it takes in five minutes
 SLOW = ("parquet", "looked_at", "results", "indexes", "tokenizers", "templates")  # or read by a library
 
 
@@ -52,6 +52,8 @@ def main(argv: list[str]) -> None:
     import atheris
 
     name, *flags = argv
+    Path("runs").mkdir(exist_ok=True)
+    flags.insert(0, "-artifact_prefix=runs/")
     with atheris.instrument_imports(include=READERS):
         fuzz.tokenizer(), fuzz.adapter(), fuzz.state()
         for i in range(3):
@@ -81,8 +83,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[int, str, str]
     for name in (name for name in fuzz.TARGETS if name not in SLOW):
 
         def batch(name=name) -> tuple[int, str, str]:
-            (folder / name).mkdir()
-            flags = f"-runs={RUNS} -max_len=512 -len_control=0 -seed=1 -artifact_prefix={folder}/{name}/"
+            flags = f"-runs={RUNS} -max_total_time=300 -max_len=512 -len_control=0 -seed=1"
             command = [sys.executable, "-m", "tests.faults.covered", name, *flags.split()]
             run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace")
             said = run.stdout + run.stderr
