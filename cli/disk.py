@@ -218,6 +218,11 @@ def same_flags(old: dict, new: dict, where: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- rows
 
 
+def _no_link(path: str, how: int) -> int:
+    """An opener that follows no link: in a directory that is not ours it would lead elsewhere."""
+    return os.open(path, how | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 class Rows:
     """JSON lines on disk, each written before the next is made, so that a resumed run need not repeat them.
 
@@ -314,11 +319,6 @@ class Rows:
 
 
 # -------------------------------------------------------------------------------------------------- directory
-
-
-def _no_link(path: str, how: int) -> int:
-    """An opener that follows no link: in a directory that is not ours it would lead elsewhere."""
-    return os.open(path, how | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def free_name(folder: str) -> str:
