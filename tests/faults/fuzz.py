@@ -202,7 +202,7 @@ QUESTIONS = [
 ]
 
 
-@target(8, _questions)
+@target(6, _questions)
 def questions(d: Damage, folder: Path) -> Path:
     return put(folder, "q.jsonl", d.lines(QUESTIONS))
 
@@ -468,7 +468,7 @@ def _adapter(path: Path, folder: Path) -> None:
     del h
 
 
-@target(10, _adapter)
+@target(6, _adapter)
 def adapters(d: Damage, folder: Path) -> Path:
     names = ["adapter_config.json", "adapter_model.safetensors"]
     chosen = d.rng.choice(names)

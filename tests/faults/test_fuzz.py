@@ -16,12 +16,11 @@ def test_hostile_input_is_read_or_refused_in_one_line(nursery, tmp_path):
 
 def test_the_whole_command_says_so_in_one_line():
     """What a reader refuses, the command that was typed has to tell: exit code 2, one line, no traceback, and
-    nothing left behind. Three inputs; the long part types hundreds."""
-    three = [("indexes", 3), ("rows", 1), ("commands", 0)]
+    nothing left behind. Two inputs; the long part types hundreds."""
+    two = [("indexes", 3), ("rows", 1)]
     fuzz.tokenizer(), fuzz.index()
     with ThreadPoolExecutor(2) as pool:
-        said = list(pool.map(lambda one: typed.typed(*one, must=True), three))
-    assert said == [""] * 3
+        assert list(pool.map(lambda one: typed.typed(*one, must=True), two)) == ["", ""]
 
 
 def test_the_guard_sees_what_it_is_there_for(tmp_path):
