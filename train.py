@@ -477,6 +477,8 @@ def restore(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer)
     with disk.readable(path):
         if not all(isinstance(facts.get(name), kind) for name, kind in FACTS.items()):
             raise ValueError(f"{path} is not the state of a training: is --out right?")
+        if not 0 <= facts["step"] <= a.steps:
+            raise ValueError(f"{path} has taken {facts['step']} steps of {a.steps}: it is not of this run")
         disk.fill(s.body.adapter(POLICY), tensors["policy"])
         if "simulator" in tensors:
             disk.fill(s.bodies[SIMULATOR][0].adapter(SIMULATOR), tensors["simulator"])

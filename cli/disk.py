@@ -191,10 +191,13 @@ def unpack_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, Tensor], pre
     opt.load_state_dict(opt.state_dict() | {"state": state})
 
 
-def contents(folder: Path) -> str:
-    """A fingerprint of the JSON and safetensors files in a directory, of the latter's ends alone (fast)."""
+def contents(folder: Path, *names: str) -> str:
+    """A fingerprint of the JSON files (or of these names) and of the safetensors files in a directory, of
+    their ends alone (fast)."""
     parts = []
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+    for path in sorted(
+        path for name in (*(names or ["*.json"]), "*.safetensors") for path in folder.glob(name)
+    ):
         with open(path, "rb") as file:
             first, size = file.read(2**16), path.stat().st_size
             file.seek(max(0, size - 2**16))
@@ -203,16 +206,24 @@ def contents(folder: Path) -> str:
 
 
 def pinned(settings: dict) -> dict:
-    """Flags, and with each that names a body or an adapter on disk what stands there: it may have changed
-    when a run goes on."""
-    bodies = {k: v for k, v in settings.items() if k in ("policy", "adapter", "sim", "sim_adapter") and v}
-    return settings | {k: [v, contents(Path(v))] for k, v in bodies.items() if Path(v).is_dir()}
+    """Flags, and with each that names a body, an adapter or a prompt on disk a fingerprint of what stands
+    there: it may have changed when a run goes on. (Results that are written there are no part of it.)"""
+    out = dict(settings)
+    for k in ("policy", "adapter", "sim", "sim_adapter", "policy_prompt", "sim_prompt"):
+        if (value := settings.get(k)) and Path(value).is_dir():
+            out[k] = [value, contents(Path(value), "*config.json", "tokenizer.json", "*_prompt.json")]
+        elif value and Path(value).is_file():
+            out[k] = [value, fingerprint(Path(value).read_bytes())]
+    return out
 
 
 def same_flags(old: dict, new: dict, where: Path) -> None:
-    """Raise ValueError where a run would go on with another value of a flag."""
-    if changed := [k.replace("_", "-") for k in new if old.get(k) != new[k]]:
-        raise ValueError(f"{where} was begun with another --{changed[0]}: resume with the same")
+    """Raise ValueError where a run would go on with another value of a flag. (Earlier versions kept no
+    fingerprints.)"""
+    alike = [old.get(k) in (v, v[0] if isinstance(v, list) and v else v) for k, v in new.items()]
+    if not all(alike):
+        changed = list(new)[alike.index(False)].replace("_", "-")
+        raise ValueError(f"{where} was begun with another --{changed}: resume with the same")
 
 
 # ------------------------------------------------------------------------------------------------------- rows
@@ -220,7 +231,14 @@ def same_flags(old: dict, new: dict, where: Path) -> None:
 
 def _no_link(path: str, how: int) -> int:
     """An opener that follows no link: in a directory that is not ours it would lead elsewhere."""
+    refuse_link(Path(path))
     return os.open(path, how | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise ValueError for a link."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, and a run writes into its own files alone: put a copy there")
 
 
 class Rows:
@@ -363,6 +381,8 @@ def claimed(out: Path, resume: bool) -> Iterator[None]:
     try:
         if not resume and any(path.suffix != ".tmp" for path in out.iterdir()):
             raise ValueError(f"--out {out} already holds something: choose another, or --resume its run")
+        for path in out.rglob("*"):
+            refuse_link(path)
         yield
     finally:
         with suppress(OSError):  # not empty, as a rule

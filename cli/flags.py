@@ -361,7 +361,7 @@ def follow(a: argparse.Namespace, given: dict[str, object]) -> None:
                 setattr(a, part, usual)
         if "substring" in compat.chosen(a.compat):
             a.reward = "cover-em"
-        a.critic_lr = 10 * a.lr if a.critic_lr is None else a.critic_lr
+        a.critic_lr = min(10 * a.lr, 1e37) if a.critic_lr is None else a.critic_lr
         a.data, a.sim = a.data or "nq,hotpotqa", a.sim or a.policy
         if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter or a.sim in (OWN, REAL)):
             a.sft_steps = 0  # that simulator has been fine-tuned already

@@ -44,7 +44,7 @@ class Flag:
 
     def bounds(self) -> tuple[float, float]:
         """The least and the most that a number may be."""
-        least, most = (1, 2**31) if self.kind is int else (0.0, 1e37)
+        least, most = (1, 2**31) if self.kind is int else (0, 1e37)
         return (least if self.least is None else self.least, most if self.most is None else self.most)
 
     def check(self, value: object) -> None:

@@ -34,8 +34,9 @@ EXACT = 12  # questions that differ, up to which every pattern of signs is looke
 
 def check(row: dict) -> None:
     """Raise TypeError for a row that holds something else than an answered question."""
-    numbers = [row[key] for key in (*MEANS, "hops", "seconds") if key != "found" or row[key] is not None]
-    if not all(type(x) in (int, float) and 0 <= x < np.inf for x in numbers) or type(row["end"]) is not str:
+    numbers = [row[key] for key in (*MEANS, "seconds") if key != "found" or row[key] is not None]
+    sound = isinstance(row["hops"], int) and isinstance(row["end"], str)
+    if not sound or not all(isinstance(x, int | float) and 0 <= x < np.inf for x in numbers):
         raise TypeError("a score that is no number, or an end that is no word")
 
 

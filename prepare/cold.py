@@ -22,7 +22,7 @@ from pathlib import Path
 
 from cli import disk, flags, screen
 from model import POLICY
-from prepare.command import split_by_question, tune
+from prepare.command import settings_of, split_by_question, tune
 from prepare.rows import write_rows
 from prepare.traces import example, parse_trace
 from questions import holds_answer
@@ -85,10 +85,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def scripted(a: argparse.Namespace, task: Task, out: Path) -> Path:
     """The file of scripted traces in the run's directory, made if it is not there yet."""
-    path = out / "traces.jsonl"
-    if not path.exists():
+    path, wanted = out / "traces.jsonl", disk.pinned(settings_of(a))
+    if path.exists():
+        with disk.readable(path):  # earlier versions kept no flags
+            disk.same_flags(next(read_lines(path, dict), {}).get("flags", wanted), wanted, out)
+    else:
         made = script(task.to_collect(), task.search(a.search), a.scripts, a.searching, a.seed)
-        write_rows(list(screen.bar("scripting traces", a.scripts, "traces", over=made)), path)
+        write_rows([{"flags": wanted}, *screen.bar("scripting traces", a.scripts, "traces", over=made)], path)
     return path
 
 

@@ -127,8 +127,7 @@ def tune(
     """The fine-tuning of a role, in a directory that is ours: a simulator's on rows, a policy's on traces."""
     if ranks.world() > 1:
         raise ValueError("fine-tuning is the work of one process: start it without torchrun")
-    settings = {k: v for k, v in vars(a).items() if k not in ("command", "resume", "out", "device", "seats")}
-    out = Path(a.out)
+    settings, out = settings_of(a), Path(a.out)
     asked = {"flags": disk.pinned(settings), "rows": disk.fingerprint([rows, exam])}
     state, facts = unfinished(out, asked, a.resume)
     s = load(a, task)
@@ -142,8 +141,9 @@ def tune(
         return {"loss": loss, "audit": audit(s, when)} if exam else {}
 
     if state:
-        disk.fill(adapter, state["adapter"])
-        disk.unpack_optimizer(optimizer, state)
+        with disk.readable(out / STATE_FILE):
+            disk.fill(adapter, state["adapter"])
+            disk.unpack_optimizer(optimizer, state)
     facts = facts or asked | {"step": 0, "before": look("before")}
     run = sft.fine_tune(
         body, role, rows, encode, a.steps, a.lr, tokens=a.tokens, exam=exam, every=a.every,
@@ -165,6 +165,11 @@ def tune(
     print(f"saved to {out}")
 
 
+def settings_of(a: argparse.Namespace) -> dict:
+    """The flags that decide what a fine-tuning learns."""
+    return {k: v for k, v in vars(a).items() if k not in ("command", "resume", "out", "device", "seats")}
+
+
 def unfinished(out: Path, asked: dict, resume: bool) -> tuple[dict, dict]:
     """The state to go on from, ({}, {}) for a new run. Raises ValueError for other flags or rows."""
     if not resume:
@@ -174,11 +179,14 @@ def unfinished(out: Path, asked: dict, resume: bool) -> tuple[dict, dict]:
             raise ValueError(f"{out} holds no unfinished run to resume")
         return {}, {}  # cut before its first save: traces are there
     state, facts = disk.load_state(out / STATE_FILE)
-    kinds = {"flags": dict, "rows": str, "step": int, "before": dict}
-    if "adapter" not in state or not all(isinstance(facts.get(k), kind) for k, kind in kinds.items()):
+    before, flags_then = facts.get("before"), facts.get("flags")
+    ours = "adapter" in state and isinstance(flags_then, dict) and isinstance(before, dict)
+    if not ours or before.keys() not in (set(), {"loss", "audit"}):
         raise ValueError(f"{out / STATE_FILE} is not the state of a fine-tuning: is --out right?")
-    disk.same_flags(facts["flags"], asked["flags"], out)
-    if facts["rows"] != asked["rows"]:
+    disk.same_flags(flags_then, asked["flags"], out)
+    if facts.get("step") not in range(asked["flags"]["steps"] + 1):
+        raise ValueError(f"{out / STATE_FILE} has taken {facts.get('step')} steps: it is not of this run")
+    if facts.get("rows", asked["rows"]) != asked["rows"]:  # earlier versions kept none
         raise ValueError(f"{out} was begun with other rows: resume with the same")
     return state, facts
 

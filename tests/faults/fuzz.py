@@ -630,7 +630,7 @@ def _state(path: Path, folder: Path) -> None:
 
     p = torch.nn.Parameter(torch.ones(8))
     setting = SimpleNamespace(body=SimpleNamespace(adapter=lambda role: p, roles={}), bodies={})
-    restore(SimpleNamespace(out=str(folder)), setting, torch.optim.AdamW([p]))
+    restore(SimpleNamespace(out=str(folder), steps=9), setting, torch.optim.AdamW([p]))
 
 
 @target(6, _state)

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from .kill import different, left, told
 from .nursery import FULL, KILL, KILL_HALF, ONCE, ROOT
 
 NAMES = ("train", "sft", "collect", "eval")
+INPUTS = ("rows.jsonl", "questions.jsonl")
 
 
 def some(calls: list[str], n: int, *kinds: str) -> list[int]:
@@ -41,6 +43,43 @@ def test_killed_at_a_call_it_goes_on_as_if_it_had_not_been(bench, name):
         assert bench.at_call(job, n, KILL) == "", f"killed before call {n}: {calls[n - 1]}"
     for n in some(calls, 1, "write"):
         assert bench.at_call(job, n, KILL_HALF) == "", f"killed within call {n}: {calls[n - 1]}"
+
+
+CHANGED = {  # command -> a file, what of it changes into what, and what is said of it
+    "eval": [
+        ("questions.jsonl", "Osham", "Lima", "begun with other questions"),
+        ("body/config.json", "}", " }", "another --policy"),
+    ],
+    "sft": [
+        ("rows.jsonl", "Osham", "Lima", "begun with other rows"),
+        ("body/config.json", "}", " }", "another --sim"),
+    ],
+    "collect": [
+        ("rows.jsonl.episodes", '"question": "', '"question": "x', "begun with other questions"),
+        ("rows.jsonl.episodes", '"forced"', '"other"', "something else than it should"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_goes_on_sees_what_has_changed(bench, tmp_path, name):
+    """The same flags may name other questions, rows or weights by then: half of a result would be theirs."""
+    job, log = bench.jobs[name], tmp_path / "log"
+    shutil.copytree(bench.nursery.body, tmp_path / "body")
+    for file in INPUTS if name != "collect" else ():
+        shutil.copy(bench.folder / file, tmp_path)
+    moved = {"tiny": str(tmp_path / "body"), **{str(bench.folder / f): str(tmp_path / f) for f in INPUTS}}
+    begin, resume = ([moved.get(word, word) for word in way(tmp_path)] for way in (job.begin, job.resume))
+    half = {"root": str(tmp_path), "at": len(bench.whole(job)[1]) // 2, "how": KILL}
+    assert bench.nursery.run(job.command, begin, log, **half).code == -signal.SIGKILL
+    for file, old, new, says in CHANGED[name]:
+        before = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(before.replace(old, new))
+        child = bench.nursery.run(job.command, resume, log)
+        (tmp_path / file).write_text(before)
+        assert told(child) == "" and says in child.said, child.said
+    child = bench.nursery.run(job.command, resume, log)
+    assert child.code == 0, child.said
 
 
 @pytest.mark.parametrize("name", ["train", "sft"])

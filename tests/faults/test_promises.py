@@ -19,9 +19,9 @@ import search
 import train
 import weights
 from cli import flags, ranks, screen
-from cli.disk import Rows, load_state, pinned, same_flags, save_state, write_json
-from prepare import command
-from prepare.cold import script
+from cli.disk import Rows, claimed, load_state, pinned, same_flags, save_state, write_json
+from prepare import cold, command
+from prepare.traces import parse_trace
 from questions import load_questions
 from rollout import Question
 from search import ask, open_search, read_lines
@@ -165,12 +165,22 @@ def test_a_collection_goes_on_with_its_questions(tmp_path):
 def test_a_fine_tuning_goes_on_with_its_own_state_and_rows(tmp_path):
     """--out with a training's directory was a traceback; a changed file of rows was learnt from as if it were
     the first."""
-    path, asked = tmp_path / command.STATE_FILE, {"flags": {"lr": 1.0}, "rows": "x"}
+    path, asked = tmp_path / command.STATE_FILE, {"flags": {"lr": 1.0, "steps": 9}, "rows": "x"}
     facts = asked | {"step": 3, "before": {}}
     save_state(path, {"adapter": torch.ones(2)}, facts)
     assert command.unfinished(tmp_path, asked, True)[1] == facts
     with pytest.raises(ValueError, match="begun with other rows"):
         command.unfinished(tmp_path, asked | {"rows": "y"}, True)
+    for odd, says in (
+        ({"step": 10}, "10 steps"),
+        ({"before": {"x": 1}}, "not the state"),
+        ({"flags": 1}, "not"),
+    ):
+        save_state(path, {"adapter": torch.ones(2)}, facts | odd)
+        with pytest.raises(ValueError, match=says):
+            command.unfinished(tmp_path, asked, True)
+    save_state(path, {"adapter": torch.ones(2)}, {k: v for k, v in facts.items() if k != "rows"})
+    command.unfinished(tmp_path, asked, True)  # of an earlier version
     path.write_bytes(fuzz.state())
     with pytest.raises(ValueError, match=r"not the state of a fine-tuning: is --out right\?"):
         command.unfinished(tmp_path, asked, True)
@@ -189,6 +199,13 @@ def test_a_state_with_other_facts_is_none(tmp_path, fact):
     save_state(path, tensors | {"policy": torch.ones(9)}, facts)
     with pytest.raises(ValueError, match=r"for .* parameters"):
         fuzz._state(path, tmp_path)
+    for wrong in ({"optimizer.0.exp_avg": torch.ones(9)}, {"optimizer.7.exp_avg": torch.ones(8)}):
+        save_state(path, tensors | wrong, facts)
+        with pytest.raises(ValueError, match=r"of another optimiser|something else"):
+            fuzz._state(path, tmp_path)
+    save_state(path, tensors, facts | {"step": 99})
+    with pytest.raises(ValueError, match="has taken 99 steps of 9"):
+        fuzz._state(path, tmp_path)
 
 
 def test_an_adapter_that_has_changed_is_seen(tmp_path):
@@ -196,7 +213,9 @@ def test_an_adapter_that_has_changed_is_seen(tmp_path):
     flags_of = {"adapter": str(tmp_path), "policy": "3b", "limit": 3}
     (tmp_path / "adapter_config.json").write_text("{}")
     before = pinned(flags_of)
+    (tmp_path / "result.json").write_text("{}")  # as of an evaluation that wrote beside the weights
     assert before["policy"] == "3b" and pinned(flags_of) == before
+    same_flags(flags_of, before, tmp_path)  # an earlier version kept no fingerprint
     (tmp_path / "adapter_config.json").write_text("{ }")
     with pytest.raises(ValueError, match="another --adapter"):
         same_flags(json.loads(json.dumps(before)), pinned(flags_of), tmp_path)
@@ -210,8 +229,12 @@ def test_no_link_leads_out_of_a_run(tmp_path):
         (run / name).symlink_to(victim)
     write_json(run / "args.json", {"a": 1})
     assert json.loads((run / "args.json").read_text()) == {"a": 1} and not (run / "args.json").is_symlink()
-    with pytest.raises(OSError, match=r"log\.jsonl"):
+    with pytest.raises(ValueError, match=r"log\.jsonl is a link"):
         Rows(run / "log.jsonl", resume=True)
+    (run / "log.jsonl").unlink(), (tmp_path / "elsewhere").mkdir()
+    (run / "policies").mkdir(), (run / "policies/4").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="policies/4 is a link"), claimed(run, resume=True):
+        pass
     assert victim.read_text() == "mine"
 
 
@@ -223,18 +246,34 @@ def test_no_number_is_too_large_for_what_it_is_for():
             with pytest.raises(ValueError, match="must be"):
                 flag.check(too_large[flag.kind])
     with pytest.raises(ValueError, match="fewer than --scripts 2147483648"):
-        next(script(ASKED, None, 2**31, 0.5, 0))
+        next(cold.script(ASKED, None, 2**31, 0.5, 0))
 
 
-def test_streams_that_are_closed_or_narrow_end_nothing(monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_streams_that_are_closed_or_narrow_end_nothing(monkeypatch, name):
     """A command with >&- ended in a traceback at its first line, and one whose terminal has no letter for a
     title in an error."""
-    monkeypatch.setattr(sys, "stdout", None), monkeypatch.setattr(sys, "__stdout__", None)
+    monkeypatch.setattr(sys, name, None), monkeypatch.setattr(sys, f"__{name}__", None)
     importlib.reload(cli)
-    print("nobody reads this", flush=True)
-    assert sys.stdout is sys.__stdout__ and sys.stdout.name == os.devnull
+    assert getattr(sys, name) is getattr(sys, f"__{name}__") and getattr(sys, name).name == os.devnull
     narrow = io.TextIOWrapper(io.BytesIO(), "latin-1")
     monkeypatch.setattr(sys, "stdout", narrow)
     monkeypatch.setattr(signal, "signal", lambda *a: None)
     screen.run(lambda: print("snow \u2603", flush=True))
     assert narrow.buffer.getvalue() == b"snow \\u2603\n"
+
+
+def test_scripted_traces_are_those_of_the_flags(tmp_path, monkeypatch):
+    """A cold start that was cut between its traces and its first save went on with them, whatever its flags
+    were by then, and recorded the new ones."""
+    monkeypatch.setattr(cold, "script", lambda *a: iter([{"question": "a?", "spans": [["sampled", "x"]]}]))
+    task = SimpleNamespace(to_collect=list, search=lambda name: None)
+    a = SimpleNamespace(search="toy", scripts=1, searching=0.5, seed=0, policy="3b")
+    path = cold.scripted(a, task, tmp_path)
+    assert cold.scripted(a, task, tmp_path) == path
+    assert [row for row in read_lines(path, parse_trace) if row] == list(cold.script())
+    a.scripts = 2
+    with pytest.raises(ValueError, match="another --scripts"):
+        cold.scripted(a, task, tmp_path)
+    path.write_text(path.read_text().partition("\n")[2])
+    cold.scripted(a, task, tmp_path)  # of an earlier version
