@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -173,6 +174,16 @@ def test_a_second_process_is_refused(bench, tmp_path):
     (tmp_path / "result.json.part").unlink(), (tmp_path / "log").unlink()
     assert bench.nursery.run("eval", job.begin(tmp_path), bench.folder / "log").code == 0
     assert not different(left(tmp_path), whole)
+
+
+def test_more_updates_than_groups_are_not_counted_through(bench, tmp_path):
+    """--updates 2147483648 of a handful of groups: a step looked at each of them."""
+    argv = [*bench.jobs["train"].begin(tmp_path), "--updates", str(2**31)]
+    child = bench.nursery.start("train", argv, tmp_path / "log")
+    late = threading.Timer(60, child.kill)
+    late.start()
+    assert child.wait() == 0, child.said
+    late.cancel()
 
 
 @pytest.mark.parametrize("staged", ["clock_jumps", "no_memory"])
