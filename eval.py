@@ -152,11 +152,8 @@ def answered_before(log: Rows, name: str, questions: list[Question]) -> set[int]
     done = {number for of, number in log.rows if of == name}
     with readable(log.path):
         for number in done:
-            row = log.rows[name, number]
-            if not 0 <= number < len(questions):
-                raise ValueError(f"{log.path} has an answer to question {number} of {name}: there is none")
-            golds = list(questions[number].answers)
-            if (row["question"], row["golden_answers"]) != (questions[number].text, golds):
+            row, q = log.rows[name, number], questions[number] if 0 <= number < len(questions) else None
+            if q is None or (row["question"], row["golden_answers"]) != (q.text, list(q.answers)):
                 raise ValueError(
                     f"{log.path} was begun with other questions in {name}: resume with the same file"
                 )
