@@ -471,12 +471,11 @@ FACTS = {"step": int, "updates": int, "seconds": float, "before": dict, "documen
 def restore(a: argparse.Namespace, s: Setting, optimizer: torch.optim.Optimizer) -> dict:
     """Undo `save`; returns its facts. {} where no state was saved yet: the run begins anew."""
     path = Path(a.out) / "state.safetensors"
-    tensors, facts = ranks.told(lambda: disk.load_state(path) if path.exists() else ({}, {}))
+    read = partial(disk.load_state, path, "a training", **FACTS)
+    tensors, facts = ranks.told(lambda: read() if path.exists() else ({}, {}))
     if not facts:
         return {}
     with disk.readable(path):
-        if not all(isinstance(facts.get(name), kind) for name, kind in FACTS.items()):
-            raise ValueError(f"{path} is not the state of a training: is --out right?")
         if not 0 <= facts["step"] <= a.steps:
             raise ValueError(f"{path} has taken {facts['step']} steps of {a.steps}: it is not of this run")
         disk.fill(s.body.adapter(POLICY), tensors["policy"])

@@ -93,10 +93,14 @@ def read_json(file: Path, what: str, **needed: type | tuple[type, ...]) -> dict:
         raise ValueError(f"{file} is not JSON ({e})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} does not hold a JSON object")
-    for name, kind in needed.items():
-        if not isinstance(value.get(name), kind):
-            raise ValueError(f"{file} has no {name}, or not as it should be: is {file.parent} {what}?")
+    if lacks := lacking(value, needed):
+        raise ValueError(f"{file} has no {lacks}, or not as it should be: is {file.parent} {what}?")
     return value
+
+
+def lacking(value: dict, needed: dict[str, type | tuple[type, ...]]) -> str:
+    """The first key that an object needs and has not, or not with a value of its type; "" if none is."""
+    return next((name for name, kind in needed.items() if not isinstance(value.get(name), kind)), "")
 
 
 def finite(value: object) -> object:
@@ -148,8 +152,11 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         part.write_bytes(data)
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors, on the CPU, and the facts of `save_state`. Raises ValueError for any other file."""
+def load_state(path: Path, what: str = "a run", **needed: type) -> tuple[dict[str, Tensor], dict]:
+    """The tensors, on the CPU, and the facts of `save_state`. Raises ValueError for any other file.
+
+    what: whose state it should be; needed: the facts of such a one, with their types.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             facts = (file.metadata() or {}).get("facts")
@@ -157,8 +164,8 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict]:
         facts = json.loads(facts or "null")
     except (SafetensorError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} is corrupt ({e})") from None
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path} is not the state of a run")
+    if not isinstance(facts, dict) or lacking(facts, needed):
+        raise ValueError(f"{path} is not the state of {what}: is --out right?")
     return tensors, facts
 
 
@@ -191,13 +198,11 @@ def unpack_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, Tensor], pre
     opt.load_state_dict(opt.state_dict() | {"state": state})
 
 
-def contents(folder: Path, *names: str) -> str:
-    """A fingerprint of the JSON files (or of these names) and of the safetensors files in a directory, of
-    their ends alone (fast)."""
+def contents(folder: Path, *, names: tuple[str, ...] = ("*.json",)) -> str:
+    """A fingerprint of the files of these names in a directory, and of its safetensors files: of their ends
+    alone (fast)."""
     parts = []
-    for path in sorted(
-        path for name in (*(names or ["*.json"]), "*.safetensors") for path in folder.glob(name)
-    ):
+    for path in sorted(path for name in (*names, "*.safetensors") for path in folder.glob(name)):
         with open(path, "rb") as file:
             first, size = file.read(2**16), path.stat().st_size
             file.seek(max(0, size - 2**16))
@@ -211,19 +216,19 @@ def pinned(settings: dict) -> dict:
     out = dict(settings)
     for k in ("policy", "adapter", "sim", "sim_adapter", "policy_prompt", "sim_prompt"):
         if (value := settings.get(k)) and Path(value).is_dir():
-            out[k] = [value, contents(Path(value), "*config.json", "tokenizer.json", "*_prompt.json")]
+            out[k] = [value, contents(Path(value), names=("*config.json", "tokenizer.json", "*_prompt.json"))]
         elif value and Path(value).is_file():
             out[k] = [value, fingerprint(Path(value).read_bytes())]
     return out
 
 
 def same_flags(old: dict, new: dict, where: Path) -> None:
-    """Raise ValueError where a run would go on with another value of a flag. (Earlier versions kept no
-    fingerprints.)"""
-    alike = [old.get(k) in (v, v[0] if isinstance(v, list) and v else v) for k, v in new.items()]
-    if not all(alike):
-        changed = list(new)[alike.index(False)].replace("_", "-")
-        raise ValueError(f"{where} was begun with another --{changed}: resume with the same")
+    """Raise ValueError where a run would go on with another value of a flag."""
+    bare = {
+        k: v[0] if isinstance(v, list) and v else v for k, v in new.items()
+    }  # as earlier versions kept it
+    if changed := [k.replace("_", "-") for k in new if old.get(k) not in (new[k], bare[k])]:
+        raise ValueError(f"{where} was begun with another --{changed[0]}: resume with the same")
 
 
 # ------------------------------------------------------------------------------------------------------- rows

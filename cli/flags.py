@@ -17,7 +17,7 @@ import torch
 import compat
 import tasks
 from cli import ranks
-from cli.parser import NEEDED, Flag, Groups, parse, parse_verb
+from cli.parser import MOST, NEEDED, Flag, Groups, parse, parse_verb
 from evaluation.modes import MODES
 from model import DTYPES
 from questions import SETS
@@ -361,7 +361,7 @@ def follow(a: argparse.Namespace, given: dict[str, object]) -> None:
                 setattr(a, part, usual)
         if "substring" in compat.chosen(a.compat):
             a.reward = "cover-em"
-        a.critic_lr = min(10 * a.lr, 1e37) if a.critic_lr is None else a.critic_lr
+        a.critic_lr = min(10 * a.lr, MOST[float]) if a.critic_lr is None else a.critic_lr
         a.data, a.sim = a.data or "nq,hotpotqa", a.sim or a.policy
         if "sft-steps" not in given and (is_address(a.sim) or a.sim_adapter or a.sim in (OWN, REAL)):
             a.sft_steps = 0  # that simulator has been fine-tuned already

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cli import screen
 
 NEEDED = object()  # as a default: the flag must be given
+LEAST, MOST = {int: 1, float: 0}, {int: 2**31, float: 1e37}  # of a number (AdamW's first step is ten rates)
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Flag:
     help: str
     value: str = ""  # what --help calls its value
     cpu: object = None  # the default for a real checkpoint without a GPU, if it differs
-    least: float | None = None  # lower bound; None: 1 for int, 0 for float
-    most: float | None = None  # upper bound; None: 2^31 for int, 1e37 for float (AdamW divides by .1)
+    least: float | None = None  # lower bound; None: LEAST of its type
+    most: float | None = None  # upper bound; None: MOST of its type
     many: int | str | None = None  # how many values: a number, or "+"
     bare: bool = False  # a positional argument
 
@@ -44,8 +45,8 @@ class Flag:
 
     def bounds(self) -> tuple[float, float]:
         """The least and the most that a number may be."""
-        least, most = (1, 2**31) if self.kind is int else (0, 1e37)
-        return (least if self.least is None else self.least, most if self.most is None else self.most)
+        least = LEAST[self.kind] if self.least is None else self.least
+        return least, MOST[self.kind] if self.most is None else self.most
 
     def check(self, value: object) -> None:
         """Raise ValueError for a number out of bounds."""

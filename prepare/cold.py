@@ -47,9 +47,9 @@ def script(questions: list[Question], search: Search, n: int, share: float, seed
     them search: a policy that could tell from the question would have nothing left to explore. Raises
     ValueError if there are too few such questions.
     """
-    few = f"of {len(questions)} questions: fewer than --scripts {n}"
+    few = f"{len(questions)} questions: fewer than --scripts {n}"
     if n > len(questions):
-        raise ValueError(f"a trace each {few}")
+        raise ValueError(f"there are {few}")
     rng = random.Random(seed)
     searching = rng.sample([True] * round(n * share) + [False] * (n - round(n * share)), n)
     for q in rng.sample(questions, len(questions)):
@@ -64,7 +64,7 @@ def script(questions: list[Question], search: Search, n: int, share: float, seed
         spans.append(["sampled", f"<answer> {answer} </answer>"])
         yield {"question": q.text, "golden_answers": list(q.answers), "f1": 1.0, "spans": spans}
     if searching:
-        raise ValueError(f"the engine finds the answers of {n - len(searching)} {few}")
+        raise ValueError(f"the engine finds the answers of {n - len(searching)} of {few}")
 
 
 # ----------------------------------------------------------------------------------------------- command line

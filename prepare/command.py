@@ -178,14 +178,13 @@ def unfinished(out: Path, asked: dict, resume: bool) -> tuple[dict, dict]:
         if (out / RESULT_FILE).exists() or not any(out.iterdir()):
             raise ValueError(f"{out} holds no unfinished run to resume")
         return {}, {}  # cut before its first save: traces are there
-    state, facts = disk.load_state(out / STATE_FILE)
-    before, flags_then = facts.get("before"), facts.get("flags")
-    ours = "adapter" in state and isinstance(flags_then, dict) and isinstance(before, dict)
-    if not ours or before.keys() not in (set(), {"loss", "audit"}):
-        raise ValueError(f"{out / STATE_FILE} is not the state of a fine-tuning: is --out right?")
-    disk.same_flags(flags_then, asked["flags"], out)
-    if facts.get("step") not in range(asked["flags"]["steps"] + 1):
-        raise ValueError(f"{out / STATE_FILE} has taken {facts.get('step')} steps: it is not of this run")
+    path = out / STATE_FILE
+    state, facts = disk.load_state(path, "a fine-tuning", flags=dict, before=dict, step=int)
+    if "adapter" not in state or facts["before"].keys() not in (set(), {"loss", "audit"}):
+        raise ValueError(f"{path} is not the state of a fine-tuning: is --out right?")
+    disk.same_flags(facts["flags"], asked["flags"], out)
+    if not 0 <= facts["step"] <= asked["flags"]["steps"]:
+        raise ValueError(f"{path} has taken {facts['step']} steps: it is not of this run")
     if facts.get("rows", asked["rows"]) != asked["rows"]:  # earlier versions kept none
         raise ValueError(f"{out} was begun with other rows: resume with the same")
     return state, facts

@@ -9,10 +9,8 @@ there, and goes on from choices that reach new lines of the readers.
 import importlib.util
 import random
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,6 @@ from pathlib import Path
 from cli import screen
 
 from . import fuzz
-from .guard import judged
 from .nursery import ROOT
 
 READERS = ["questions", "search", "rollout", "servers", "words", "simulator", "tokenizer", "weights"]
@@ -58,16 +55,11 @@ def main(argv: list[str]) -> None:
         fuzz.tokenizer(), fuzz.adapter(), fuzz.state()
         for i in range(3):
             fuzz.quiet(partial(fuzz.tried, name, i))
-    target, damage = fuzz.TARGETS[name], fuzz.Damage("")
+    damage = fuzz.Damage("")
 
     def once(data: bytes) -> None:
         damage.rng = Chosen(data)
-        folder = Path(tempfile.mkdtemp(prefix="covered"))
-        try:
-            given = target.make(damage, folder)
-            said = judged(lambda: fuzz.quiet(lambda: target.use(given, folder)), folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        said = fuzz.quiet(partial(fuzz.tried, name, 0, damage=damage))
         if said not in ("", "refused"):
             raise AssertionError(said)
 

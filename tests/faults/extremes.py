@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from threading import Timer
 
 from cli.flags import flags_of
 
@@ -37,11 +36,6 @@ def ended(nursery: Nursery, job: Job, name: str, value: float, folder: Path) -> 
     child = nursery.start(
         job.command, [*job.begin(home), f"--{name}", value], home / "log", staged=["little_memory"]
     )
-    ours: list[bool] = []
-    late = Timer(SECONDS, lambda: (ours.append(True), child.kill()))
-    late.start()
-    code = child.wait()
-    late.cancel()
-    wrong = "" if code == 0 or ours else told(child)
+    wrong = "" if child.wait(SECONDS) == 0 or child.late else told(child)
     shutil.rmtree(home)
     return 1, wrong

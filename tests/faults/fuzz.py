@@ -905,11 +905,11 @@ LONG |= {"looked_at": 3_000, "results": 3_000, "tokenizers": 3_000, "templates":
 # ------------------------------------------------------------------------------------------------ the running
 
 
-def tried(name: str, i: int, show: bool = False) -> str:
-    """Make and judge the i-th input of a target."""
+def tried(name: str, i: int, show: bool = False, damage: Damage | None = None) -> str:
+    """Make and judge the i-th input of a target, or the one of another damage."""
     t, folder = TARGETS[name], Path(tempfile.mkdtemp(prefix="fuzz"))
     try:
-        given = t.make(Damage(f"{name} {i}"), folder)
+        given = t.make(damage or Damage(f"{name} {i}"), folder)
         if show:
             print(name, i, given if not isinstance(given, Path) else sorted(folder.rglob("*")))
             for path in sorted(folder.rglob("*")):

@@ -136,7 +136,7 @@ def watched(
             os.close(receive)
             code = 0
             try:
-                _limit(memory)
+                limit_memory(memory)
                 with os.fdopen(send, "w") as out:
                     for i in range(start, stop):
                         at[:] = i.to_bytes(8, "little")
@@ -158,7 +158,7 @@ def watched(
         start += 1
 
 
-def _limit(more: int) -> None:
+def limit_memory(more: int) -> None:
     """This process may take so much more memory than it has now, and no more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more,) * 2)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,20 +34,29 @@ def compiled(folder: Path) -> Path | None:
 
 @dataclass
 class Child:
-    """A forked run. code: its exit code, negative for a signal, once it has ended."""
+    """A forked run. code: its exit code, negative for a signal, once it has ended; late: `wait` ended it."""
 
     nursery: "Nursery"
     pid: int
     log: Path
     code: int | None = None
+    late: bool = False
 
     def kill(self, sig: int = signal.SIGKILL) -> None:
         os.kill(self.pid, sig)
 
-    def wait(self) -> int:
+    def wait(self, seconds: float = 3600.0) -> int:
+        """Its exit code; it is killed if it is still busy after so many seconds."""
         if self.code is None:
+            timer = threading.Timer(seconds, self._end)
+            timer.start()
             self.code = self.nursery.ask({"wait": self.pid})
+            timer.cancel()
         return self.code
+
+    def _end(self) -> None:
+        self.late = True
+        self.kill()
 
     @property
     def said(self) -> str:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -180,10 +179,7 @@ def test_more_updates_than_groups_are_not_counted_through(bench, tmp_path):
     """--updates 2147483648 of a handful of groups: a step looked at each of them."""
     argv = [*bench.jobs["train"].begin(tmp_path), "--updates", str(2**31)]
     child = bench.nursery.start("train", argv, tmp_path / "log")
-    late = threading.Timer(60, child.kill)
-    late.start()
-    assert child.wait() == 0, child.said
-    late.cancel()
+    assert child.wait(60) == 0, child.said
 
 
 @pytest.mark.parametrize("staged", ["clock_jumps", "no_memory"])
@@ -222,7 +218,7 @@ def test_memory_that_ends_is_told_with_advice(error, capsys, monkeypatch):
         ServerError(
             "http://127.0.0.1:9: answered 400: DefaultCPUAllocator: can't allocate memory. See that ..."
         ),
-        OSError(errno.ENOENT, os.strerror(errno.ENOENT), "/tmp/Cannot allocate memory/x"),
+        OSError(errno.ENOENT, os.strerror(errno.ENOENT), "Cannot allocate memory/x"),
         ValueError("std::bad_alloc is no question"),
         SafetensorError("invalid header"),
     ],

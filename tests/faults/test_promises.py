@@ -179,6 +179,9 @@ def test_a_fine_tuning_goes_on_with_its_own_state_and_rows(tmp_path):
         save_state(path, {"adapter": torch.ones(2)}, facts | odd)
         with pytest.raises(ValueError, match=says):
             command.unfinished(tmp_path, asked, True)
+    save_state(path, {"other": torch.ones(2)}, facts)
+    with pytest.raises(ValueError, match="not the state of a fine-tuning"):
+        command.unfinished(tmp_path, asked, True)
     save_state(path, {"adapter": torch.ones(2)}, {k: v for k, v in facts.items() if k != "rows"})
     command.unfinished(tmp_path, asked, True)  # of an earlier version
     path.write_bytes(fuzz.state())
@@ -215,6 +218,7 @@ def test_an_adapter_that_has_changed_is_seen(tmp_path):
     before = pinned(flags_of)
     (tmp_path / "result.json").write_text("{}")  # as of an evaluation that wrote beside the weights
     assert before["policy"] == "3b" and pinned(flags_of) == before
+    same_flags(json.loads(json.dumps(before)), before, tmp_path)
     same_flags(flags_of, before, tmp_path)  # an earlier version kept no fingerprint
     (tmp_path / "adapter_config.json").write_text("{ }")
     with pytest.raises(ValueError, match="another --adapter"):
